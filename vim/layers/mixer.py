@@ -1,0 +1,238 @@
+"""The bidirectional Mamba mixer, with the parameter names of the released checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vim.layers.init import init_bias, init_dt_proj, init_out_proj
+from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, selective_scan
+
+Directions = Literal["none", "v1", "v2"]
+Merge = Literal["mean", "sum"]
+
+
+class _Direction(NamedTuple):
+    """The modules and parameters of one direction; the two directions run the same code on theirs."""
+
+    # Usually Conv1d and Linear, but users may put anything callable in their place.
+    conv1d: Any
+    x_proj: Any
+    dt_proj: Any
+    A_log: Tensor
+    D: Tensor
+    reverse: bool
+
+
+class Mamba(nn.Module):
+    """Mamba mixer that sees the sequence from one side or from both.
+
+    `in_proj`, `x_proj` and `out_proj` are called as modules. The convolutions and `dt_proj` are read by the kernels;
+    one that carries a hook, a wrapper or a quantised weight is called instead, for the direction it belongs to.
+    `A_log`, `D` and `dt_proj.bias` take part in float32 whatever their dtype.
+
+    Args:
+        d_model: Width of the tokens.
+        d_state: Size of the state of each channel.
+        d_conv: Taps of the causal convolution.
+        expand: Inner width over `d_model`; d_inner = int(expand * d_model).
+        dt_rank: Rank of the step size's projection; "auto" is ceil(d_model / 16).
+        dt_min, dt_max: Range of the step size at initialisation, drawn log-uniformly.
+        dt_scale: Factor on the bound of `dt_proj.weight` at initialisation.
+        dt_init_floor: Smallest step size at initialisation.
+        conv_bias: Give the convolutions a bias.
+        bias: Give `in_proj` and `out_proj` a bias.
+        directions: "none" scans forward only; "v1" shares everything but the decay (`A_b_log`) with the backward
+            direction, whose input is the forward convolution; "v2" gives it its own conv1d, x_proj, dt_proj, A and D.
+        merge: "mean" or "sum" of the two directions.
+        layer_scale: Initial value of a factor per channel on the output; `None` leaves it out.
+
+    Shape:
+        (batch, len, d_model) -> the same.
+
+    Raises:
+        ValueError: A size is not positive, or a kind is unknown.
+
+    Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1 ("v2"); Table 4 compares the directions.
+    """
+
+    A_log: Tensor
+    D: Tensor
+    A_b_log: Tensor
+    D_b: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        directions: Directions = "v2",
+        merge: Merge = "mean",
+        layer_scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        _check_sizes(dt_rank=rank)
+        if directions not in ("none", "v1", "v2"):
+            raise ValueError(f"directions must be 'none', 'v1' or 'v2', got {directions!r}")
+        if merge not in ("mean", "sum"):
+            raise ValueError(f"merge must be 'mean' or 'sum', got {merge!r}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        self.d_model, self.d_state, self.d_conv, self.expand, self.dt_rank = d_model, d_state, d_conv, expand, rank
+        self.d_inner = int(expand * d_model)
+        _check_sizes(d_inner=self.d_inner)
+        self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor = dt_min, dt_max, dt_scale, dt_init_floor
+        self.directions, self.merge, self.layer_scale = directions, merge, layer_scale
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        # Registered in the order of the released state dicts, which optimizer states kept by index rely on.
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(d_model, **place))
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
+        self._add_convolution("conv1d", conv_bias, place)
+        self.act = nn.SiLU()
+        self._add_projections("", place)
+        self._add_decay("A_log", "D", place)
+        if directions != "none":
+            self._add_decay("A_b_log", "D_b" if directions == "v2" else None, place)
+        if directions == "v2":
+            self._add_convolution("conv1d_b", conv_bias, place)
+            self._add_projections("_b", place)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **place)
+        self._init_own_parameters()
+
+    def _add_convolution(self, name: str, bias: bool, place: dict[str, Any]) -> None:
+        taps, dim = self.d_conv, self.d_inner
+        self.add_module(name, nn.Conv1d(dim, dim, taps, groups=dim, padding=taps - 1, bias=bias, **place))
+
+    def _add_projections(self, suffix: str, place: dict[str, Any]) -> None:
+        width = self.dt_rank + 2 * self.d_state
+        self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, width, bias=False, **place))
+        self.add_module(f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **place))
+
+    def _add_decay(self, A_name: str, D_name: str | None, place: dict[str, Any]) -> None:
+        self.register_parameter(A_name, nn.Parameter(torch.empty(self.d_inner, self.d_state, **place)))
+        if D_name is not None:
+            self.register_parameter(D_name, nn.Parameter(torch.empty(self.d_inner, **place)))
+
+    def reset_parameters(self) -> None:
+        """Draw everything anew: linear layers and convolutions as PyTorch does, the rest as Mamba does."""
+        for module in self.children():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                module.reset_parameters()
+        self._init_own_parameters()
+
+    @torch.no_grad()
+    def _init_own_parameters(self) -> None:
+        """Decay -(1..d_state), D = 1, step sizes log-uniform, layer scale at its initial value."""
+        log_states = torch.arange(1, self.d_state + 1, dtype=torch.float32).log()
+        for direction in self._directions():
+            direction.A_log.copy_(log_states.to(direction.A_log.device).expand_as(direction.A_log))
+            direction.D.fill_(1.0)
+            init_dt_proj(direction.dt_proj, self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor)
+        if self.gamma is not None and self.layer_scale is not None:
+            self.gamma.fill_(self.layer_scale)
+
+    def init_in_model(self, depth: int) -> None:
+        """What a model of `depth` blocks changes: a smaller out_proj, and biases of zero."""
+        init_out_proj(self.out_proj, depth)
+        init_bias(self.in_proj)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Mix the tokens, (batch, len, d_model) -> the same."""
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
+            shape = tuple(hidden_states.shape)
+            raise ValueError(f"hidden_states must be (batch, len, d_model) with d_model = {self.d_model}, got {shape}")
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        directions = self._directions()
+        if self.directions == "v2" and all(_is_readable(d.conv1d) and _is_readable(d.dt_proj) for d in directions):
+            y = self._scan_together(x, z, directions)
+        else:
+            y = self._scan_each(x, z, directions)
+        out = self.out_proj(y)
+        return out if self.gamma is None else out * self.gamma
+
+    def _directions(self) -> list[_Direction]:
+        directions = [_Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)]
+        if self.directions == "v1":
+            directions.append(directions[0]._replace(A_log=self.A_b_log, reverse=True))
+        elif self.directions == "v2":
+            backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+            directions.append(_Direction(*backward, reverse=True))
+        return directions
+
+    def _scan_together(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
+        """Both directions in fused kernels, (batch, len, d_inner)."""
+        forward, backward = (
+            InnerWeights(
+                d.conv1d.weight.flatten(1), d.conv1d.bias, d.x_proj, d.dt_proj.weight, d.dt_proj.bias, d.A_log, d.D
+            )
+            for d in directions
+        )
+        return bidirectional_mixer(x, z, forward, backward, self.merge)
+
+    def _scan_each(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
+        """One direction after the other, calling modules that the kernels may not read, (batch, len, d_inner)."""
+        outputs: list[Tensor] = []
+        u = x_dbl = x
+        for d in directions:
+            if not (d.reverse and self.directions == "v1"):  # v1: the backward scan reads the forward projections
+                u = self._convolve(x, d)
+                x_dbl = d.x_proj(u).to(u.dtype)
+            outputs.append(self._scan(u, x_dbl, z, d))
+        y = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+        return y / 2 if len(outputs) == 2 and self.merge == "mean" else y
+
+    def _convolve(self, x: Tensor, d: _Direction) -> Tensor:
+        """SiLU of the convolution that looks back, or ahead where the direction is reversed, (batch, len, d_inner)."""
+        if _is_readable(d.conv1d):
+            weight, bias = d.conv1d.weight.flatten(1), d.conv1d.bias
+            return causal_conv1d(x.mT, weight, bias, "silu", reverse=d.reverse).mT
+        x = x.flip(1) if d.reverse else x
+        u = self.act(d.conv1d(x.mT)[..., : x.shape[1]]).mT
+        return u.flip(1) if d.reverse else u
+
+    def _scan(self, u: Tensor, x_dbl: Tensor, z: Tensor, d: _Direction) -> Tensor:
+        """Gated scan of one direction, (batch, len, d_inner)."""
+        dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if _is_readable(d.dt_proj):
+            delta, delta_bias = nn.functional.linear(dt, d.dt_proj.weight.to(dt.dtype)), d.dt_proj.bias
+        else:
+            delta, delta_bias = d.dt_proj(dt), None
+        A = -torch.exp(d.A_log.to(torch.promote_types(torch.float32, d.A_log.dtype)))
+        scan_inputs = (u.mT, delta.to(u.dtype).mT, A, B.mT, C.mT, d.D, z.to(u.dtype).mT)
+        y: Any = selective_scan(*scan_inputs, delta_bias, delta_softplus=True, reverse=d.reverse)
+        return y.mT
+
+
+def _is_readable(module: Any) -> bool:
+    """Whether a kernel may read the module's weights in place of calling it: a plain layer that nobody watches."""
+    return (
+        type(module) in (nn.Linear, nn.Conv1d)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
+        and not is_traceable_wrapper_subclass(module.weight)
+        and (type(module) is nn.Conv1d or module.bias is not None)
+    )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")

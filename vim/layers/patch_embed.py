@@ -1,0 +1,141 @@
+"""Patches that may overlap."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed
+from torch import Tensor, nn
+
+Size = int | tuple[int, int]
+
+
+class PatchEmbed(nn.Module):
+    """Project patches to tokens: timm's patch embedding with a stride of its own.
+
+    Args:
+        img_size: (height, width) or a side, in pixels.
+        patch_size: Likewise; the extent of a patch.
+        stride: Likewise; the step between patches. `None` is the patch size: patches that do not overlap.
+        in_chans: Channels of the image.
+        embed_dim: Width of the tokens.
+        bias: Give the projection a bias.
+        strict_img_size: Refuse images of another size than `img_size`.
+        dynamic_img_pad: Pad images at the right and the bottom until patches cover them.
+
+    Attributes:
+        img_size, patch_size, stride: (height, width) in pixels.
+        grid_size: Patches along (height, width) of an image of `img_size`.
+        num_patches: Their product.
+
+    Shape:
+        (batch, in_chans, height, width) -> (batch, patches, embed_dim), row by row.
+
+    Raises:
+        ValueError: A size is not positive, a patch is larger than the image, or an image does not fit the model.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        stride: Size | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_chans", in_chans), ("embed_dim", embed_dim)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        self.patch_size = as_size("patch_size", patch_size)
+        self.stride = self.patch_size if stride is None else as_size("patch_stride", stride)
+        self.strict_img_size = strict_img_size
+        self.dynamic_img_pad = dynamic_img_pad
+        self._set_img_size(img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, device=device, dtype=dtype)
+        self.norm = nn.Identity()
+
+    def _set_img_size(self, img_size: Size) -> None:
+        self.img_size = as_size("img_size", img_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    @torch.no_grad()
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Change the image size, and the patch size by resampling the filters (the stride scales with them)."""
+        new_patch = self.patch_size if patch_size is None else as_size("patch_size", patch_size)
+        if new_patch != self.patch_size:
+            scaled = [s * new / old for s, new, old in zip(self.stride, new_patch, self.patch_size, strict=True)]
+            if any(s != int(s) for s in scaled):
+                raise ValueError(f"patch_size {new_patch} would make a fractional stride {tuple(scaled)}")
+            old, self.patch_size, self.stride = self.proj, new_patch, (int(scaled[0]), int(scaled[1]))
+            channels = old.in_channels, old.out_channels
+            proj = nn.Conv2d(*channels, new_patch, self.stride, bias=old.bias is not None).to(old.weight)
+            proj.weight.copy_(resample_patch_embed(old.weight, list(new_patch), verbose=True))
+            proj.weight.requires_grad_(old.weight.requires_grad)
+            proj.bias = old.bias
+            self.proj = proj.train(old.training)
+        self._set_img_size(self.img_size if img_size is None else img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> Size:
+        """Pixels from one token to the next, the larger of the two axes or both."""
+        return max(self.stride) if as_scalar else self.stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patches along (height, width) of an image of `img_size`, after padding where that is on."""
+        if not self.dynamic_img_pad and (img_size[0] < self.patch_size[0] or img_size[1] < self.patch_size[1]):
+            raise ValueError(f"img_size must be at least patch_size = {self.patch_size}, got {tuple(img_size)}")
+        rows, columns = (
+            (size + pad - patch) // stride + 1
+            for size, pad, patch, stride in zip(
+                img_size, self._padding(img_size), self.patch_size, self.stride, strict=True
+            )
+        )
+        return rows, columns
+
+    def _padding(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Pixels to add at the (bottom, right)."""
+        if not self.dynamic_img_pad:
+            return 0, 0
+        bottom, right = (
+            max(math.ceil((size - patch) / stride), 0) * stride + patch - size
+            for size, patch, stride in zip(img_size, self.patch_size, self.stride, strict=True)
+        )
+        return bottom, right
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens, (batch, patches, embed_dim)."""
+        if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
+            shape = tuple(x.shape)
+            raise ValueError(
+                f"x must be (batch, in_chans, height, width) with in_chans = {self.proj.in_channels}, got {shape}"
+            )
+        height, width = x.shape[-2:]
+        if self.strict_img_size and (height, width) != self.img_size:
+            raise ValueError(
+                f"x must be an image of img_size = {self.img_size}, got {(height, width)}; "
+                "see set_input_size and dynamic_img_size for other sizes"
+            )
+        if self.dynamic_img_pad:
+            bottom, right = self._padding((height, width))
+            x = F.pad(x, (0, right, 0, bottom))
+        return self.norm(self.proj(x).flatten(2).mT)
+
+
+def as_size(name: str, value: object) -> tuple[int, int]:
+    """`value` as (height, width).
+
+    Raises:
+        ValueError: It is not one or two positive integers.
+    """
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in pair):
+        raise ValueError(f"{name} must be a positive integer or two of them, got {value!r}")
+    return pair

@@ -1,0 +1,6 @@
+"""The models; importing this registers them with timm."""
+
+from vim.models import variants as variants
+from vim.models.vision_mamba import VisionMamba
+
+__all__ = ["VisionMamba"]

@@ -1,0 +1,201 @@
+"""The named models, as `timm.create_model` finds them, and the loading of their checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
+
+from vim.layers.pos_embed import resample_pos_embed
+from vim.models.vision_mamba import VisionMamba
+
+# The released files hold the arguments of their training run, a plain record, beside the weights. Allowing it by name
+# keeps torch's restricted unpickler in force for everything else.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
+    """Make a released or older state dict fit `model`: unwrap it and resample the position embedding.
+
+    Args:
+        state_dict: Names to tensors, or a training checkpoint that holds such a dict under "model".
+        model: The model it is for; its class token must stand where the checkpoint's stands.
+
+    Raises:
+        ValueError: The position embedding does not come from a square grid.
+    """
+    state_dict = dict(state_dict.get("model", state_dict))
+    pos_embed = state_dict.get("pos_embed")
+    if pos_embed is not None and model.pos_embed is not None and pos_embed.shape != model.pos_embed.shape:
+        patches = pos_embed.shape[1] - model.num_prefix_tokens
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise ValueError(f"pos_embed must come from a square grid of patches, got {patches} patches")
+        state_dict["pos_embed"] = resample_pos_embed(
+            pos_embed, (side, side), model.patch_embed.grid_size, model.cls_position
+        )
+    if model.rotary != "none":
+        # The tables follow from the sizes; those of another grid must not replace the model's.
+        for name in ("rope.freqs_cos", "rope.freqs_sin"):
+            if name in state_dict and state_dict[name].shape != model.get_buffer(name).shape:
+                state_dict[name] = model.get_buffer(name)
+    return state_dict
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2401.09417",
+        "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        "origin_url": "https://github.com/hustvl/Vim",
+        **kwargs,
+    }
+
+
+_TINY = {"hf_hub_id": "hustvl/Vim-tiny-midclstok", "hf_hub_filename": "vim_t_midclstok_76p1acc.pth"}
+_TINY_FT = {"hf_hub_id": "hustvl/Vim-tiny-midclstok", "hf_hub_filename": "vim_t_midclstok_ft_78p3acc.pth"}
+_SMALL = {"hf_hub_id": "hustvl/Vim-small-midclstok", "hf_hub_filename": "vim_s_midclstok_80p5acc.pth"}
+_SMALL_FT = {"hf_hub_id": "hustvl/Vim-small-midclstok", "hf_hub_filename": "vim_s_midclstok_ft_81p6acc.pth"}
+_BASE = {"hf_hub_id": "hustvl/Vim-base-midclstok", "hf_hub_filename": "vim_b_midclstok_81p9acc.pth"}
+_TINY_ROPE = {"hf_hub_id": "hustvl/Vim-tiny", "hf_hub_filename": "vim_tiny_73p1.pth"}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_tiny_patch16_224.in1k": _cfg(**_TINY),
+        "vim_tiny_patch16_stride8_224.in1k_ft": _cfg(**_TINY_FT),
+        "vim_small_patch16_224.in1k": _cfg(**_SMALL),
+        "vim_small_patch16_stride8_224.in1k_ft": _cfg(**_SMALL_FT),
+        "vim_base_patch16_224.in1k": _cfg(**_BASE),
+        "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2.in1k": _cfg(**_TINY),
+        "vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2.in1k_ft": _cfg(
+            **_TINY_FT
+        ),
+        "vim_small_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2.in1k": _cfg(**_SMALL),
+        "vim_small_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2.in1k_ft": _cfg(
+            **_SMALL_FT
+        ),
+        "vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2.in1k": _cfg(**_BASE),
+        "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual_with_cls_token.in1k": _cfg(
+            **_TINY_ROPE
+        ),
+    }
+)
+
+
+def _create_vim(variant: str, pretrained: bool, size: dict[str, Any], **kwargs: Any) -> VisionMamba:
+    return build_model_with_cfg(
+        VisionMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **{**size, **kwargs},
+    )
+
+
+_TINY_SIZE = {"embed_dim": 192, "depth": 24}
+_SMALL_SIZE = {"embed_dim": 384, "depth": 24}
+_BASE_SIZE = {"embed_dim": 768, "depth": 24}
+_STRIDE8 = {"patch_stride": 8}
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti at 224 px: Zhu et al. 2024, Table 1; 76.1 % top-1."""
+    return _create_vim("vim_tiny_patch16_224", pretrained, _TINY_SIZE, **kwargs)
+
+
+@register_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti with patches every 8 pixels, fine-tuned from `vim_tiny_patch16_224`; 78.3 % top-1."""
+    return _create_vim("vim_tiny_patch16_stride8_224", pretrained, {**_TINY_SIZE, **_STRIDE8}, **kwargs)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-S at 224 px: Zhu et al. 2024, Table 1; the released weights reach 80.5 % top-1."""
+    return _create_vim("vim_small_patch16_224", pretrained, _SMALL_SIZE, **kwargs)
+
+
+@register_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-S with patches every 8 pixels, fine-tuned from `vim_small_patch16_224`; 81.6 % top-1."""
+    return _create_vim("vim_small_patch16_stride8_224", pretrained, {**_SMALL_SIZE, **_STRIDE8}, **kwargs)
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-B at 224 px: Zhu et al. 2024, Table 1; 81.9 % top-1."""
+    return _create_vim("vim_base_patch16_224", pretrained, _BASE_SIZE, **kwargs)
+
+
+@register_model
+def vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2(
+    pretrained: bool = False, **kwargs: Any
+) -> VisionMamba:
+    """`vim_tiny_patch16_224` under the original's name."""
+    name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    return _create_vim(name, pretrained, _TINY_SIZE, **kwargs)
+
+
+@register_model
+def vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2(
+    pretrained: bool = False, **kwargs: Any
+) -> VisionMamba:
+    """`vim_tiny_patch16_stride8_224` under the original's name."""
+    name = "vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    return _create_vim(name, pretrained, {**_TINY_SIZE, **_STRIDE8}, **kwargs)
+
+
+@register_model
+def vim_small_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2(
+    pretrained: bool = False, **kwargs: Any
+) -> VisionMamba:
+    """`vim_small_patch16_224` under the original's name."""
+    name = "vim_small_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    return _create_vim(name, pretrained, _SMALL_SIZE, **kwargs)
+
+
+@register_model
+def vim_small_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2(
+    pretrained: bool = False, **kwargs: Any
+) -> VisionMamba:
+    """`vim_small_patch16_stride8_224` under the original's name."""
+    name = "vim_small_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    return _create_vim(name, pretrained, {**_SMALL_SIZE, **_STRIDE8}, **kwargs)
+
+
+@register_model
+def vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2(
+    pretrained: bool = False, **kwargs: Any
+) -> VisionMamba:
+    """`vim_base_patch16_224` under the original's name."""
+    name = "vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2"
+    return _create_vim(name, pretrained, _BASE_SIZE, **kwargs)
+
+
+@register_model
+def vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual_with_cls_token(
+    pretrained: bool = False, **kwargs: Any
+) -> VisionMamba:
+    """The first Vim-Ti, retired by its authors: class token first, rotary tables, directions summed; 73.1 % top-1."""
+    name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual_with_cls_token"
+    old = {"cls_position": "head", "rotary": "residual", "merge": "sum"}
+    return _create_vim(name, pretrained, {**_TINY_SIZE, **old}, **kwargs)

@@ -1,0 +1,392 @@
+"""Vision Mamba (Zhu et al. 2024, arXiv:2401.09417): the model, without its named variants."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import calculate_drop_path_rates
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from vim.layers import Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
+from vim.layers.init import init_head, init_patch_embed, init_token
+from vim.layers.mixer import Directions, Merge
+from vim.layers.patch_embed import Size
+from vim.layers.pos_embed import (
+    CLS_POSITIONS,
+    cls_indices,
+    extract_tokens,
+    insert_tokens,
+    resample_pos_embed,
+)
+
+ClsPosition = Literal["none", "head", "middle", "double", "random"]
+GlobalPool = Literal["token", "avg", "max", "last", ""]
+_NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class VisionMamba(nn.Module):
+    """Vision Mamba: patches and a class token, `depth` bidirectional Mamba blocks, a norm, a linear head.
+
+    Args:
+        img_size: (height, width) or a side, in pixels.
+        patch_size: Likewise; the extent of a patch.
+        patch_stride: Likewise; the step between patches. `None` is the patch size.
+        in_chans: Channels of the image.
+        num_classes: Outputs of the head; 0 leaves the head out and the model returns features.
+        global_pool: What enters the head: "token" (the class token, the mean of both when "double"), "avg" (the mean
+            over patches), "last" (the last token), "max" (the maximum over tokens of each class' logit), "" (every
+            token). "last" and "max" need a model without a class token. `None` is "token", or "avg" without one.
+        embed_dim: Width of the tokens.
+        depth: Number of blocks.
+        d_state, d_conv, expand, dt_rank, conv_bias, bias, directions, merge, layer_scale: See `vim.Mamba`.
+        cls_position: Where the class token stands: "none", "head", "middle", "double" (a token at each end) or
+            "random" (drawn anew in each call).
+        pos_embed: "learn" (a vector per token, class token included) or "none".
+        rotary: Rotate tokens before each block: "none", "hidden" (the hidden state), "residual" (and the residual).
+        rotary_side: Side of the grid on which the rotary frequencies are defined.
+        pairwise_layers: Blocks 2i and 2i + 1 read the same input, the second one reversed, and their outputs are
+            added. A last block without a partner is not used.
+        flip_ratio: Probability that a call reverses the sequences, after the position embedding. The read-out stays at
+            the place where the class token was before, as in the original.
+        token_shuffle: Shuffle the tokens in each call; the class token is read where it ended up.
+        norm: "rms" or "layer".
+        norm_eps: Added to the mean square or the variance.
+        drop_rate: Dropout before the head.
+        pos_drop_rate: Dropout after the position embedding.
+        drop_path_rate: Stochastic depth at the last block, rising linearly from 0.
+        dynamic_img_size: Accept images of any size, resampling the position embedding in each call.
+        dynamic_img_pad: Pad images until patches cover them.
+        device, dtype: Of the parameters.
+
+    Shape:
+        (batch, in_chans, height, width) -> (batch, num_classes).
+
+    Raises:
+        TypeError: An argument is unknown.
+        ValueError: A size or a kind is wrong, or two do not go together; the message names them.
+
+    Source: Zhu et al. 2024, arXiv:2401.09417, section 3; Tables 4 and 5 compare `directions` and `cls_position`.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        patch_stride: Size | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: GlobalPool | None = None,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        conv_bias: bool = True,
+        bias: bool = False,
+        directions: Directions = "v2",
+        merge: Merge = "mean",
+        layer_scale: float | None = None,
+        cls_position: ClsPosition = "middle",
+        pos_embed: Literal["learn", "none"] = "learn",
+        rotary: Literal["none", "hidden", "residual"] = "none",
+        rotary_side: int = 14,
+        pairwise_layers: bool = False,
+        flip_ratio: float = 0.0,
+        token_shuffle: bool = False,
+        norm: Literal["rms", "layer"] = "rms",
+        norm_eps: float = 1e-5,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_kinds(cls_position=cls_position, pos_embed=pos_embed, rotary=rotary, norm=norm)
+        _check_rates(
+            flip_ratio=flip_ratio, drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, drop_path_rate=drop_path_rate
+        )
+        _check_counts(num_classes=num_classes, depth=depth)
+        if rotary != "none" and cls_position == "double":
+            raise ValueError("rotary tables do not fit cls_position='double': the tokens at both ends have no cell")
+        self.cls_position, self.rotary = cls_position, rotary
+        self.global_pool = self._check_pool(global_pool)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.depth = depth
+        self.num_prefix_tokens = len(cls_indices(cls_position, 0))
+        self.pairwise_layers = pairwise_layers
+        self.flip_ratio, self.token_shuffle = flip_ratio, token_shuffle
+        self.drop_rate = drop_rate
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        # Registered in the order of the released state dicts, which optimizer states kept by index rely on.
+        for name in self._cls_names():
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, embed_dim, **place)))
+        self.patch_embed = PatchEmbed(
+            img_size,
+            patch_size,
+            patch_stride,
+            in_chans,
+            embed_dim,
+            strict_img_size=not dynamic_img_size,
+            dynamic_img_pad=dynamic_img_pad,
+            **place,
+        )
+        tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **place)) if pos_embed == "learn" else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        if rotary != "none":
+            self.rope = GridRotary(embed_dim, self.patch_embed.grid_size, rotary_side, **place)
+        self.head = self._make_head(num_classes, place)
+        self.drop_path = Block.make_drop_path(drop_path_rate)
+        # A block drops what the block before it added: the first two never do, and the final norm drops the last.
+        rates = [0.0, *calculate_drop_path_rates(drop_path_rate, depth)]
+        self.layers = nn.ModuleList(
+            Block(
+                Mamba(
+                    embed_dim,
+                    d_state=d_state,
+                    d_conv=d_conv,
+                    expand=expand,
+                    dt_rank=dt_rank,
+                    conv_bias=conv_bias,
+                    bias=bias,
+                    directions=directions,
+                    merge=merge,
+                    layer_scale=layer_scale,
+                    **place,
+                ),
+                _NORMS[norm](embed_dim, eps=norm_eps, **place),
+                drop_path=rates[i],
+            )
+            for i in range(depth)
+        )
+        self.norm_f = _NORMS[norm](embed_dim, eps=norm_eps, **place)
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [
+            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
+        self.init_weights(needs_reset=False)
+
+    def _cls_names(self) -> list[str]:
+        if self.cls_position == "double":
+            return ["cls_token_head", "cls_token_tail"]
+        return [] if self.cls_position == "none" else ["cls_token"]
+
+    def _make_head(self, num_classes: int, place: dict[str, Any]) -> nn.Module:
+        return nn.Linear(self.embed_dim, num_classes, **place) if num_classes > 0 else nn.Identity()
+
+    def _check_pool(self, global_pool: str | None) -> str:
+        has_token = self.cls_position != "none"
+        if global_pool is None:
+            return "token" if has_token else "avg"
+        allowed = ("token", "avg", "") if has_token else ("avg", "max", "last", "")
+        if global_pool not in allowed:
+            place = f"with cls_position={self.cls_position!r}"
+            raise ValueError(f"global_pool must be one of {list(allowed)} {place}, got {global_pool!r}")
+        return global_pool
+
+    @torch.no_grad()
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Draw all parameters and fill all tables, as the original does.
+
+        Args:
+            mode: Only "" exists; there for timm's signature.
+            needs_reset: Also reset what modules draw themselves when they are built. After `to_empty` this is needed.
+
+        Raises:
+            ValueError: `mode` is another one.
+        """
+        if mode:
+            raise ValueError(f"mode must be '', got {mode!r}")
+        if needs_reset:
+            for module in self.modules():
+                if isinstance(module, Mamba):
+                    module.reset_parameters()
+                elif isinstance(module, GridRotary):
+                    module.init_tables()
+                elif isinstance(module, (RMSNorm, LayerNorm)):
+                    module.reset_parameters()
+        init_patch_embed(self.patch_embed.proj)
+        init_head(self.head)
+        for name in self._cls_names():
+            init_token(self.get_parameter(name))
+        if self.pos_embed is not None:
+            init_token(self.pos_embed)
+        for module in self.modules():
+            if isinstance(module, Mamba):
+                module.init_in_model(self.depth)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the original excludes from weight decay, besides one-dimensional ones."""
+        return {"pos_embed", "cls_token", "dist_token", "cls_token_head", "cls_token_tail"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that sort parameters into layers, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed|^rope",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
+        """Put a new head of `num_classes` outputs in place (0: none), and change the pooling unless `None`."""
+        _check_counts(num_classes=num_classes, depth=self.depth)
+        if global_pool is not None:
+            self.global_pool = self._check_pool(global_pool)
+        self.num_classes = num_classes
+        weight = self.norm_f.weight
+        self.head = self._make_head(num_classes, {"device": weight.device, "dtype": weight.dtype})
+        init_head(self.head)
+        self.head.train(self.training)
+
+    @torch.no_grad()
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Change the image size, and the patch size; position embedding, tables and filters are resampled."""
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        new_grid = self.patch_embed.grid_size
+        if self.pos_embed is not None and new_grid != old_grid:
+            resampled = resample_pos_embed(self.pos_embed, old_grid, new_grid, self.cls_position)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        if self.rotary != "none" and new_grid != old_grid:
+            table = self.rope.freqs_cos
+            self.rope = GridRotary(
+                self.embed_dim, new_grid, self.rope.pretrained_side, device=table.device, dtype=table.dtype
+            )
+
+    def _embed(
+        self, x: Tensor, cls_index: int | None, token_order: Tensor | None
+    ) -> tuple[Tensor, tuple[int, ...], bool]:
+        """Tokens in scan order (batch, len, embed_dim), the places of the class tokens, and whether it is reversed."""
+        height, width = x.shape[-2:]
+        x = self.patch_embed(x)
+        grid = self.patch_embed.dynamic_feat_size((height, width))
+        batch, num_patches, _ = x.shape
+        if self.cls_position == "random":
+            if cls_index is None:
+                cls_index = int(torch.randint(num_patches + 1, ()))
+            indices: tuple[int, ...] = (cls_index,)
+        else:
+            indices = cls_indices(self.cls_position, num_patches)
+        tokens = [getattr(self, name).expand(batch, -1, -1) for name in self._cls_names()]
+        x = insert_tokens(x, tokens, indices)
+        if self.pos_embed is not None:
+            x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
+        x = self.pos_drop(x)
+        if self.token_shuffle or token_order is not None:
+            order = torch.randperm(x.shape[1], device=x.device) if token_order is None else token_order
+            x = x[:, order]
+            # Each class token is where the order holds its old place.
+            indices = tuple(int((order == i).nonzero()) for i in indices)
+        flipped = self.flip_ratio > 0 and (self.flip_ratio == 1 or float(torch.rand(())) < self.flip_ratio)
+        return x.flip(1) if flipped else x, indices, flipped
+
+    def _rotate(self, tokens: Tensor, flipped: bool) -> Tensor:
+        return self.rope(tokens.flip(1)).flip(1) if flipped else self.rope(tokens)
+
+    def _run_layers(self, x: Tensor, flipped: bool) -> tuple[Tensor, Tensor | None]:
+        """Hidden state and residual after the last block, (batch, len, embed_dim) each."""
+        residual: Tensor | None = None
+        step = 2 if self.pairwise_layers else 1
+        for i in range(0, self.depth - self.depth % step, step):
+            if self.rotary != "none":
+                x = self._rotate(x, flipped)
+                if residual is not None and self.rotary == "residual":
+                    residual = self._rotate(residual, flipped)
+            if self.pairwise_layers:
+                reversed_residual = None if residual is None else residual.flip(1)
+                x_b, residual_b = self._run_layer(i + 1, x.flip(1), reversed_residual)
+                x, residual = self._run_layer(i, x, residual)
+                x, residual = x + x_b.flip(1), residual + residual_b.flip(1)
+            else:
+                x, residual = self._run_layer(i, x, residual)
+        return x, residual
+
+    def _run_layer(self, i: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.layers[i], x, residual)
+        return self.layers[i](x, residual)
+
+    def forward_features(self, x: Tensor, cls_index: int | None = None, token_order: Tensor | None = None) -> Tensor:
+        """Tokens after the final norm, the class tokens first, (batch, class tokens + patches, embed_dim).
+
+        Args:
+            x: Images, (batch, in_chans, height, width).
+            cls_index: With cls_position="random", the place of the class token instead of a drawn one.
+            token_order: Permutation of the tokens to apply, (len,), instead of a drawn one.
+        """
+        x, indices, flipped = self._embed(x, cls_index, token_order)
+        x, residual = self._run_layers(x, flipped)
+        x, _ = self.norm_f(self.drop_path(x), residual)
+        # Outside the blocks the class tokens come first; the scan may have them anywhere.
+        tokens, patches = extract_tokens(x, tuple(sorted(indices)))
+        by_place = dict(zip(sorted(indices), tokens, strict=True))
+        return torch.cat([*(by_place[i] for i in indices), patches], dim=1)
+
+    def pool(self, x: Tensor, pool_type: GlobalPool | None = None) -> Tensor:
+        """Reduce tokens as `forward_features` returns them to what enters the head; see `global_pool`."""
+        kind = self.global_pool if pool_type is None else self._check_pool(pool_type)
+        if kind == "token":
+            return x[:, : self.num_prefix_tokens].mean(1) if self.num_prefix_tokens > 1 else x[:, 0]
+        if kind == "avg":
+            return x[:, self.num_prefix_tokens :].mean(1)
+        return x[:, -1] if kind == "last" else x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify tokens as `forward_features` returns them; `pre_logits` stops before the head."""
+        x = F.dropout(self.pool(x), self.drop_rate, self.training)
+        if pre_logits:
+            return x
+        x = self.head(x)
+        return x.max(dim=1).values if self.global_pool == "max" else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (batch, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_kinds(**kinds: str) -> None:
+    known = {
+        "cls_position": CLS_POSITIONS,
+        "pos_embed": ("learn", "none"),
+        "rotary": ("none", "hidden", "residual"),
+        "norm": tuple(_NORMS),
+    }
+    for name, kind in kinds.items():
+        if kind not in known[name]:
+            raise ValueError(f"{name} must be one of {list(known[name])}, got {kind!r}")
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {rate}")
+
+
+def _check_counts(num_classes: int, depth: int) -> None:
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(f"num_classes must be an integer >= 0, got {num_classes!r}")
+    if not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"depth must be an integer >= 1, got {depth!r}")

@@ -1,0 +1,133 @@
+"""Backends of the ops: what exists, what runs here, and why something does not.
+
+An op called `name` is defined in the torch.library namespace `vim` once per family of implementations:
+`vim::name` is the portable one (its kernel is the fastest that is attached for a tensor's device, and the
+reference where none is), `vim::name_reference` is pinned to the reference. A backend is a record that names the
+family; adding a backend is adding a record.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_logger = logging.getLogger(__name__)
+
+WhyNot = Callable[[str, torch.device, torch.dtype], str | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the ops.
+
+    Attributes:
+        name: What users pass as `backend`.
+        suffix: Ending of the op's name in `torch.ops.vim` ("" for the portable family).
+        why_not: Takes (op, device, dtype); `None` when usable for such input, otherwise a sentence for the user.
+    """
+
+    name: str
+    suffix: str
+    why_not: WhyNot
+
+
+_ops: list[str] = []
+# In order of preference: the first that can run is the default.
+_backends: list[Backend] = []
+
+
+def register_op_name(op: str) -> None:
+    """Make `op` known to `available_backends`."""
+    _ops.append(op)
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend in front of those registered before: the newest is preferred."""
+    _backends.insert(0, backend)
+    _choose.cache_clear()
+
+
+def available_backends(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """Names of the backends that can run `op` on tensors of this device and dtype, the preferred one first.
+
+    Raises:
+        ValueError: `op` is unknown; the message lists the known ones.
+    """
+    _check_op(op)
+    device = torch.device(device)
+    return tuple(b.name for b in _backends if b.why_not(op, device, dtype) is None)
+
+
+def unavailable_backends(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
+    """The backends that cannot run `op` here, each with the reason in words.
+
+    Raises:
+        ValueError: `op` is unknown; the message lists the known ones.
+    """
+    _check_op(op)
+    device = torch.device(device)
+    reasons = {b.name: b.why_not(op, device, dtype) for b in _backends}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The torch op that runs `op` on tensors like `tensor`.
+
+    Args:
+        op: Name of the op.
+        backend: Name of a backend, or `None` for the fastest that applies.
+        tensor: Decides device and dtype.
+
+    Raises:
+        ValueError: No backend has that name.
+        RuntimeError: The named backend cannot run here; the message says why.
+    """
+    return getattr(torch.ops.vim, op + _suffix(op, backend, tensor.device.type, tensor.dtype))
+
+
+@torch.compiler.assume_constant_result
+def _suffix(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    return _choose(op, backend, device_type, dtype)
+
+
+@functools.cache
+def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    device = torch.device(device_type)
+    if backend is not None:
+        record = {b.name: b for b in _backends}.get(backend)
+        if record is None:
+            names = sorted(b.name for b in _backends)
+            raise ValueError(f"backend must be one of {names} or None, got {backend!r}")
+        reason = record.why_not(op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} {dtype}: {reason}")
+        return record.suffix
+    for record in _backends:
+        reason = record.why_not(op, device, dtype)
+        if reason is None:
+            # The portable family also holds the reference, so that graphs saved here run fast elsewhere.
+            return "" if record.name == "reference" else record.suffix
+        _warn_once(record.name, device_type, reason)
+    raise AssertionError("the reference backend runs everywhere")
+
+
+@functools.cache
+def _warn_once(name: str, device_type: str, reason: str) -> None:
+    _logger.warning("backend %r is not used on %s: %s", name, device_type, reason)
+
+
+def _check_op(op: str) -> None:
+    if op not in _ops:
+        raise ValueError(f"op must be one of {sorted(_ops)}, got {op!r}")
+
+
+register_backend(Backend("reference", "_reference", lambda op, device, dtype: None))

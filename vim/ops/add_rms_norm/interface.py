@@ -1,0 +1,51 @@
+"""`add_rms_norm`: what users call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vim.ops._backends import resolve_backend
+from vim.ops._checks import FLOATING, check_device, check_operand
+from vim.ops._layout import accumulate_dtype
+from vim.ops.add_rms_norm import library as library
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add a residual and normalise the sum by its root mean square over the last axis.
+
+        r = x + residual;    y = r / sqrt(mean(r^2) + eps) * weight
+
+    Args:
+        x: Input, (..., dim); float32, bfloat16, float16 or float64. Any strides.
+        residual: Like `x`, in any floating dtype (float32 in a model); `None` where there is none yet.
+        weight: Scale, (dim,).
+        eps: Added to the mean square, > 0.
+        backend: Name of a backend (see `available_backends`), or `None` for the fastest that applies.
+
+    Returns:
+        y in the dtype of `x`, and r in float32 (float64 for float64 input): the residual of the next block.
+
+    Raises:
+        ValueError: A shape or device disagrees with `x`, `dim` is 0, or `eps` is not positive.
+        TypeError: An argument is no floating tensor.
+        RuntimeError: The named backend cannot run here; the message says why.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor (..., dim), got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., dim) with dim > 0, got shape {tuple(x.shape)}")
+    check_operand("weight", weight, (x.shape[-1],), "(dim,)", x, "x")
+    if residual is not None:
+        check_operand("residual", residual, x.shape, "(..., dim)", x, "x")
+        check_device("residual", residual, x, "x")
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps}")
+    acc = accumulate_dtype(x.dtype)
+    op = resolve_backend("add_rms_norm", backend, x)
+    return op(x, None if residual is None else residual.to(acc), weight.to(acc), eps)

@@ -1,0 +1,40 @@
+"""Residual addition and RMSNorm in plain PyTorch: the specification of every other backend.
+
+    r = x + residual
+    y = r / sqrt(mean(r^2) + eps) * weight
+
+over the last axis. r is float32 (float64 for float64 input) and is what the next block receives as its residual.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vim.ops._layout import accumulate_dtype
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y in the dtype of `x`, and r."""
+    acc = accumulate_dtype(x.dtype)
+    r = x.to(acc, copy=True) if residual is None else x + residual
+    r = r.contiguous()
+    return (r * inverse_rms(r, eps) * weight).to(x.dtype), r
+
+
+def add_rms_norm_backward(
+    dy: Tensor | None, dr: Tensor | None, r: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of r (that of both x and residual) and of weight; a missing gradient counts as zero."""
+    total = torch.zeros_like(r) if dr is None else dr.to(r.dtype, copy=True)
+    if dy is None:
+        return total, torch.zeros_like(weight)
+    normed = r * inverse_rms(r, eps)
+    scaled = dy.to(r.dtype) * weight
+    total += inverse_rms(r, eps) * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return total, (dy.to(r.dtype) * normed).sum(tuple(range(r.dim() - 1)))
+
+
+def inverse_rms(r: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(r^2) + eps), (..., 1)."""
+    return torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)

@@ -1,0 +1,1 @@
+"""Depthwise convolution of both directions, channel-last."""

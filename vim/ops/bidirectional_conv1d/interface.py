@@ -1,0 +1,57 @@
+"""`bidirectional_conv1d`: what users call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vim.ops._backends import resolve_backend
+from vim.ops._checks import check_activation, check_length, check_operand
+from vim.ops._layout import accumulate_dtype
+from vim.ops.bidirectional_conv1d import library as library
+from vim.ops.causal_conv1d.interface import check_filter
+
+
+def bidirectional_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with a causal and an anti-causal filter, and apply SiLU, from one read of `x`.
+
+        out[l]   = silu(bias   + sum_k weight[k]   x[l - (width - 1) + k])
+        out_b[l] = silu(bias_b + sum_k weight_b[k] x[l + (width - 1) - k])
+
+    Args:
+        x: Input, (batch, len, dim); float32, bfloat16, float16 or float64. Any strides.
+        weight, weight_b: Filters of the two directions, (dim, width) each; widths may differ.
+        bias, bias_b: Per channel, (dim,), or `None`.
+        backend: Name of a backend (see `available_backends`), or `None` for the fastest that applies.
+
+    Returns:
+        out and out_b, each contiguous, with the shape and dtype of `x`; arithmetic is float32 (float64 for float64
+        input).
+
+    Raises:
+        ValueError: A shape or device disagrees with `x`, or `len` is 0.
+        TypeError: An argument is no floating tensor.
+        RuntimeError: The named backend cannot run here; the message says why.
+
+    Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1, lines 5 to 7.
+    """
+    check_activation("x", x, "(batch, len, dim)")
+    check_length("x", x.shape[1])
+    dim = x.shape[2]
+    for name, w in (("weight", weight), ("weight_b", weight_b)):
+        check_filter(name, w, dim, x)
+    for name, b in (("bias", bias), ("bias_b", bias_b)):
+        if b is not None:
+            check_operand(name, b, (dim,), "(dim,)", x, "x")
+    acc = accumulate_dtype(x.dtype)
+    bias = None if bias is None else bias.to(acc)
+    bias_b = None if bias_b is None else bias_b.to(acc)
+    op = resolve_backend("bidirectional_conv1d", backend, x)
+    return op(x, weight.to(acc), bias, weight_b.to(acc), bias_b)

@@ -1,0 +1,1 @@
+"""Selective scans of both directions with projection, gate and merge, channel-last."""

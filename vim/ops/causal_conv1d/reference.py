@@ -1,0 +1,55 @@
+"""Depthwise causal convolution in plain PyTorch: the specification of every other backend.
+
+    out[l] = silu(bias + sum_k weight[k] x[l - (width - 1) + k])
+
+with zeros before the first token. `reverse` mirrors it: out[l] sees x[l] and the tokens after it, the last tap of
+`weight` always falling on x[l]. Arithmetic is float32, or float64 for float64 input.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim.ops._layout import accumulate_dtype, empty_like_layout
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    """Return out, (batch, dim, len)."""
+    out = convolve(x.to(accumulate_dtype(x.dtype)), weight, reverse)
+    if bias is not None:
+        out = out + bias[:, None]
+    return empty_like_layout(x).copy_(F.silu(out) if silu else out)
+
+
+def causal_conv1d_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dweight and dbias (empty without a bias)."""
+    acc = accumulate_dtype(x.dtype)
+    grad = dout.to(acc)
+    if silu:
+        before = convolve(x.to(acc), weight, reverse) + (0 if bias is None else bias[:, None])
+        gate = torch.sigmoid(before)
+        grad = grad * gate * (1 + before * (1 - gate))
+    # The gradient of a causal convolution is the same convolution in the other direction.
+    dx = empty_like_layout(x).copy_(convolve(grad, weight, not reverse))
+    dweight = torch.stack([(grad * tap).sum((0, 2)) for tap in taps(x.to(acc), weight.shape[1], reverse)], dim=1)
+    return dx, dweight, x.new_empty(0, dtype=acc) if bias is None else grad.sum((0, 2))
+
+
+def convolve(x: Tensor, weight: Tensor, reverse: bool) -> Tensor:
+    """Causal sum of taps, (batch, dim, len)."""
+    out = torch.zeros_like(x)
+    for k, tap in enumerate(taps(x, weight.shape[1], reverse)):
+        out = out + weight[:, k, None] * tap
+    return out
+
+
+def taps(x: Tensor, width: int, reverse: bool) -> list[Tensor]:
+    """What each tap of the filter sees: `x` shifted, zeros moving in, (batch, dim, len) each."""
+    seqlen = x.shape[-1]
+    padded = F.pad(x, (0, width - 1) if reverse else (width - 1, 0))
+    starts = range(width - 1, -1, -1) if reverse else range(width)
+    return [padded[..., start : start + seqlen] for start in starts]

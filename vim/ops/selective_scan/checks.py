@@ -1,0 +1,86 @@
+"""What `selective_scan` accepts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vim.ops._checks import FLOATING, check_activation, check_device, check_length, check_like, check_operand
+from vim.ops._layout import accumulate_dtype
+
+
+def check_scan_inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless the inputs belong together."""
+    check_activation("u", u, "(batch, dim, len)")
+    dim, seqlen = u.shape[1:]
+    check_length("u", seqlen)
+    check_like("delta", delta, u.shape, "(batch, dim, len)", u, "u")
+    _check_decay(A, u)
+    _check_map("B", B, A, u)
+    _check_map("C", C, A, u)
+    if D is not None:
+        check_operand("D", D, (dim,), "(dim,)", u, "u")
+    if z is not None:
+        check_like("z", z, u.shape, "(batch, dim, len)", u, "u")
+    if delta_bias is not None:
+        check_operand("delta_bias", delta_bias, (dim,), "(dim,)", u, "u")
+
+
+def _check_decay(A: Tensor, u: Tensor) -> None:
+    if not isinstance(A, Tensor):
+        raise TypeError(f"A must be a tensor (dim, d_state), got {type(A).__name__}")
+    if A.dim() != 2 or A.shape[0] != u.shape[1] or A.shape[1] == 0:
+        raise ValueError(f"A must be (dim, d_state) with dim = {u.shape[1]} as in u, got {tuple(A.shape)}")
+    if A.dtype not in (*FLOATING, torch.complex64, torch.complex128):
+        raise TypeError(f"A must be floating or complex, got {A.dtype}")
+    check_device("A", A, u, "u")
+
+
+def _check_map(name: str, B: Tensor, A: Tensor, u: Tensor) -> None:
+    """B and C: (dim, d_state), (batch, d_state, len) or (batch, groups, d_state, len)."""
+    if not isinstance(B, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(B).__name__}")
+    batch, dim, seqlen = u.shape
+    d_state = A.shape[1]
+    if B.dim() == 2:
+        _check_constant_map(name, B, A)
+    elif B.dim() in (3, 4):
+        # With a complex A the last axis holds (re, im) pairs.
+        length = 2 * seqlen if A.is_complex() else seqlen
+        groups = B.shape[1] if B.dim() == 4 else 1
+        if B.dim() == 4 and (groups == 0 or dim % groups):
+            raise ValueError(f"{name} must have groups that divide dim = {dim}, got {groups} groups")
+        shape = (batch, d_state, length) if B.dim() == 3 else (batch, groups, d_state, length)
+        axes = "(batch, d_state, len)" if B.dim() == 3 else "(batch, groups, d_state, len)"
+        check_like(name, B, shape, axes, u, "u")
+    else:
+        raise ValueError(
+            f"{name} must be (dim, d_state), (batch, d_state, len) or (batch, groups, d_state, len), "
+            f"got shape {tuple(B.shape)}"
+        )
+    check_device(name, B, u, "u")
+
+
+def _check_constant_map(name: str, B: Tensor, A: Tensor) -> None:
+    if B.shape != A.shape:
+        raise ValueError(f"{name} must be (dim, d_state) = {tuple(A.shape)}, got {tuple(B.shape)}")
+    if B.is_complex() != A.is_complex() or not (B.is_complex() or B.dtype in FLOATING):
+        kind = "complex" if A.is_complex() else "floating"
+        raise TypeError(f"{name} must be {kind} as A is {A.dtype}, got {B.dtype}")
+
+
+def decay_dtype(A: Tensor, u: Tensor) -> torch.dtype:
+    """Dtype in which A and constant B and C enter the kernels."""
+    real = accumulate_dtype(u.dtype)
+    if not A.is_complex():
+        return real
+    return torch.complex128 if real == torch.float64 else torch.complex64

@@ -1,0 +1,72 @@
+"""`selective_scan`: what users call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vim.ops._backends import resolve_backend
+from vim.ops._checks import needs_grad
+from vim.ops._layout import CHECKPOINT_EVERY, accumulate_dtype
+from vim.ops.selective_scan import library as library
+from vim.ops.selective_scan.checks import check_scan_inputs, decay_dtype
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run Mamba's selective recurrence along the last axis.
+
+        h[l] = exp(delta[l] A) h[l-1] + delta[l] B[l] u[l];    y[l] = (<C[l], h[l]> + D u[l]) silu(z[l])
+
+    Every input gets a gradient. States, A, softplus and sums are float32 (float64 for float64 input), under autocast
+    and for half inputs too.
+
+    Args:
+        u: Input, (batch, dim, len); float32, bfloat16, float16 or float64. Any strides.
+        delta: Step size, like `u`.
+        A: Decay, negative in a stable model, (dim, d_state); real or complex. With a complex A, y is 2 Re<C, h>.
+        B: Input map, in the dtype of `u`: (batch, d_state, len), or (batch, groups, d_state, len) where consecutive
+            dim / groups channels share a group, or constant, (dim, d_state). With a complex A the last axis of the
+            first two kinds holds (re, im) pairs, 2 len numbers, and the constant kind is complex.
+        C: Output map, like `B` (the two may be of different kinds).
+        D: Skip connection per channel, (dim,); `None` leaves the term out.
+        z: Gate, like `u`; `None` leaves the gate out.
+        delta_bias: Added to `delta` before softplus, (dim,).
+        delta_softplus: Apply softplus to `delta`.
+        return_last_state: Also return the state after the last step of the scan.
+        reverse: Scan from the last token to the first, without a flipped copy.
+        backend: Name of a backend (see `available_backends`), or `None` for the fastest that applies.
+
+    Returns:
+        Same shape and dtype as `u`; with `return_last_state` also the last state, (batch, dim, d_state), in the
+        dtype of the recurrence.
+
+    Raises:
+        ValueError: A shape, dtype or device disagrees with `u`, or `len` is 0; the message names both values.
+        TypeError: An argument is no tensor, or of a dtype that no scan has.
+        RuntimeError: The named backend cannot run here; the message says why.
+
+    Source: Gu and Dao 2023, arXiv:2312.00752, Algorithm 2; argument order of mamba-ssm's `selective_scan_fn`.
+    """
+    check_scan_inputs(u, delta, A, B, C, D, z, delta_bias)
+    acc, decay = accumulate_dtype(u.dtype), decay_dtype(A, u)
+    B = B.to(decay) if B.dim() == 2 else B
+    C = C.to(decay) if C.dim() == 2 else C
+    D = None if D is None else D.to(acc)
+    delta_bias = None if delta_bias is None else delta_bias.to(acc)
+    op = resolve_backend("selective_scan", backend, u)
+    every = CHECKPOINT_EVERY if needs_grad(u, delta, A, B, C, D, z, delta_bias) else 0
+    out, last_state, _ = op(u, delta, A.to(decay), B, C, D, z, delta_bias, delta_softplus, reverse, every)
+    return (out, last_state) if return_last_state else out
