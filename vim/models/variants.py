@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
 from vim.layers.pos_embed import resample_pos_embed
 from vim.models.vision_mamba import VisionMamba
-
-# The released files hold the arguments of their training run, a plain record, beside the weights. Allowing it by name
-# keeps torch's restricted unpickler in force for everything else.
-torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:

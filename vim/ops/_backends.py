@@ -36,14 +36,15 @@ class Backend:
     why_not: WhyNot
 
 
-_ops: list[str] = []
+# Each op's reference: plain PyTorch, differentiable without any registration.
+_references: dict[str, Callable[..., Any]] = {}
 # In order of preference: the first that can run is the default.
 _backends: list[Backend] = []
 
 
-def register_op_name(op: str) -> None:
-    """Make `op` known to `available_backends`."""
-    _ops.append(op)
+def register_reference(op: str, reference: Callable[..., Any]) -> None:
+    """Make `op` known, with the implementation that needs nothing but PyTorch."""
+    _references[op] = reference
 
 
 def register_backend(backend: Backend) -> None:
@@ -91,6 +92,9 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
         ValueError: No backend has that name.
         RuntimeError: The named backend cannot run here; the message says why.
     """
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        # torch.func transforms (grad, vmap, jvp, ...) do not support registered ops with a gradient.
+        return _references[op]
     return getattr(torch.ops.vim, op + _suffix(op, backend, tensor.device.type, tensor.dtype))
 
 
@@ -126,8 +130,8 @@ def _warn_once(name: str, device_type: str, reason: str) -> None:
 
 
 def _check_op(op: str) -> None:
-    if op not in _ops:
-        raise ValueError(f"op must be one of {sorted(_ops)}, got {op!r}")
+    if op not in _references:
+        raise ValueError(f"op must be one of {sorted(_references)}, got {op!r}")
 
 
 register_backend(Backend("reference", "_reference", lambda op, device, dtype: None))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from vim.ops._backends import register_op_name
+from vim.ops._backends import register_reference
 
 # The portable family and the one that is pinned to the reference (see `_backends`).
 _FAMILIES = ("", "_reference")
@@ -40,15 +40,18 @@ def define_op(
         register_flop_formula(getattr(torch.ops.vim, name + family))(_without_output_shape(flops))
 
 
-def define_autograd(name: str, *, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+def define_autograd(
+    name: str, *, reference: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> None:
     """Connect `vim::name` with `vim::name_backward`, each family with its own.
 
     Args:
         name: Name of the forward op; the backward op is `name_backward`.
+        reference: The forward op's reference.
         save: `setup_context` of torch.library.register_autograd.
         backward: Takes (backward op, forward op, ctx, *grads); returns a gradient or `None` for each input.
     """
-    register_op_name(name)
+    register_reference(name, reference)
     for family in _FAMILIES:
         forward_op = getattr(torch.ops.vim, name + family).default
         backward_op = getattr(torch.ops.vim, f"{name}_backward{family}").default

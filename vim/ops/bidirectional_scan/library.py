@@ -71,4 +71,4 @@ define_op(
     fake=_backward_fake,
     flops=_backward_flops,
 )
-define_autograd("bidirectional_scan", save=_save, backward=_backward)
+define_autograd("bidirectional_scan", reference=reference.bidirectional_scan, save=_save, backward=_backward)

@@ -58,4 +58,4 @@ define_op(
     fake=_backward_fake,
     flops=_backward_flops,
 )
-define_autograd("causal_conv1d", save=_save, backward=_backward)
+define_autograd("causal_conv1d", reference=reference.causal_conv1d, save=_save, backward=_backward)

@@ -117,4 +117,4 @@ define_op(
     fake=_backward_fake,
     flops=_backward_flops,
 )
-define_autograd("selective_scan", save=_save, backward=_backward)
+define_autograd("selective_scan", reference=reference.selective_scan, save=_save, backward=_backward)

@@ -1,0 +1,425 @@
+"""The model's surface: names in timm, kinds, pooling, sizes, initialisation, compilation, bad arguments."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
+
+import vim
+from tests.helpers import assert_close
+from vim.layers.pos_embed import extract_tokens
+
+SIZES = {
+    "vim_tiny_patch16_224": 7_148_008,
+    "vim_small_patch16_224": 25_796_584,
+    "vim_base_patch16_224": 97_598_440,
+    "vim_tiny_patch16_stride8_224": 7_250_344,
+    "vim_small_patch16_stride8_224": 26_001_256,
+}
+LONG_NAMES = {
+    "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2": "vim_tiny_patch16_224",
+    "vim_small_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2": "vim_small_patch16_224",
+    "vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2": (
+        "vim_tiny_patch16_stride8_224"
+    ),
+    "vim_small_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2": (
+        "vim_small_patch16_stride8_224"
+    ),
+    "vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2": "vim_base_patch16_224",
+}
+ROPE_TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual_with_cls_token"
+FILES = {
+    "vim_tiny_patch16_224": ("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
+    "vim_tiny_patch16_stride8_224": ("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"),
+    "vim_small_patch16_224": ("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
+    "vim_small_patch16_stride8_224": ("hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
+    "vim_base_patch16_224": ("hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
+    ROPE_TINY: ("hustvl/Vim-tiny", "vim_tiny_73p1.pth"),
+}
+
+
+def small(**kwargs) -> vim.VisionMamba:
+    """A model small enough for tests."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_classes": 10, "d_state": 4}
+    return vim.VisionMamba(**{**sizes, **kwargs})
+
+
+def images(*size: int) -> torch.Tensor:
+    """Two random images."""
+    return torch.randn(2, 3, *(size or (32, 32)), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", [*SIZES, *LONG_NAMES])
+def test_registered_sizes(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == SIZES[LONG_NAMES.get(name, name)]
+    assert model.depth == 24
+
+
+def test_the_retired_rope_model():
+    with torch.device("meta"):
+        model = timm.create_model(ROPE_TINY)
+    assert (model.cls_position, model.rotary) == ("head", "residual")
+    assert all(block.mixer.merge == "sum" for block in model.layers)
+    assert {"rope.freqs_cos", "rope.freqs_sin"} < set(model.state_dict())
+
+
+@pytest.mark.parametrize("name", [*SIZES, *LONG_NAMES, ROPE_TINY])
+def test_default_cfg_is_the_originals_evaluation(name):
+    cfg = timm.get_pretrained_cfg(name)
+    assert (cfg.hf_hub_id, cfg.hf_hub_filename) == FILES[LONG_NAMES.get(name, name)]
+    data = resolve_data_config(pretrained_cfg=cfg.to_dict())
+    assert data["input_size"] == (3, 224, 224)
+    assert (data["crop_pct"], data["interpolation"]) == (0.875, "bicubic")
+    assert (data["mean"], data["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert (cfg.first_conv, cfg.classifier) == ("patch_embed.proj", "head")
+
+
+def test_create_model_as_in_the_originals_examples():
+    model = timm.create_model(
+        "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2",
+        pretrained=False,
+        num_classes=10,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        drop_block_rate=None,
+        img_size=64,
+        depth=2,
+    )
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+    assert not any(isinstance(m, timm.layers.DropPath) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["if_cls_token", "img_sise", "qkv_bias"])
+def test_a_misspelt_argument_is_an_error(name):
+    with pytest.raises(TypeError, match=name):
+        small(**{name: True})
+    with pytest.raises(TypeError, match=name):
+        timm.create_model("vim_tiny_patch16_224", **{name: True})
+
+
+BAD_ARGUMENTS = {
+    "cls_position": ("end", r"cls_position must be one of \['none', 'head', 'middle', 'double', 'random'\], got 'end'"),
+    "pos_embed": ("sin", "pos_embed must be one of .*'sin'"),
+    "rotary": ("both", "rotary must be one of .*'both'"),
+    "norm": ("batch", "norm must be one of .*'batch'"),
+    "directions": ("four", "directions must be .*'four'"),
+    "merge": ("max", "merge must be .*'max'"),
+    "num_classes": (-1, "num_classes must be an integer >= 0, got -1"),
+    "depth": (0, "depth must be an integer >= 1, got 0"),
+    "embed_dim": (0, "embed_dim must be an integer >= 1, got 0"),
+    "drop_path_rate": (1.5, "drop_path_rate must be between 0 and 1, got 1.5"),
+    "flip_ratio": (-1, "flip_ratio must be between 0 and 1, got -1"),
+    "patch_size": (64, r"img_size must be at least patch_size = \(64, 64\), got \(32, 32\)"),
+    "patch_stride": (0, "patch_stride must be a positive integer.*0"),
+    "global_pool": ("max", r"global_pool must be one of \['token', 'avg', ''\] with cls_position='middle', got 'max'"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_ARGUMENTS))
+def test_bad_arguments(name):
+    value, message = BAD_ARGUMENTS[name]
+    with pytest.raises(ValueError, match=message):
+        small(**{name: value})
+
+
+def test_combinations_that_cannot_be():
+    with pytest.raises(ValueError, match="rotary tables do not fit cls_position='double'"):
+        small(rotary="hidden", cls_position="double")
+    with pytest.raises(ValueError, match=r"even number of patches, got the grid \(3, 3\)"):
+        small(rotary="hidden", img_size=24)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        small(rotary="hidden", embed_dim=30)
+    with pytest.raises(ValueError, match=r"global_pool must be one of \['avg', 'max', 'last', ''\]"):
+        small(cls_position="none", global_pool="token")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match="x must be"):
+        small()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("position", ["none", "head", "middle", "double", "random"])
+def test_forward_features_puts_class_tokens_first(position):
+    model = small(cls_position=position).eval()
+    tokens = model.forward_features(images())
+    assert tokens.shape == (2, 16 + model.num_prefix_tokens, 32)
+    assert model.num_prefix_tokens == {"none": 0, "double": 2}.get(position, 1)
+
+
+def test_the_middle_token_moves_to_the_front_and_patches_keep_their_order():
+    model = small().eval()
+    seen = []
+    model.norm_f.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    canonical = model.forward_features(images())
+    (token,), patches = extract_tokens(seen[0], (8,))
+    assert torch.equal(canonical, torch.cat([token, patches], 1))
+
+
+@pytest.mark.parametrize("size", [32, (24, 40)])
+def test_pooling(size):
+    tokens = torch.randn(2, 18, 32)
+    assert torch.equal(small().pool(tokens[:, :17]), tokens[:, 0])
+    assert torch.equal(small(global_pool="avg").pool(tokens[:, :17]), tokens[:, 1:17].mean(1))
+    assert torch.equal(small(global_pool="").pool(tokens), tokens)
+    assert_close(small(cls_position="double").pool(tokens), (tokens[:, 0] + tokens[:, 1]) / 2, 1e-6)
+    bare = small(cls_position="none", global_pool="max")
+    assert torch.equal(bare.pool(tokens), tokens)
+    assert torch.equal(bare.forward_head(tokens), bare.head(tokens).max(1).values)
+    assert torch.equal(small(cls_position="none", global_pool="last").pool(tokens), tokens[:, -1])
+
+
+def test_classifier():
+    model = small()
+    assert model.get_classifier() is model.head
+    model.reset_classifier(7, "avg")
+    assert model(images()).shape == (2, 7)
+    assert (model.num_classes, model.global_pool) == (7, "avg")
+    model.reset_classifier(0, "")
+    assert model(images()).shape == (2, 17, 32)
+    with pytest.raises(ValueError, match="num_classes must be"):
+        model.reset_classifier(-2)
+
+
+def test_double_class_token_reads_both_ends():
+    model = small(cls_position="double").eval()
+    model.cls_token_tail.data.zero_()
+    before = model(images())
+    model.cls_token_tail.data.normal_()
+    assert not torch.allclose(model(images()), before)
+
+
+def test_a_random_position_is_drawn_in_each_call():
+    model = small(cls_position="random").eval()
+    torch.manual_seed(0)
+    outputs = [model(images()) for _ in range(8)]
+    assert any(not torch.allclose(outputs[0], other) for other in outputs[1:])
+    fixed = [model.forward_head(model.forward_features(images(), cls_index=5)) for _ in range(2)]
+    assert torch.equal(*fixed)
+
+
+def test_token_shuffle_is_drawn_in_each_call():
+    model = small(token_shuffle=True).eval()
+    torch.manual_seed(0)
+    assert not torch.allclose(model(images()), model(images()))
+    same_order = model.forward_features(images(), token_order=torch.arange(17))
+    model.token_shuffle = False
+    assert torch.equal(same_order, model.forward_features(images()))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_flip_ratio(ratio):
+    model = small(flip_ratio=ratio).eval()
+    plain = copy.deepcopy(model)
+    plain.flip_ratio = 0.0
+    straight = plain(images())
+    torch.manual_seed(0)
+    flipped = sum(not torch.allclose(model(images()), straight) for _ in range(40))
+    assert {0.0: flipped == 0, 0.5: 8 < flipped < 32, 1.0: flipped == 40}[ratio]
+
+
+def test_stochastic_depth_as_the_original_schedules_it():
+    model = small(depth=5, drop_path_rate=0.4)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.layers]
+    assert rates == pytest.approx([0.0, 0.0, 0.1, 0.2, 0.3])
+    assert model.drop_path.drop_prob == pytest.approx(0.4)
+    assert small().drop_path.drop_prob == pytest.approx(0.1), "the original's default"
+
+
+def test_stochastic_depth_acts_in_training_only():
+    model = small(drop_path_rate=0.5)
+    torch.manual_seed(0)
+    outputs = [model(images()) for _ in range(8)]
+    assert any(not torch.allclose(outputs[0], other) for other in outputs[1:])
+    model.eval()
+    assert torch.equal(model(images()), model(images()))
+
+
+def test_initialisation_by_moments():
+    torch.manual_seed(0)
+    model = vim.VisionMamba(img_size=64, patch_size=8, embed_dim=256, depth=4, num_classes=500)
+    proj = model.patch_embed.proj
+    assert abs(proj.weight.std().item() * math.sqrt(3 * 64) - 1) < 0.03  # LeCun normal
+    assert proj.weight.abs().max() < 2.3 / math.sqrt(3 * 64), "truncated at two standard deviations"
+    assert torch.count_nonzero(proj.bias) == 0
+    for tensor in (model.pos_embed, model.cls_token, model.head.weight):
+        assert abs(tensor.std().item() / 0.02 - 1) < 0.15
+    assert torch.count_nonzero(model.head.bias) == 0
+    for block in model.layers:
+        bound = math.sqrt(1 / 512)
+        assert abs(block.mixer.out_proj.weight.abs().max().item() / (bound / math.sqrt(4)) - 1) < 0.01
+        assert abs(block.mixer.in_proj.weight.abs().max().item() * 16 - 1) < 0.01
+        assert abs(block.mixer.in_proj.weight.std().item() * 16 * math.sqrt(3) - 1) < 0.02
+        assert torch.equal(block.norm.weight, torch.ones(256))
+    biased = small(bias=True)
+    assert all(torch.count_nonzero(b.mixer.in_proj.bias) == 0 for b in biased.layers)
+    assert all(torch.count_nonzero(b.mixer.out_proj.bias) == 0 for b in biased.layers)
+    assert all(torch.count_nonzero(b.mixer.dt_proj.bias) > 0 for b in biased.layers)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"rotary": "hidden"}, {"norm": "layer", "layer_scale": 0.1, "bias": True}])
+def test_weights_after_meta_and_to_empty(kwargs):
+    with torch.device("meta"):
+        model = small(**kwargs)
+    model = model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(float("nan"))
+    torch.manual_seed(0)
+    model.init_weights()
+    reference = small(**kwargs)
+    for name, tensor in model.state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+        wanted = reference.state_dict()[name]
+        if wanted.numel() > 500:
+            assert abs(tensor.std().item() - wanted.std().item()) <= 0.15 * wanted.std().item(), name
+
+
+def test_set_input_size_equals_a_model_of_that_size():
+    model = small().eval()
+    model.set_input_size((48, 64))
+    other = small(img_size=(48, 64)).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(images(48, 64)), other(images(48, 64)))
+    assert model.pos_embed.shape == (1, 49, 32)
+    assert torch.equal(model.pos_embed[:, 24], small().pos_embed[:, 8]), "the class token's embedding moves along"
+
+
+def test_any_size_at_call_time():
+    model = small(dynamic_img_size=True).eval()
+    fixed = copy.deepcopy(model)
+    fixed.set_input_size((40, 24))
+    assert_close(model(images(40, 24)), fixed(images(40, 24)), 1e-6)
+    padded = small(dynamic_img_size=True, dynamic_img_pad=True).eval()
+    assert padded(images(33, 17)).shape == (2, 10)
+
+
+def test_rotary_tables_follow_the_size():
+    model = small(rotary="residual").eval()
+    model.set_input_size(64)
+    assert model.rope.freqs_cos.shape == (64, 32)
+    assert model(images(64, 64)).shape == (2, 10)
+
+
+def test_gradient_checkpointing_changes_no_number():
+    model = small().train()
+    model.drop_path_rate = 0.0
+    torch.manual_seed(0)
+    model(images()).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    torch.manual_seed(0)
+    model(images()).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], 1e-5, name)
+
+
+def test_deepcopy_pickle_and_state_dict_round_trip():
+    model = small(rotary="hidden").eval()
+    expected = model(images())
+    assert torch.equal(copy.deepcopy(model)(images()), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images()), expected)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = small(rotary="hidden", drop_path_rate=0.0).eval()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(images()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_and_device_arguments(dtype):
+    model = small(dtype=dtype, device="cpu").eval()
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert model(images().to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"directions": "v1"}, {"directions": "none", "pairwise_layers": True}], ids=str)
+def test_compiles_without_graph_breaks(kwargs):
+    model = small(depth=2, drop_path_rate=0.0, **kwargs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(images()), model(images()), 1e-5)
+    actual = torch.autograd.grad(compiled(images()).square().sum(), list(model.parameters()))
+    expected = torch.autograd.grad(model(images()).square().sum(), list(model.parameters()))
+    for got, wanted in zip(actual, expected, strict=True):
+        assert_close(got, wanted, 1e-4)
+
+
+def test_compiles_with_inductor():
+    model = small(depth=1, drop_path_rate=0.0)
+    compiled = torch.compile(model, fullgraph=True)
+    assert_close(compiled(images()), model(images()), 1e-5)
+
+
+def test_exports():
+    model = small(depth=2).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
+    more = torch.cat([images(), images(), images()])
+    assert_close(exported.module()(more), model(more), 1e-6)
+
+
+def test_flops_of_tiny():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = timm.create_model("vim_tiny_patch16_224").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    tokens, dense = 197, 24 * 197 * 384 * (2 * 192 + 2 * 44 + 2 * 12 + 192 + 2 * 4) + 196 * 768 * 192 + 192 * 1000
+    scan = 9 * tokens * 384 * 16 * 2 * 24
+    norms = 25 * 5 * tokens * 192
+    assert counter.get_total_flops() == 2 * dense + scan + norms
+    assert dense == pytest.approx(1.29e9, rel=0.01)
+    assert scan == pytest.approx(0.52e9, rel=0.01)
+
+
+def test_released_files_hold_a_namespace_and_still_load(tmp_path):
+    """The released files keep their training arguments; torch's restricted loader must accept just that."""
+    import argparse
+
+    model = timm.create_model("vim_tiny_patch16_224", depth=1)
+    checkpoint = {"model": model.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=1e-3)}
+    torch.save(checkpoint, tmp_path / "released.pth")
+    other = timm.create_model(
+        "vim_tiny_patch16_224",
+        depth=1,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "released.pth")},
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_of_another_size_is_resampled(tmp_path):
+    model = timm.create_model("vim_tiny_patch16_224", depth=1)
+    torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
+    overlay = {"file": str(tmp_path / "released.pth")}
+    wide = timm.create_model(
+        "vim_tiny_patch16_224", depth=1, pretrained=True, img_size=(96, 160), pretrained_cfg_overlay=overlay
+    )
+    model.set_input_size((96, 160))
+    assert torch.equal(wide.pos_embed, model.pos_embed)
+
+
+def test_a_file_with_foreign_classes_is_refused(tmp_path):
+    import fractions
+
+    model = timm.create_model("vim_tiny_patch16_224", depth=1)
+    torch.save({"model": model.state_dict(), "args": fractions.Fraction(1, 2)}, tmp_path / "foreign.pth")
+    with pytest.raises(RuntimeError, match=r"fractions\.Fraction"):
+        timm.create_model(
+            "vim_tiny_patch16_224",
+            depth=1,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": str(tmp_path / "foreign.pth")},
+        )

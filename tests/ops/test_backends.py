@@ -1,0 +1,79 @@
+"""The registry of backends: names, reasons, defaults."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vim.ops
+from vim.ops import _backends, available_backends, unavailable_backends
+
+OPS = ["add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_reference_runs_everywhere(op):
+    for device in ("cpu", "cuda", "mps", "meta"):
+        assert "reference" in available_backends(op, device)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_is_available_or_says_why_not(op):
+    reasons = unavailable_backends(op)
+    assert set(available_backends(op)) | set(reasons) == {b.name for b in _backends._backends}
+    assert all(len(reason) > 10 for reason in reasons.values())
+
+
+def test_unknown_op():
+    for function in (available_backends, unavailable_backends):
+        with pytest.raises(ValueError, match=r"op must be one of \[.*selective_scan.*\], got 'attention'"):
+            function("attention")
+
+
+@pytest.fixture
+def absent_backend(monkeypatch):
+    """A backend that cannot run, in front of the others."""
+    record = _backends.Backend("imaginary", "_imaginary", lambda op, device, dtype: "it does not exist")
+    monkeypatch.setattr(_backends, "_backends", [record, *_backends._backends])
+    _backends._choose.cache_clear()
+    _backends._warn_once.cache_clear()
+    yield
+    _backends._choose.cache_clear()
+
+
+def test_a_backend_that_is_named_runs_or_raises_with_the_reason(absent_backend):
+    with pytest.raises(RuntimeError, match=r"'imaginary' cannot run add_rms_norm on cpu .*: it does not exist"):
+        vim.ops.add_rms_norm(torch.ones(2, 3), None, torch.ones(3), backend="imaginary")
+    assert unavailable_backends("add_rms_norm")["imaginary"] == "it does not exist"
+
+
+def test_a_default_falls_back_and_says_so_once(absent_backend, caplog):
+    with caplog.at_level(logging.WARNING, "vim"):
+        for _ in range(3):
+            vim.ops.add_rms_norm(torch.ones(2, 3), None, torch.ones(3))
+            vim.ops.causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 4))
+    assert [r.getMessage() for r in caplog.records] == ["backend 'imaginary' is not used on cpu: it does not exist"]
+
+
+def test_import_is_light():
+    """Importing vim compiles nothing, starts no CUDA and needs no triton."""
+    code = (
+        "import sys, torch, vim\n"
+        "assert 'triton' not in sys.modules, 'triton'\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "for name in ('jsonargparse', 'rich', 'matplotlib', 'sklearn', 'tensorboard', 'mamba_ssm', 'causal_conv1d'):\n"
+        "    assert name not in sys.modules, name\n"
+    )
+    plain = subprocess.run(
+        [sys.executable, "-c", "import sys, torch, timm; print('triton' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if plain.stdout.strip() == "True":
+        code = code.replace("assert 'triton' not in sys.modules, 'triton'\n", "")
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,271 @@
+"""The selective scan: the original's numbers, gradients, kinds of input, registration with torch, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.helpers import (
+    TOLERANCES,
+    assert_close,
+    assert_golden,
+    golden_names,
+    golden_tolerances,
+    gradients,
+    load_golden,
+    make_scan_inputs,
+)
+from vim.ops import available_backends, selective_scan
+from vim.ops._layout import CHECKPOINT_EVERY
+from vim.ops.selective_scan import reference
+
+BACKENDS = available_backends("selective_scan")
+CASES = golden_names("scan")
+
+
+def test_all_golden_cases_are_there():
+    assert len(CASES) == 17
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, backend):
+    metadata, tensors = load_golden("scan", case)
+    if metadata["complex_A"] == "true" and backend != "reference":
+        pytest.skip("complex A runs on the reference only")
+    inputs = {key[3:]: tensor.requires_grad_() for key, tensor in tensors.items() if key.startswith("in.")}
+    softplus = metadata["delta_softplus"] == "true"
+    out, last_state = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, backend=backend)
+    listed = golden_tolerances(f"scan/{case}")
+    assert_golden(out, tensors["out64"], listed["out"], "out")
+    assert_golden(last_state, tensors["last_state"], listed["last_state"], "last_state")
+    grads = torch.autograd.grad(out, list(inputs.values()), tensors["cotangent"])
+    for name, grad in zip(inputs, grads, strict=True):
+        assert_golden(grad, tensors[f"grad.{name}"], listed[f"grad.{name}"], f"grad.{name}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_in_float64(case):
+    metadata, tensors = load_golden("scan", case)
+    inputs = {
+        key[3:]: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+        for key, tensor in tensors.items()
+        if key.startswith("in.")
+    }
+    out = selective_scan(**inputs, delta_softplus=metadata["delta_softplus"] == "true", backend="reference")
+    assert out.dtype == torch.float64
+    assert_close(out, tensors["out64"], 1e-10, "out")
+
+
+def _kinds() -> dict[str, dict[str, torch.Tensor | None]]:
+    """Changes to `make_scan_inputs(2, 4, 5, 3)` that cover the kinds of input."""
+    rng = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, dtype=dtype)
+
+    complex_A = torch.complex(-torch.rand(4, 3, generator=rng, dtype=torch.float64), normal(4, 3))
+    return {
+        "plain": {},
+        "bare": {"D": None, "z": None, "delta_bias": None},
+        "grouped": {"B": normal(2, 2, 3, 5), "C": normal(2, 4, 3, 5)},
+        "constant": {"B": normal(4, 3), "C": normal(4, 3)},
+        "mixed": {"B": normal(4, 3), "C": normal(2, 1, 3, 5)},
+        "complex": {"A": complex_A, "B": normal(2, 3, 10), "C": normal(2, 2, 3, 10)},
+        "complex constant": {
+            "A": complex_A,
+            "B": normal(4, 3, dtype=torch.complex128),
+            "C": normal(4, 3, dtype=torch.complex128),
+        },
+    }
+
+
+@pytest.mark.parametrize("every", [CHECKPOINT_EVERY, 2], ids=["one chunk", "chunks of 2"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("kind", list(_kinds()))
+def test_gradcheck_reference(kind, reverse, every, monkeypatch):
+    monkeypatch.setattr("vim.ops._layout.CHECKPOINT_EVERY", every)
+    inputs = {**make_scan_inputs(2, 4, 5, 3, dtype=torch.float64), **_kinds()[kind]}
+    names = [name for name, tensor in inputs.items() if tensor is not None]
+    leaves = [inputs[name].detach().requires_grad_() for name in names]
+
+    def scan(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = {**dict.fromkeys(("D", "z", "delta_bias")), **dict(zip(names, tensors, strict=True))}
+        operands = [named[n] for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+        return torch.ops.vim.selective_scan_reference(*operands, True, reverse, every)[:2]
+
+    assert torch.autograd.gradcheck(scan, leaves)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_written_backward_equals_autograd_through_the_written_forward(reverse):
+    inputs = make_scan_inputs(2, 4, 9, 3, dtype=torch.float64)
+    leaves = list(inputs.values())
+    plain = reference.selective_scan(*leaves, True, reverse, 4)[0]
+    op = torch.ops.vim.selective_scan_reference(*leaves, True, reverse, 4)[0]
+    for expected, actual in zip(gradients(plain, leaves), gradients(op, leaves), strict=True):
+        assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reverse_equals_flipping_everything(backend):
+    inputs = make_scan_inputs(2, 5, 70, 16)
+    flipped = {name: t.flip(-1) if name in ("u", "delta", "B", "C", "z") else t for name, t in inputs.items()}
+    actual, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, reverse=True, backend=backend)
+    expected, expected_state = selective_scan(**flipped, delta_softplus=True, return_last_state=True, backend=backend)
+    assert_close(actual, expected.flip(-1), 1e-6)
+    assert_close(state, expected_state, 1e-6)
+    assert not torch.allclose(actual, selective_scan(**inputs, delta_softplus=True, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_are_computed_in_float32_and_rounded_once(dtype, backend):
+    inputs = make_scan_inputs(2, 5, 70, 16, dtype=dtype)
+    wide = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    out = selective_scan(**inputs, delta_softplus=True, backend=backend)
+    expected = selective_scan(**wide, delta_softplus=True, backend="reference")
+    assert out.dtype == dtype
+    # Once rounded: half a unit in the last place.
+    assert_close(out, expected, TOLERANCES[dtype][0] / 2)
+    pairs = zip(inputs, gradients(out, list(inputs.values())), gradients(expected, list(wide.values())), strict=True)
+    for name, actual, wanted in pairs:
+        assert actual.dtype == inputs[name].dtype
+        assert_close(actual, wanted, TOLERANCES[dtype][1], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_and_channel_last_stays_channel_last(backend):
+    inputs = make_scan_inputs(2, 6, 33, 4)
+    expected = selective_scan(**inputs, delta_softplus=True, backend=backend)
+    strided = {
+        "u": inputs["u"].mT.contiguous().mT,
+        "delta": torch.stack([inputs["delta"]] * 2, -1)[..., 1],
+        "A": inputs["A"].mT.contiguous().mT,
+        "B": inputs["B"].transpose(0, 1).contiguous().transpose(0, 1),
+        "C": inputs["C"].mT.contiguous().mT,
+        "z": inputs["z"].repeat(1, 2, 1)[:, ::2][:, [0, 3, 1, 4, 2, 5]],
+    }
+    strided["z"] = torch.cat([inputs["z"]] * 2, 1)[:, :6]
+    actual = selective_scan(**{**inputs, **strided}, delta_softplus=True, backend=backend)
+    assert_close(actual, expected, 1e-6)
+    assert actual.stride(1) == 1, "u is channel-last, so must be the output"
+    assert expected.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_state_is_carried_across_an_infinite_decay(backend):
+    inputs = make_scan_inputs(1, 3, 8, 4)
+    inputs["delta"] = torch.full_like(inputs["delta"], 1e4)
+    out = selective_scan(**inputs, delta_softplus=True, backend=backend)
+    assert torch.isfinite(out).all()
+
+
+def test_backward_memory_does_not_grow_with_the_length():
+    """The largest tensor of the backward pass holds one chunk's states, not the sequence's."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() == 4 * tensor.numel():
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    batch, dim, seqlen, d_state, every = 2, 64, 512, 16, 32
+    inputs = [tensor.detach() for tensor in make_scan_inputs(batch, dim, seqlen, d_state).values()]
+    _, _, checkpoints = reference.selective_scan(*inputs, True, False, every)
+    with Largest() as largest:
+        reference.selective_scan_backward(torch.ones_like(inputs[0]), None, *inputs, checkpoints, True, False, every)
+    assert 0 < largest.numel <= batch * dim * d_state * every
+
+
+@pytest.mark.parametrize("family", ["selective_scan", "selective_scan_reference"])
+@pytest.mark.parametrize("every", [0, 3])
+def test_opcheck(family, every):
+    inputs = list(make_scan_inputs(2, 4, 5, 3).values())
+    torch.library.opcheck(getattr(torch.ops.vim, family).default, (*inputs, True, True, every))
+
+
+def test_gradient_where_only_the_backward_is_run_with_gradients():
+    """A graph that was recorded without entry states makes them when they are needed."""
+    inputs = list(make_scan_inputs(2, 4, 70, 3, dtype=torch.float64).values())
+    lazy = torch.ops.vim.selective_scan(*inputs, True, False, 0)[0]
+    eager = torch.ops.vim.selective_scan(*inputs, True, False, 16)[0]
+    for actual, expected in zip(gradients(lazy, inputs), gradients(eager, inputs), strict=True):
+        assert_close(actual, expected, 1e-12)
+
+
+def test_compiles_without_graph_breaks():
+    inputs = make_scan_inputs(2, 4, 37, 3)
+    compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
+    expected = selective_scan(**inputs, delta_softplus=True, reverse=True)
+    actual = compiled(**inputs, delta_softplus=True, reverse=True)
+    assert_close(actual, expected, 1e-6)
+    leaves = list(inputs.values())
+    for actual_grad, expected_grad in zip(gradients(actual, leaves), gradients(expected, leaves), strict=True):
+        assert_close(actual_grad, expected_grad, 1e-5)
+
+
+def test_flops():
+    inputs = make_scan_inputs(2, 4, 37, 3)
+    with FlopCounterMode(display=False) as counter:
+        out = selective_scan(**inputs, delta_softplus=True)
+    assert counter.get_total_flops() == 9 * 2 * 4 * 37 * 3
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 3 * 9 * 2 * 4 * 37 * 3
+
+
+BAD_INPUTS = {
+    "u of two axes": ({"u": torch.zeros(4, 5)}, ValueError, r"u must be \(batch, dim, len\).*\(4, 5\)"),
+    "u of integers": ({"u": torch.zeros(2, 4, 5, dtype=torch.int64)}, TypeError, r"u must be float32.*torch.int64"),
+    "u is a list": ({"u": [1.0]}, TypeError, r"u must be a tensor.*list"),
+    "no tokens": ({"u": torch.zeros(2, 4, 0)}, ValueError, "u must have at least one token"),
+    "delta too short": ({"delta": torch.zeros(2, 4, 4)}, ValueError, r"delta .*\(2, 4, 5\).*\(2, 4, 4\)"),
+    "delta of another dtype": (
+        {"delta": torch.zeros(2, 4, 5, dtype=torch.float16)},
+        ValueError,
+        "delta.*torch.float32.*torch.float16",
+    ),
+    "delta on another device": ({"delta": torch.zeros(2, 4, 5, device="meta")}, ValueError, "delta.*device.*cpu.*meta"),
+    "A of another width": ({"A": torch.zeros(3, 3)}, ValueError, r"A must be .*dim = 4.*\(3, 3\)"),
+    "A without states": ({"A": torch.zeros(4, 0)}, ValueError, r"A must be .*\(4, 0\)"),
+    "A of integers": ({"A": torch.zeros(4, 3, dtype=torch.int32)}, TypeError, "A must be floating.*torch.int32"),
+    "A is None": ({"A": None}, TypeError, "A must be a tensor.*NoneType"),
+    "B of another state size": ({"B": torch.zeros(2, 2, 5)}, ValueError, r"B .*\(2, 3, 5\).*\(2, 2, 5\)"),
+    "B with groups that do not divide": ({"B": torch.zeros(2, 3, 3, 5)}, ValueError, "B must have groups.*4.*3"),
+    "B of one axis": ({"B": torch.zeros(5)}, ValueError, r"B must be .*\(5,\)"),
+    "constant B of another size": ({"B": torch.zeros(3, 4)}, ValueError, r"B .*\(4, 3\).*\(3, 4\)"),
+    "C constant and complex for a real A": (
+        {"C": torch.zeros(4, 3, dtype=torch.complex64)},
+        TypeError,
+        "C must be floating.*complex64",
+    ),
+    "D of another size": ({"D": torch.zeros(5)}, ValueError, r"D .*\(4,\).*\(5,\)"),
+    "z of another size": ({"z": torch.zeros(2, 4, 6)}, ValueError, r"z .*\(2, 4, 5\).*\(2, 4, 6\)"),
+    "delta_bias of integers": (
+        {"delta_bias": torch.zeros(4, dtype=torch.int32)},
+        TypeError,
+        "delta_bias must be float32.*int32",
+    ),
+    "unknown backend": ({"backend": "fast"}, ValueError, "backend must be one of.*'fast'"),
+}
+
+
+@pytest.mark.parametrize("what", list(BAD_INPUTS))
+def test_bad_input(what):
+    changes, error, message = BAD_INPUTS[what]
+    with pytest.raises(error, match=message):
+        selective_scan(**{**make_scan_inputs(2, 4, 5, 3), **changes})
+
+
+def test_empty_batch():
+    inputs = make_scan_inputs(0, 4, 5, 3)
+    out = selective_scan(**inputs, delta_softplus=True)
+    assert out.shape == (0, 4, 5)
+    assert all(torch.count_nonzero(g) == 0 for g in gradients(out, list(inputs.values())))
