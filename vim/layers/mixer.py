@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
+from vim.layers.linear import Linear
 from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, selective_scan
 
 Directions = Literal["none", "v1", "v2"]
@@ -103,7 +104,7 @@ class Mamba(nn.Module):
 
         # Registered in the order of the released state dicts, which optimizer states kept by index rely on.
         self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(d_model, **place))
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **place)
         self._add_convolution("conv1d", conv_bias, place)
         self.act = nn.SiLU()
         self._add_projections("", place)
@@ -113,7 +114,7 @@ class Mamba(nn.Module):
         if directions == "v2":
             self._add_convolution("conv1d_b", conv_bias, place)
             self._add_projections("_b", place)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **place)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **place)
         self._init_own_parameters()
 
     def _add_convolution(self, name: str, bias: bool, place: dict[str, Any]) -> None:
@@ -122,7 +123,7 @@ class Mamba(nn.Module):
 
     def _add_projections(self, suffix: str, place: dict[str, Any]) -> None:
         width = self.dt_rank + 2 * self.d_state
-        self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, width, bias=False, **place))
+        self.add_module(f"x_proj{suffix}", Linear(self.d_inner, width, bias=False, **place))
         self.add_module(f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **place))
 
     def _add_decay(self, A_name: str, D_name: str | None, place: dict[str, Any]) -> None:

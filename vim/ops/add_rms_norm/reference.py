@@ -32,7 +32,7 @@ def add_rms_norm_backward(
     normed = r * inverse_rms(r, eps)
     scaled = dy.to(r.dtype) * weight
     total += inverse_rms(r, eps) * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    return total, (dy.to(r.dtype) * normed).sum(tuple(range(r.dim() - 1)))
+    return total, (dy.to(r.dtype) * normed).reshape(-1, r.shape[-1]).sum(0)
 
 
 def inverse_rms(r: Tensor, eps: float) -> Tensor:

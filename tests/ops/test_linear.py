@@ -1,0 +1,151 @@
+"""Products through oneDNN: the same numbers, never out of date, plain where graphs are recorded."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.helpers import assert_close
+from vim.layers.linear import Linear
+from vim.ops import linear
+
+module = sys.modules["vim.ops.linear"]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Number of products that went through oneDNN; fails where this machine's PyTorch cannot."""
+    assert module.onednn_reason() is None, module.onednn_reason()
+    seen, original = [], module._onednn_linear
+
+    def counted(*args):
+        seen.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(module, "_onednn_linear", counted)
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(197, 192), (2, 17, 192), (1, 192), (192,), (2, 3, 5, 192)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients(shape, bias, calls):
+    torch.manual_seed(0)
+    layer, x = Linear(192, 44, bias=bias), torch.randn(shape, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    if len(shape) == 1:
+        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+        return
+    actual, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    assert calls
+    assert_close(actual, expected, 1e-6)
+    for got, wanted in zip(
+        torch.autograd.grad(actual.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        assert_close(got, wanted, 1e-5)
+    assert len(calls) == 3, "one product forward, two backward"
+
+
+def test_strided_input(calls):
+    torch.manual_seed(0)
+    layer = Linear(16, 8)
+    for x in (torch.randn(4, 6, 32)[..., ::2], torch.randn(4, 16, 6).mT, torch.randn(6, 1, 16).expand(6, 3, 16)):
+        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+
+
+def _change_by_optimizer(layer: Linear) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    layer(torch.ones(3, 16)).sum().backward()
+    optimizer.step()
+
+
+def _change_by_loading(layer: Linear) -> None:
+    layer.load_state_dict({name: torch.randn_like(t) for name, t in layer.state_dict().items()})
+
+
+def _change_behind_the_version_counter(layer: Linear) -> None:
+    layer.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("change", [_change_by_optimizer, _change_by_loading, _change_behind_the_version_counter])
+@torch.no_grad()
+def test_changed_weights_are_used_at_once(change, calls):
+    torch.manual_seed(0)
+    layer, x = Linear(16, 8), torch.randn(5, 16)
+    before = layer(x)
+    with torch.enable_grad():
+        change(layer)
+    assert not torch.allclose(layer(x), before)
+    assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+
+
+@torch.no_grad()
+def test_copies_are_independent(calls):
+    torch.manual_seed(0)
+    layer, x = Linear(16, 8), torch.randn(5, 16)
+    layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), Linear(16, 8)):
+        other.weight.zero_()
+        other.bias.zero_()
+        assert torch.count_nonzero(other(x)) == 0
+        assert torch.count_nonzero(layer(x)) > 0
+    assert layer.to(torch.float64)(x.double()).dtype == torch.float64
+    assert_close(layer.to(torch.float32)(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+
+
+def test_two_threads_with_two_models(calls):
+    torch.manual_seed(0)
+    layers, x, failures = [Linear(64, 32) for _ in range(2)], torch.randn(40, 64), []
+    expected = [F.linear(x, layer.weight, layer.bias) for layer in layers]
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            with torch.no_grad():
+                if not torch.allclose(layers[i](x), expected[i], atol=1e-5):
+                    failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1) for _ in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_recorded_graphs_and_other_dtypes_keep_plain_ops(calls):
+    layer, x = Linear(16, 8), torch.randn(5, 16)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    exported = torch.export.export(layer, (x,))
+    assert "mkldnn" not in str(exported.graph)
+    torch.func.grad(lambda t: layer(t).sum())(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    copy.deepcopy(layer).bfloat16()(x.bfloat16())
+    layer(torch.zeros(0, 16))
+    assert not calls
+
+
+def test_both_switches(calls, monkeypatch):
+    x, weight = torch.randn(5, 16), torch.randn(8, 16)
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(x, weight)
+        assert "enabled is False" in module.onednn_reason()
+    monkeypatch.setattr(module, "_SWITCHED_ON", False)
+    linear(x, weight)
+    assert module.onednn_reason() == "VIM_ONEDNN_LINEAR=0 is set"
+    assert not calls
+
+
+def test_flops():
+    layer, x = Linear(16, 8), torch.randn(5, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 5 * 16 * 8
