@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoints": {"layers"},
     "data": {"config"},
     "config": set(),
-    "engine": {"data", "models", "checkpoints", "config", "layers", "version"},
+    "engine": {"data", "models", "checkpoints", "config", "layers", "ops", "version"},
 }
 ENTRY_POINTS = {"train", "validate", "predict", "benchmark", "convert", "doctor", "export", "build"}
 

@@ -59,6 +59,19 @@ def test_a_default_falls_back_and_says_so_once(absent_backend, caplog):
     assert [r.getMessage() for r in caplog.records] == ["backend 'imaginary' is not used on cpu: it does not exist"]
 
 
+def test_default_backend_for_a_block(monkeypatch):
+    taken = []
+    monkeypatch.setattr(_backends, "_choose", lambda op, backend, *key: taken.append(backend) or "_reference")
+    x, weight = torch.ones(2, 3), torch.ones(3)
+    with vim.ops.default_backend("reference"):
+        vim.ops.add_rms_norm(x, None, weight)
+        vim.ops.add_rms_norm(x, None, weight, backend="other")
+    vim.ops.add_rms_norm(x, None, weight)
+    assert taken == ["reference", "other", None]
+    with pytest.raises(ValueError, match=r"backend must be one of .*'fast'"), vim.ops.default_backend("fast"):
+        pass
+
+
 def test_import_is_light():
     """Importing vim compiles nothing, starts no CUDA and needs no triton."""
     code = (

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import assert_close
 from vim.layers.linear import Linear
-from vim.ops import linear
+from vim.ops import linear, onednn_linear
 
 module = sys.modules["vim.ops.linear"]
 
@@ -133,15 +133,17 @@ def test_recorded_graphs_and_other_dtypes_keep_plain_ops(calls):
     assert not calls
 
 
-def test_both_switches(calls, monkeypatch):
+def test_both_switches(calls):
     x, weight = torch.randn(5, 16), torch.randn(8, 16)
     with torch.backends.mkldnn.flags(enabled=False):
         linear(x, weight)
         assert "enabled is False" in module.onednn_reason()
-    monkeypatch.setattr(module, "_SWITCHED_ON", False)
-    linear(x, weight)
-    assert module.onednn_reason() == "VIM_ONEDNN_LINEAR=0 is set"
+    with onednn_linear(False):
+        linear(x, weight)
+        assert "VIM_ONEDNN_LINEAR=0" in module.onednn_reason()
     assert not calls
+    linear(x, weight)
+    assert calls
 
 
 def test_flops():

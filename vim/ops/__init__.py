@@ -1,13 +1,13 @@
 """The ops of Vision Mamba: one folder an op, `interface.py` is what users call, `reference.py` is the specification."""
 
 from vim.ops import _native as _native
-from vim.ops._backends import available_backends, unavailable_backends
+from vim.ops._backends import available_backends, default_backend, unavailable_backends
 from vim.ops.add_rms_norm.interface import add_rms_norm
 from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
-from vim.ops.linear import linear
+from vim.ops.linear import linear, onednn_linear
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "bidirectional_mixer",
     "bidirectional_scan",
     "causal_conv1d",
+    "default_backend",
     "linear",
+    "onednn_linear",
     "selective_scan",
     "unavailable_backends",
 ]

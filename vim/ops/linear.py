@@ -7,7 +7,9 @@ be packed beforehand (packed ones gain 2 %), so nothing is cached and nothing ca
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Set to 0 to keep PyTorch's own products; torch.backends.mkldnn.enabled does the same at any time.
-_SWITCHED_ON = os.environ.get("VIM_ONEDNN_LINEAR", "1") != "0"
-_onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _SWITCHED_ON else None
+from vim.ops._checks import needs_grad
+
+_switched_on = os.environ.get("VIM_ONEDNN_LINEAR", "1") != "0"
+_onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,17 +38,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _onednn_applies(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if needs_grad(x, weight, bias):
         return _OneDNNLinear.apply(x, weight, bias)
     return _onednn_linear(x, weight, bias, "none", [], "")
 
 
+@contextlib.contextmanager
+def onednn_linear(enabled: bool) -> Iterator[None]:
+    """Switch oneDNN's products on or off, for this process, inside a `with` block."""
+    global _switched_on
+    before, _switched_on = _switched_on, enabled
+    try:
+        yield
+    finally:
+        _switched_on = before
+
+
 def onednn_reason() -> str | None:
     """Why float32 products on the CPU do not go through oneDNN; `None` where they do."""
-    if not _SWITCHED_ON:
-        return "VIM_ONEDNN_LINEAR=0 is set"
+    if not _switched_on:
+        return "switched off, by VIM_ONEDNN_LINEAR=0 or vim.ops.onednn_linear(False)"
     if _onednn_linear is None or not torch.backends.mkldnn.is_available():
         return "this build of PyTorch has no oneDNN linear"
     if not torch.backends.mkldnn.enabled:
@@ -75,7 +87,7 @@ class _OneDNNLinear(torch.autograd.Function):
         return _onednn_linear(x, weight, bias, "none", [], "")
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = dy.flatten(0, -2)

@@ -1,0 +1,125 @@
+"""What a measurement was made on: versions, cores, load, and the rates the machine gave at that moment."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from vim.ops import linear
+from vim.version import __version__
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware and versions, as a record that JSON takes."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "vim": __version__,
+    }
+    if torch.cuda.is_available():
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def probe_machine() -> dict[str, float]:
+    """Float32 product rate with one thread and with all, in GFLOP/s, and the load average of the last minute.
+
+    Two threads do not always get two cores: the ratio tells what a table is worth.
+    """
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = _product_rate()
+        torch.set_num_threads(threads)
+        return {
+            "gflops_1_thread": round(single, 1),
+            f"gflops_{threads}_threads": round(_product_rate(), 1),
+            "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else float("nan"),
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _product_rate(size: int = 768, rounds: int = 7) -> float:
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            start = time.perf_counter()
+            linear(a, b)
+            times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
+class PeakMemory(contextlib.AbstractContextManager["PeakMemory"]):
+    """Largest memory that a piece of code took beyond what was there before, in MiB; `None` where nobody counts it.
+
+    On a GPU what PyTorch allocated; on Linux the process' resident memory, after what was free went back to the system.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.mebibytes: float | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before: float | None = torch.cuda.memory_allocated(self._device) / 2**20
+        else:
+            self._before = self._reset_resident_peak()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is None:
+            return
+        if self._device.type == "cuda":
+            peak: float | None = torch.cuda.max_memory_allocated(self._device) / 2**20
+        else:
+            peak = _status_mebibytes("VmHWM")
+        self.mebibytes = None if peak is None else round(peak - self._before, 1)
+
+    @staticmethod
+    def _reset_resident_peak() -> float | None:
+        try:
+            with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
+                ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+        return _status_mebibytes("VmRSS")
+
+
+def _status_mebibytes(key: str) -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    values = [int(line.split()[1]) / 1024 for line in lines if line.startswith(key)]
+    return values[0] if values else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    name = named.get("model name", platform.processor() or "unknown")
+    return f"{name} (family {named['cpu family']}, model {named['model']})" if "cpu family" in named else name
