@@ -8,7 +8,8 @@ from timm.layers import PatchEmbed as TimmPatchEmbed
 
 from tests.helpers import assert_close, load_golden
 from vim.layers import GridRotary, LayerNorm, PatchEmbed, RMSNorm
-from vim.layers.pos_embed import cls_indices, extract_tokens, insert_tokens, resample_pos_embed
+from vim.layers.pos_embed import cls_indices, resample_pos_embed
+from vim.layers.token_sequence import extract_tokens, insert_tokens
 
 
 def test_patches_equal_timm_where_they_do_not_overlap():

@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 
 import vim
 from tests.helpers import assert_close
-from vim.layers.pos_embed import extract_tokens
+from vim.layers.token_sequence import extract_tokens
 
 SIZES = {
     "vim_tiny_patch16_224": 7_148_008,

@@ -2,8 +2,8 @@
 
 from vim.layers.block import Block
 from vim.layers.mixer import Mamba
-from vim.layers.norm import LayerNorm, RMSNorm
+from vim.layers.norm import AddResidual, LayerNorm, RMSNorm
 from vim.layers.patch_embed import PatchEmbed
 from vim.layers.rope import GridRotary
 
-__all__ = ["Block", "GridRotary", "LayerNorm", "Mamba", "PatchEmbed", "RMSNorm"]
+__all__ = ["AddResidual", "Block", "GridRotary", "LayerNorm", "Mamba", "PatchEmbed", "RMSNorm"]

@@ -42,6 +42,16 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class AddResidual(nn.Module):
+    """Residual addition alone, in the place of a norm that was pruned; shapes as `RMSNorm`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the sum in the dtype of x, and the sum."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        r = x.to(wide) if residual is None else x + residual.to(wide)
+        return r.to(x.dtype), r
+
+
 class LayerNorm(nn.LayerNorm):
     """Residual addition and LayerNorm, statistics in float32; shapes as `RMSNorm`.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
-import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
+
+from vim.layers.token_sequence import extract_tokens, insert_tokens
 
 CLS_POSITIONS = ("none", "head", "middle", "double", "random")
 
@@ -24,23 +23,6 @@ def cls_indices(cls_position: str, num_patches: int) -> tuple[int, ...]:
     if cls_position == "middle":
         return (num_patches // 2,)
     return (0, num_patches + 1) if cls_position == "double" else (0,)
-
-
-def insert_tokens(patches: Tensor, tokens: list[Tensor], indices: tuple[int, ...]) -> Tensor:
-    """Insert `tokens`, (batch, 1, dim) each, so that they end up at `indices`; (batch, patches + tokens, dim)."""
-    pieces, taken = [], 0
-    for placed, (token, index) in enumerate(zip(tokens, indices, strict=True)):
-        pieces += [patches[:, taken : index - placed], token]
-        taken = index - placed
-    return torch.cat([*pieces, patches[:, taken:]], dim=1)
-
-
-def extract_tokens(sequence: Tensor, indices: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-    """Undo `insert_tokens`: the tokens at `indices`, (batch, 1, dim) each, and the patches, (batch, patches, dim)."""
-    tokens = [sequence[:, i : i + 1] for i in indices]
-    bounds = [-1, *indices, sequence.shape[1]]
-    patches = [sequence[:, start + 1 : stop] for start, stop in itertools.pairwise(bounds)]
-    return tokens, torch.cat(patches, dim=1) if indices else sequence
 
 
 def resample_pos_embed(

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
-from timm.models._manipulate import checkpoint
+from timm.models import checkpoint, register_notrace_module
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vim.layers import Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
+from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
 from vim.layers.pos_embed import (
     CLS_POSITIONS,
     cls_indices,
-    extract_tokens,
-    insert_tokens,
     resample_pos_embed,
 )
+from vim.layers.token_sequence import TokenSequence, class_tokens_first, extract_tokens, insert_tokens
 
 ClsPosition = Literal["none", "head", "middle", "double", "random"]
 GlobalPool = Literal["token", "avg", "max", "last", ""]
 _NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+# Their checks and choices cannot be traced by torch.fx; they are nodes of a graph.
+for _leaf in (Mamba, PatchEmbed, GridRotary, *_NORMS.values(), AddResidual):
+    register_notrace_module(_leaf)
 
 
 class VisionMamba(nn.Module):
@@ -256,7 +261,7 @@ class VisionMamba(nn.Module):
         if global_pool is not None:
             self.global_pool = self._check_pool(global_pool)
         self.num_classes = num_classes
-        weight = self.norm_f.weight
+        weight = self.patch_embed.proj.weight
         self.head = self._make_head(num_classes, {"device": weight.device, "dtype": weight.dtype})
         init_head(self.head)
         self.head.train(self.training)
@@ -276,41 +281,39 @@ class VisionMamba(nn.Module):
                 self.embed_dim, new_grid, self.rope.pretrained_side, device=table.device, dtype=table.dtype
             )
 
-    def _embed(
-        self, x: Tensor, cls_index: int | None, token_order: Tensor | None
-    ) -> tuple[Tensor, tuple[int, ...], bool]:
-        """Tokens in scan order (batch, len, embed_dim), the places of the class tokens, and whether it is reversed."""
-        height, width = x.shape[-2:]
+    def _embed(self, x: Tensor, cls_index: int | None, token_order: Tensor | None) -> tuple[Tensor, TokenSequence]:
+        """Tokens in scan order, (batch, len, embed_dim), and how they came to stand in it."""
+        grid, size = self.patch_embed.grid_size, x.shape
         x = self.patch_embed(x)
-        grid = self.patch_embed.dynamic_feat_size((height, width))
-        batch, num_patches, _ = x.shape
+        if self.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size((size[-2], size[-1]))
+        num_patches = grid[0] * grid[1]
+        places = cls_indices(self.cls_position, num_patches)
         if self.cls_position == "random":
-            if cls_index is None:
-                cls_index = int(torch.randint(num_patches + 1, ()))
-            indices: tuple[int, ...] = (cls_index,)
-        else:
-            indices = cls_indices(self.cls_position, num_patches)
-        tokens = [getattr(self, name).expand(batch, -1, -1) for name in self._cls_names()]
-        x = insert_tokens(x, tokens, indices)
+            places = (int(torch.randint(num_patches + 1, ())) if cls_index is None else cls_index,)
+        x = insert_tokens(x, [getattr(self, name).expand(size[0], -1, -1) for name in self._cls_names()], places)
         if self.pos_embed is not None:
             x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
         x = self.pos_drop(x)
-        if self.token_shuffle or token_order is not None:
-            order = torch.randperm(x.shape[1], device=x.device) if token_order is None else token_order
+        order = token_order
+        if self.token_shuffle and order is None:
+            order = torch.randperm(x.shape[1], device=x.device)
+        if order is not None:
             x = x[:, order]
-            # Each class token is where the order holds its old place.
-            indices = tuple(int((order == i).nonzero()) for i in indices)
         flipped = self.flip_ratio > 0 and (self.flip_ratio == 1 or float(torch.rand(())) < self.flip_ratio)
-        return x.flip(1) if flipped else x, indices, flipped
+        return x.flip(1) if flipped else x, TokenSequence(grid, places, order, flipped)
 
     def _rotate(self, tokens: Tensor, flipped: bool) -> Tensor:
         return self.rope(tokens.flip(1)).flip(1) if flipped else self.rope(tokens)
 
-    def _run_layers(self, x: Tensor, flipped: bool) -> tuple[Tensor, Tensor | None]:
-        """Hidden state and residual after the last block, (batch, len, embed_dim) each."""
+    def _run_layers(
+        self, x: Tensor, flipped: bool, depth: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
+        """Hidden state and residual after `depth` blocks, and after each block in `take`; (batch, len, dim) each."""
         residual: Tensor | None = None
+        taken: list[tuple[Tensor, Tensor]] = []
         step = 2 if self.pairwise_layers else 1
-        for i in range(0, self.depth - self.depth % step, step):
+        for i in range(0, depth - depth % step, step):
             if self.rotary != "none":
                 x = self._rotate(x, flipped)
                 if residual is not None and self.rotary == "residual":
@@ -322,7 +325,8 @@ class VisionMamba(nn.Module):
                 x, residual = x + x_b.flip(1), residual + residual_b.flip(1)
             else:
                 x, residual = self._run_layer(i, x, residual)
-        return x, residual
+            taken += [(x, residual) for index in range(i, i + step) if index in take]
+        return x, residual, taken
 
     def _run_layer(self, i: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -337,13 +341,80 @@ class VisionMamba(nn.Module):
             cls_index: With cls_position="random", the place of the class token instead of a drawn one.
             token_order: Permutation of the tokens to apply, (len,), instead of a drawn one.
         """
-        x, indices, flipped = self._embed(x, cls_index, token_order)
-        x, residual = self._run_layers(x, flipped)
+        x, sequence = self._embed(x, cls_index, token_order)
+        x, residual, _ = self._run_layers(x, sequence.flipped, self.depth)
         x, _ = self.norm_f(self.drop_path(x), residual)
-        # Outside the blocks the class tokens come first; the scan may have them anywhere.
-        tokens, patches = extract_tokens(x, tuple(sorted(indices)))
-        by_place = dict(zip(sorted(indices), tokens, strict=True))
-        return torch.cat([*(by_place[i] for i in indices), patches], dim=1)
+        return class_tokens_first(x, sequence.read_out())
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """What blocks put out (residual plus hidden state), as pictures or as tokens; timm's interface.
+
+        Patches come row by row whatever the scan order was.
+
+        Args:
+            x: Images, (batch, in_chans, height, width).
+            indices: The last n blocks, the blocks in a list, or all.
+            return_prefix_tokens: Also return the class tokens of each.
+            norm: Apply the final norm to each.
+            stop_early: Run no further than the last block that is asked for.
+            output_fmt: "NCHW", (batch, embed_dim, rows, columns), or "NLC", (batch, patches, embed_dim).
+            intermediates_only: Leave the final features out.
+            output_dict: Return a dictionary with timm's keys.
+
+        Returns:
+            (features as `forward_features` returns them, intermediates), intermediates alone, or a dictionary.
+
+        Raises:
+            ValueError: `output_fmt` is another one.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take, last = feature_take_indices(self.depth, indices)
+        x, sequence = self._embed(x, None, None)
+        step = 2 if self.pairwise_layers else 1
+        depth = min(-(-(last + 1) // step) * step, self.depth) if stop_early else self.depth
+        x, residual, taken = self._run_layers(x, sequence.flipped, depth, take)
+        prefixes, maps = [], []
+        for hidden, total in taken:
+            tap = self.norm_f(hidden, total)[0] if norm else (total + hidden).to(hidden.dtype)
+            tokens, patches = extract_tokens(sequence.undo(tap), sequence.places)
+            prefixes.append(torch.cat(tokens, 1) if tokens else patches[:, :0])
+            maps.append(patches.mT.unflatten(2, sequence.grid).contiguous() if output_fmt == "NCHW" else patches)
+        result: dict[str, Any] = {"image_intermediates": maps}
+        if return_prefix_tokens and self.num_prefix_tokens:
+            result["image_intermediates_prefix"] = prefixes
+        if not intermediates_only:
+            final, _ = self.norm_f(self.drop_path(x), residual)
+            result["image_features"] = class_tokens_first(final, sequence.read_out())
+        if output_dict:
+            return result
+        pairs = return_prefix_tokens and self.num_prefix_tokens
+        intermediates = list(zip(maps, prefixes, strict=True)) if pairs else maps
+        return intermediates if intermediates_only else (result["image_features"], intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what is not needed for the blocks that are asked for; return their indices."""
+        take, last = feature_take_indices(self.depth, indices)
+        step = 2 if self.pairwise_layers else 1
+        self.depth = min(-(-(last + 1) // step) * step, self.depth)
+        self.layers = self.layers[: self.depth]
+        if prune_norm:
+            self.norm_f = AddResidual()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
 
     def pool(self, x: Tensor, pool_type: GlobalPool | None = None) -> Tensor:
         """Reduce tokens as `forward_features` returns them to what enters the head; see `global_pool`."""

@@ -1,0 +1,59 @@
+"""Tokens in the order in which the blocks scan them: class tokens go in, come out, and patches find their place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def insert_tokens(patches: Tensor, tokens: list[Tensor], indices: tuple[int, ...]) -> Tensor:
+    """Insert `tokens`, (batch, 1, dim) each, so that they end up at `indices`; (batch, patches + tokens, dim)."""
+    pieces, taken = [], 0
+    for placed, (token, index) in enumerate(zip(tokens, indices, strict=True)):
+        pieces += [patches[:, taken : index - placed], token]
+        taken = index - placed
+    return torch.cat([*pieces, patches[:, taken:]], dim=1)
+
+
+def extract_tokens(sequence: Tensor, indices: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """Undo `insert_tokens`: the tokens at `indices`, (batch, 1, dim) each, and the patches, (batch, patches, dim)."""
+    tokens = [sequence[:, i : i + 1] for i in indices]
+    starts, stops = (0, *(i + 1 for i in indices)), (*indices, None)
+    patches = [sequence[:, start:stop] for start, stop in zip(starts, stops, strict=True)]
+    return tokens, torch.cat(patches, dim=1) if indices else sequence
+
+
+class TokenSequence(NamedTuple):
+    """How tokens came to stand in scan order.
+
+    Attributes:
+        grid: Patches along (height, width).
+        places: Places of the class tokens when they were inserted.
+        order: Permutation that was applied then, (len,), or `None`.
+        flipped: Whether the sequence was reversed after that.
+    """
+
+    grid: tuple[int, int]
+    places: tuple[int, ...]
+    order: Tensor | None
+    flipped: bool
+
+    def read_out(self) -> tuple[int, ...]:
+        """Where the class tokens are read: where the permutation put them, as if nothing were reversed."""
+        if self.order is None:
+            return self.places
+        return tuple(int((self.order == place).nonzero()) for place in self.places)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Put tokens, (batch, len, dim), back in the order in which the class tokens were inserted."""
+        x = x.flip(1) if self.flipped else x
+        return x if self.order is None else x[:, torch.argsort(self.order)]
+
+
+def class_tokens_first(x: Tensor, indices: tuple[int, ...]) -> Tensor:
+    """Move the tokens at `indices` to the front, in that order; the others keep theirs, (batch, len, dim)."""
+    tokens, patches = extract_tokens(x, tuple(sorted(indices)))
+    by_place = dict(zip(sorted(indices), tokens, strict=True))
+    return torch.cat([*(by_place[i] for i in indices), patches], dim=1)
