@@ -8,9 +8,10 @@ family; adding a backend is adding a record.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ import torch
 _logger = logging.getLogger(__name__)
 
 WhyNot = Callable[[str, torch.device, torch.dtype], str | None]
+
+
+class Inapplicable(str):
+    """A reason that lies in the input and not in the machine: falling back for it is no news."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Backend:
 _references: dict[str, Callable[..., Any]] = {}
 # In order of preference: the first that can run is the default.
 _backends: list[Backend] = []
+# What runs in place of every backend while a model is exported (see `vim.ops.exportable`).
+functions: dict[str, Callable[..., Any]] | None = None
+# What `backend=None` means at the moment; `None` is the first that can run.
+_default: str | None = None
 
 
 def register_reference(op: str, reference: Callable[..., Any]) -> None:
@@ -80,6 +89,26 @@ def unavailable_backends(
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+@contextlib.contextmanager
+def default_backend(name: str | None) -> Iterator[None]:
+    """Run the ops that name no backend on this one, for this process, inside a `with` block.
+
+    Args:
+        name: Name of a backend, or `None` for the fastest that applies.
+
+    Raises:
+        ValueError: No backend has that name.
+    """
+    global _default
+    if name is not None:
+        _find(name)
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
+
+
 def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
     """The torch op that runs `op` on tensors like `tensor`.
 
@@ -92,10 +121,12 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
         ValueError: No backend has that name.
         RuntimeError: The named backend cannot run here; the message says why.
     """
+    if functions is not None:
+        return functions[op]
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         # torch.func transforms (grad, vmap, jvp, ...) do not support registered ops with a gradient.
         return _references[op]
-    return getattr(torch.ops.vim, op + _suffix(op, backend, tensor.device.type, tensor.dtype))
+    return getattr(torch.ops.vim, op + _suffix(op, backend or _default, tensor.device.type, tensor.dtype))
 
 
 @torch.compiler.assume_constant_result
@@ -107,10 +138,7 @@ def _suffix(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
 def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
     device = torch.device(device_type)
     if backend is not None:
-        record = {b.name: b for b in _backends}.get(backend)
-        if record is None:
-            names = sorted(b.name for b in _backends)
-            raise ValueError(f"backend must be one of {names} or None, got {backend!r}")
+        record = _find(backend)
         reason = record.why_not(op, device, dtype)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} {dtype}: {reason}")
@@ -120,8 +148,17 @@ def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
         if reason is None:
             # The portable family also holds the reference, so that graphs saved here run fast elsewhere.
             return "" if record.name == "reference" else record.suffix
-        _warn_once(record.name, device_type, reason)
+        if not isinstance(reason, Inapplicable):
+            _warn_once(record.name, device_type, reason)
     raise AssertionError("the reference backend runs everywhere")
+
+
+def _find(name: str) -> Backend:
+    record = {b.name: b for b in _backends}.get(name)
+    if record is None:
+        names = sorted(b.name for b in _backends)
+        raise ValueError(f"backend must be one of {names} or None, got {name!r}")
+    return record
 
 
 @functools.cache

@@ -1,0 +1,137 @@
+// What the bindings share: PyTorch's stable ABI only, so one build serves every torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace vim {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+// ---- what runs here --------------------------------------------------------------------------------------------
+
+inline std::optional<Element> element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Element::float32;
+    case ScalarType::BFloat16:
+      return Element::bfloat16;
+    case ScalarType::Half:
+      return Element::float16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
+inline bool is_float(const OptionalTensor& x) { return !x.has_value() || is_float(*x); }
+inline bool same_type(const Tensor& x, const Tensor& like) { return x.scalar_type() == like.scalar_type(); }
+inline bool same_type(const OptionalTensor& x, const Tensor& like) { return !x.has_value() || same_type(*x, like); }
+
+template <class... Results, size_t... kIndex>
+std::tuple<Results...> results_of(const StableIValue* stack, std::index_sequence<kIndex...>) {
+  return {torch::stable::detail::to<Results>(stack[kIndex])...};
+}
+
+// Calls an op that is registered under another name; its results come back in order.
+template <class... Results, class... Arguments>
+std::tuple<Results...> call_op(const char* name, const Arguments&... arguments) {
+  constexpr size_t size = std::max(sizeof...(Arguments), sizeof...(Results));
+  std::array<StableIValue, size> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return results_of<Results...>(stack.data(), std::index_sequence_for<Results...>{});
+}
+
+// ---- shapes ----------------------------------------------------------------------------------------------------
+
+// Only what memory safety needs: the Python side has checked the arguments with better messages.
+inline void check_sizes(const char* name, const Tensor& x, const Sizes& sizes) {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = x.size(static_cast<int64_t>(i)) == sizes[i];
+  STD_TORCH_CHECK(same, "vim: ", name, " does not have the sizes that the other arguments imply");
+}
+
+inline void check_sizes(const char* name, const OptionalTensor& x, const Sizes& sizes) {
+  if (x.has_value()) check_sizes(name, *x, sizes);
+}
+
+inline Sizes sizes_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------------
+
+inline Tensor allocate(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+}
+
+inline Tensor allocate_like(const Tensor& x) { return allocate(x, sizes_of(x)); }
+
+// The gradient of an absent input.
+inline Tensor absent(const Tensor& like, ScalarType type) { return allocate(like, {0}, type); }
+
+// (batch, dim, len), channel-last in memory where x is: `_layout.empty_like_layout`.
+inline Tensor allocate_like_layout(const Tensor& x) {
+  if (x.stride(1) == 1 && x.stride(2) != 1) {
+    return torch::stable::transpose(allocate(x, {x.size(0), x.size(2), x.size(1)}), 1, 2);
+  }
+  return allocate_like(x);
+}
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline OptionalTensor dense(const OptionalTensor& x) {
+  return x.has_value() ? OptionalTensor(dense(*x)) : std::nullopt;
+}
+
+inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
+inline const float* floats(const OptionalTensor& x) { return x.has_value() ? floats(*x) : nullptr; }
+inline float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+// Inputs are never written; the kernels use one struct for both.
+inline void* read_only(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
+
+// The axes of x that are batch, token and channel.
+inline Activation input(const Tensor& x, int batch, int token, int channel) {
+  return {read_only(x), x.stride(batch), x.stride(token), x.stride(channel)};
+}
+
+inline Activation output(const Tensor& x, int batch, int token, int channel) {
+  return {x.mutable_data_ptr(), x.stride(batch), x.stride(token), x.stride(channel)};
+}
+
+// ---- threads ---------------------------------------------------------------------------------------------------
+
+// Runs function(begin, end) over the tasks in torch's pool; `work` is the number of channel-steps in all of them. Small
+// work stays on the calling thread.
+template <class Function>
+void parallel(int64_t tasks, int64_t work, const Function& function) {
+  constexpr int64_t kWorkPerThread = 16384;
+  if (tasks == 0) return;
+  const double per_task = std::max(1.0, static_cast<double>(work) / static_cast<double>(tasks));
+  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kWorkPerThread / per_task));
+  std::atomic<bool> ok{true};
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    if (!function(begin, end)) ok = false;
+  });
+  STD_TORCH_CHECK(ok.load(), "vim: not enough memory");
+}
+
+}  // namespace vim

@@ -1,0 +1,35 @@
+// Picks the table of kernels for this processor, once.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace vim {
+
+namespace {
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const char* wanted = std::getenv("VIM_CPU_CAPABILITY");
+  const bool any = wanted == nullptr || std::strcmp(wanted, "avx512") == 0;
+  if (avx512 && any) return kernels_avx512();
+  if (avx2 && (any || std::strcmp(wanted, "avx2") == 0)) return kernels_avx2();
+#endif
+  return kernels_baseline();
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace vim
+
+// For people: which of the tables is in use.
+extern "C" __attribute__((visibility("default"))) const char* vim_cpu_capability() { return vim::kernels().name; }

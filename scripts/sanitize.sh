@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer: every kernel over
+# awkward shapes in buffers of exact size, by one thread and by three (scripts/kernel_driver.cpp). No torch needed.
+# Usage: scripts/sanitize.sh [--time]     (--time measures optimised kernels instead; CXX chooses the compiler)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cxx=${CXX:-g++}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+case $(uname -m) in
+x86_64) sets="baseline avx2 avx512" ;;
+*) sets="baseline" ;;
+esac
+
+flags_of() {
+  case $1 in
+  avx2) echo -mavx2 -mfma -mf16c ;;
+  avx512) echo -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512 ;;
+  esac
+}
+
+# build NAME FLAGS...: the driver with every instruction set, at $folder/NAME
+build() {
+  local name=$1 set objects=()
+  shift
+  for set in $sets; do
+    # shellcheck disable=SC2046
+    "$cxx" -std=c++17 -Wno-psabi -Wno-maybe-uninitialized -fno-math-errno -ffp-contract=fast "$@" $(flags_of "$set") \
+      "-DVIM_ISA=$set" -c csrc/cpu/kernels.cpp -o "$folder/$set.o"
+    objects+=("$folder/$set.o")
+  done
+  "$cxx" -std=c++17 "$@" csrc/cpu/dispatch.cpp scripts/kernel_driver.cpp "${objects[@]}" -o "$folder/$name" -pthread
+}
+
+if [[ ${1:-} == --time ]]; then
+  build time -O3
+  for set in $sets; do VIM_CPU_CAPABILITY=$set "$folder/time" time; done
+  exit
+fi
+
+for sanitizers in address,undefined thread; do
+  build driver -O1 -g "-fsanitize=$sanitizers" -fno-sanitize-recover=all -fno-omit-frame-pointer
+  for set in $sets; do
+    printf '%s: ' "$sanitizers"
+    # GCC's fake stack, which that check needs, does not align 64-byte vectors (GCC bug 110027).
+    VIM_CPU_CAPABILITY=$set ASAN_OPTIONS=detect_stack_use_after_return=0 TSAN_OPTIONS=halt_on_error=1 "$folder/driver"
+  done
+done
+echo clean

@@ -1,0 +1,39 @@
+"""Puts the kernels' sources into the package, and the compiled library too where torch is there to build it with.
+
+An isolated `pip install .` has no torch: it makes a pure wheel, and the kernels are built at their first use.
+"""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+WITH_LIBRARY = importlib.util.find_spec("torch") is not None
+
+
+class _BuildWithKernels(build_py):
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        package = Path(self.build_lib) / "vim"
+        shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+        if WITH_LIBRARY:
+            spec = importlib.util.spec_from_file_location("native_build", ROOT / "vim/ops/_native_build.py")
+            native_build = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = native_build
+            spec.loader.exec_module(native_build)
+            (package / "_lib").mkdir(exist_ok=True)
+            shutil.copy(native_build.build(print), package / "_lib")
+
+
+class _WithLibrary(Distribution):
+    def has_ext_modules(self):
+        return WITH_LIBRARY  # a wheel that holds a library is for one platform
+
+
+setup(cmdclass={"build_py": _BuildWithKernels}, distclass=_WithLibrary)

@@ -1,0 +1,113 @@
+"""Which images a setting names, and what is refused before a run begins."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import struct
+
+import numpy as np
+import pytest
+
+from tests.training import change, tiny_config, write_image_folder
+from vim.data.sources import find_split_folder, image_files, open_image_sets
+from vim.data.tensors import TensorImages
+
+
+def folder_config(path, **changes):
+    return tiny_config(data__dataset="folder", data__path=str(path), **changes)
+
+
+def test_a_folder_gives_its_classes_in_order_and_the_same_labels_in_both_splits(tmp_path):
+    write_image_folder(tmp_path, ["cat", "ant", "bee"], {"train": 3, "validation": 2})
+    shutil.rmtree(tmp_path / "validation" / "bee")  # a class that is held out of the held-out images
+    sets = open_image_sets(folder_config(tmp_path))
+    assert sets.class_names == ("ant", "bee", "cat")
+    assert (len(sets.train), len(sets.val)) == (9, 4)
+    assert [sets.class_names[label] for _, label in sets.val.reader.samples] == ["ant", "ant", "cat", "cat"]
+    assert image_files(sets.val, 1) == [tmp_path / "validation" / "ant" / "0.jpg"]
+    assert not sets.in_memory
+
+
+def test_a_missing_held_out_split_is_refused_and_not_replaced_by_the_training_images(tmp_path):
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2})
+    with pytest.raises(ValueError, match=r"must have a folder for the split 'val': found none of val/, valid/"):
+        open_image_sets(folder_config(tmp_path))
+
+
+@pytest.mark.parametrize(("asked", "there"), [("val", "validation"), ("train", "training"), ("fold1", "fold1")])
+def test_a_split_is_found_under_its_own_and_its_usual_names(tmp_path, asked, there):
+    (tmp_path / there).mkdir()
+    assert find_split_folder(tmp_path, asked) == tmp_path / there
+
+
+def test_a_folder_that_is_not_one_of_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data.path must be a folder of images, and '.*nowhere' is not a folder"):
+        open_image_sets(folder_config(tmp_path / "nowhere"))
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"data.path has no images for the split 'train'"):
+        open_image_sets(folder_config(tmp_path))
+
+
+def test_one_class_is_not_enough(tmp_path):
+    write_image_folder(tmp_path, ["ant"], {"train": 2, "val": 2})
+    with pytest.raises(ValueError, match="at least two classes in train/, found 1"):
+        open_image_sets(folder_config(tmp_path))
+
+
+def test_a_held_out_class_that_is_not_trained_on_is_refused(tmp_path):
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 2})
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "cow")
+    with pytest.raises(ValueError, match="has a class 'cow' in the split 'val' that the split 'train' lacks"):
+        open_image_sets(folder_config(tmp_path))
+
+
+def test_a_number_of_classes_other_than_the_data_has_is_refused(tmp_path):
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 2})
+    with pytest.raises(ValueError, match=r"model.num_classes must be null or .* 2, got 1000"):
+        open_image_sets(folder_config(tmp_path, model__num_classes=1000))
+
+
+def test_images_in_memory_are_augmented_when_trained_on_and_only_then():
+    sets = open_image_sets(tiny_config(data__dataset="digits", augment__hflip=0.5))
+    assert isinstance(sets.train, TensorImages)
+    assert sets.train.augment.hflip == 0.5
+    assert sets.val.augment is None
+
+
+@pytest.mark.parametrize(("setting", "value"), [("auto_augment", "rand-m9"), ("color_jitter", 0.4)])
+def test_an_augmentation_that_works_on_files_only_is_refused_for_images_in_memory(setting, value):
+    with pytest.raises(ValueError, match=rf"augment.{setting} must be null for data.dataset 'digits'.* got {value!r}"):
+        open_image_sets(change(tiny_config(data__dataset="digits"), **{f"augment__{setting}": value}))
+
+
+def test_an_unknown_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data.dataset must be 'digits', .* got 'digit'"):
+        open_image_sets(tiny_config(data__dataset="digit"))
+    with pytest.raises(ValueError, match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found"):
+        open_image_sets(tiny_config(data__dataset="torch/mnist", data__path=str(tmp_path)))
+
+
+def test_a_torchvision_data_set_is_read_through_timm(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 20), ("t10k", 8)):
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images_file, labels_file = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
+        images_file.write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels.tobytes())
+        labels_file.write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+        for file in (images_file, labels_file):
+            file.with_name(file.name + ".gz").write_bytes(gzip.compress(file.read_bytes()))
+    sets = open_image_sets(tiny_config(data__dataset="torch/fashion_mnist", data__path=str(tmp_path)))
+    assert (len(sets.train), len(sets.val)) == (20, 8)
+    assert sets.class_names[:2] == ("T-shirt/top", "Trouser")
+
+
+def test_synthetic_images_are_the_same_for_the_same_seed():
+    first, again = (open_image_sets(tiny_config(seed=3)) for _ in range(2))
+    other = open_image_sets(tiny_config(seed=4))
+    assert (len(first.train), len(first.val)) == (48, 12)
+    assert first.train.images.equal(again.train.images)
+    assert not first.train.images.equal(other.train.images)

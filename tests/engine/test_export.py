@@ -1,0 +1,99 @@
+"""ONNX: the same numbers in onnxruntime, any batch, states in float32."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+
+import vim
+from tests.helpers import assert_close, make_bidirectional_inputs, make_scan_inputs
+from vim.engine.export import describe_onnx, export_onnx, write_onnx
+from vim.ops import (
+    ScanOperands,
+    add_rms_norm,
+    bidirectional_conv1d,
+    bidirectional_scan,
+    causal_conv1d,
+    exportable_ops,
+    selective_scan,
+)
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_classes": 10, "d_state": 4}
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "constant", "bare"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_of_exportable_operators_equals_the_op(kind, reverse):
+    inputs = {name: t.detach() for name, t in make_scan_inputs(2, 4, 9, 3).items()}
+    changes = {
+        "plain": {},
+        "grouped": {"B": torch.randn(2, 2, 3, 9), "C": torch.randn(2, 4, 3, 9)},
+        "constant": {"B": torch.randn(4, 3), "C": torch.randn(4, 3)},
+        "bare": {"D": None, "z": None, "delta_bias": None},
+    }
+    inputs |= changes[kind]
+    expected, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, reverse=reverse)
+    with exportable_ops():
+        actual, actual_state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, reverse=reverse)
+    assert_close(actual, expected, 1e-6)
+    assert_close(actual_state, state, 1e-6)
+
+
+def test_the_other_ops_of_exportable_operators():
+    tensors = [t.detach() for t in make_bidirectional_inputs(2, 9, 6, 4, 3)]
+    x, weight, bias = torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6)
+    calls = (
+        lambda: bidirectional_scan(ScanOperands(*tensors[:6]), ScanOperands(*tensors[6:12]), tensors[12]),
+        lambda: torch.stack(bidirectional_conv1d(x, weight, bias, weight.flip(0), None)),
+        lambda: causal_conv1d(x.mT, weight, bias, reverse=True),
+        lambda: torch.stack(add_rms_norm(x, x.flip(1), bias)),
+    )
+    for call in calls:
+        expected = call()
+        with exportable_ops():
+            assert_close(call(), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"directions": "v1", "cls_position": "double"}, {"directions": "none", "rotary": "residual", "norm": "layer"}],
+    ids=str,
+)
+def test_models_in_onnxruntime(kwargs, tmp_path):
+    torch.manual_seed(0)
+    model = vim.VisionMamba(**SMALL, **kwargs).eval()
+    error = write_onnx(model, tmp_path / "m.onnx", 3, 32, tolerance=1e-4)
+    assert error < 1e-5
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert {"Scan"} <= {node.op_type for node in proto.graph.node}
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch is dynamic"
+    assert "opset" in describe_onnx(tmp_path / "m.onnx")
+
+
+def test_float16(tmp_path):
+    torch.manual_seed(0)
+    model = vim.VisionMamba(**SMALL).eval().half()
+    assert write_onnx(model, tmp_path / "m.onnx", 3, 32, tolerance=3e-2) < 1e-2
+
+
+def test_a_wrong_file_is_not_left_behind(tmp_path):
+    with pytest.raises(RuntimeError, match="differs from PyTorch by"):
+        write_onnx(vim.VisionMamba(**SMALL).eval(), tmp_path / "m.onnx", 3, 32, tolerance=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"dtype": "int8"}, "dtype must be one of"), ({"out": "m.pt"}, "out must end in .onnx")]
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(**{"model": "vim_tiny_patch16_224", "out": "m.onnx", **kwargs})
+
+
+def test_help():
+    result = subprocess.run([sys.executable, "-m", "vim.export", "--help"], capture_output=True, text=True, check=True)
+    assert "checkpoint_path" in result.stdout

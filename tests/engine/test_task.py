@@ -1,0 +1,72 @@
+"""The loss of a batch against its formula, with smoothing, mixing and autocast."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.training import tiny_config
+from vim.engine.task import ClassificationTask
+
+CPU = torch.device("cpu")
+
+
+class Fixed(nn.Module):
+    """Gives the same logits for any images."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images):
+        return self.logits
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_cross_entropy_with_smoothed_labels(smoothing):
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    task = ClassificationTask(tiny_config(loss__label_smoothing=smoothing), 5, CPU)
+    loss, hits = task.training_loss(Fixed(logits), torch.zeros(4, 1, 2, 2), labels)
+    targets = torch.full((4, 5), smoothing / 5)
+    targets[torch.arange(4), labels] += 1 - smoothing
+    assert loss.item() == pytest.approx(-(targets * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+    assert hits.item() == (logits.argmax(1) == labels).sum().item()
+
+
+def test_mixup_blends_images_and_targets_by_the_same_share():
+    np.random.seed(0)
+    seen = {}
+
+    class Watch(nn.Module):
+        def forward(self, images):
+            seen["images"] = images.clone()
+            return logits
+
+    logits, labels = torch.randn(2, 3), torch.tensor([0, 2])
+    images = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
+    config = tiny_config(augment__mixup=0.8, loss__label_smoothing=0.0)
+    loss, hits = ClassificationTask(config, 3, CPU).training_loss(Watch(), images, labels)
+    share = 1 - seen["images"][0, 0, 0, 0].item()  # of its own image in the first
+    assert 0 < share < 1
+    assert seen["images"][1, 0, 0, 0].item() == pytest.approx(share)
+    targets = torch.tensor([[share, 0, 1 - share], [1 - share, 0, share]])
+    assert loss.item() == pytest.approx(-(targets * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+    assert hits.item() == (logits.argmax(1) == targets.argmax(1)).sum().item()
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_model_runs_in_the_precision_asked_for_and_the_loss_in_float32(precision, inside):
+    seen = {}
+
+    class Watch(nn.Linear):
+        def forward(self, images):
+            result = super().forward(images.flatten(1))
+            seen["dtype"] = result.dtype
+            return result
+
+    model = Watch(4, 3)
+    task = ClassificationTask(tiny_config(precision=precision), 3, CPU)
+    loss, _ = task.training_loss(model, torch.randn(2, 1, 2, 2), torch.tensor([0, 1]))
+    assert (seen["dtype"], loss.dtype) == (inside, torch.float32)

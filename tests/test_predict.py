@@ -1,0 +1,184 @@
+"""`python -m vim.predict`: the model's own answer for a file, a folder, and files that are no images."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tests.training import change
+from vim import predict
+from vim.checkpoints.io import CheckpointError, save_weights
+from vim.config.schema import TrainConfig
+from vim.engine.predictor import describe_classes, list_images, load_predictor
+from vim.engine.run_folder import RunFolder
+from vim.engine.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trainer that has spent two epochs on the digits."""
+    config = change(
+        TrainConfig(),
+        epochs=2,
+        device="cpu",
+        ema_decay=0.5,
+        model__img_size=16,
+        model__args={"patch_size": 4, "embed_dim": 24, "depth": 1, "d_state": 4},
+        optim__lr=1e-2,
+        schedule__warmup_epochs=0,
+    )
+    trainer = Trainer(config, RunFolder(tmp_path_factory.mktemp("predict") / "run"))
+    trainer.fit()
+    return trainer
+
+
+@pytest.fixture
+def held_out(run, tmp_path):
+    """The first held-out images as files, and their labels."""
+    dataset = run.loaders.sets.val
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(70):
+        Image.fromarray(dataset.images[index, 0].numpy()).save(folder / f"{index:03d}.png")
+    return folder, dataset.labels[:70]
+
+
+def best_model(run):
+    weights = load_predictor(str(run.folder.path)).model.state_dict()
+    averaged = run.ema.module.state_dict()
+    return weights, averaged
+
+
+def test_files_get_the_probabilities_that_the_model_gives_in_evaluation(run, held_out):
+    folder, _ = held_out
+    predictor = load_predictor(str(run.folder.best))
+    results = list(predictor.predict_files(list_images(folder), topk=10))
+    images = next(iter(run.loaders.val))[0][:64]
+    with torch.inference_mode():
+        expected = predictor.model(images).softmax(1)
+    assert [result.path.name for result in results] == [f"{index:03d}.png" for index in range(70)]
+    for result, probabilities in zip(results[:64], expected, strict=True):
+        names, values = zip(*result.guesses, strict=True)
+        assert list(values) == sorted(values, reverse=True)
+        torch.testing.assert_close(torch.tensor(values), probabilities[[int(name) for name in names]])
+
+
+def test_held_out_digits_are_recognised(run, held_out):
+    folder, labels = held_out
+    results = load_predictor(str(run.folder.path)).predict_files(list_images(folder), topk=1)
+    right = sum(result.guesses[0][0] == str(label.item()) for result, label in zip(results, labels, strict=True))
+    assert right > 0.6 * len(labels)
+
+
+def test_the_command_prints_the_likeliest_classes_of_a_file(run, held_out, capsys):
+    file = held_out[0] / "003.png"
+    assert predict.main([str(run.folder.path), str(file), "--topk", "3"]) == 0
+    head, *guesses = capsys.readouterr().out.splitlines()
+    assert head == str(file)
+    assert len(guesses) == 3
+    assert all(re.fullmatch(r"  \d +\d+\.\d\d %", line) for line in guesses)
+
+
+def test_a_file_that_is_no_image_is_named_and_skipped_and_the_exit_code_tells(run, held_out, capsys):
+    folder, _ = held_out
+    for path in list_images(folder)[5:]:
+        path.unlink()
+    (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
+    (folder / "002.jpg").write_text("not an image", encoding="utf-8")
+    (folder / "notes.txt").write_text("not looked at", encoding="utf-8")
+    assert predict.main([str(run.folder.path), str(folder), "--topk", "1"]) == 1
+    output = capsys.readouterr()
+    printed = [line for line in output.out.splitlines() if not line.startswith(" ")]
+    assert printed == [str(folder / name) for name in ("000.png", "002.png", "003.png", "004.png")]
+    skipped = output.err.splitlines()
+    assert skipped[0].startswith(f"vim.predict: {folder / '001.png'} is skipped: ")
+    assert skipped[1].startswith(f"vim.predict: {folder / '002.jpg'} is skipped: ")
+    assert skipped[2:] == ["vim.predict: 2 of 6 images could not be read"]
+
+
+@pytest.mark.parametrize(
+    ("source", "images", "options", "message"),
+    [
+        ("{run}", "/nowhere.png", [], "there is no image or folder /nowhere.png"),
+        ("{run}", "{empty}", [], "there is no image in the folder"),
+        ("{empty}", "{image}", [], "there is no checkpoint"),
+        ("{image}", "{image}", [], "is truncated, damaged or no checkpoint"),
+        ("/nowhere", "{image}", [], "there is no run folder, checkpoint or timm model '/nowhere'"),
+        ("{run}", "{image}", ["--topk", "0"], "topk must be >= 1, got 0"),
+        ("{run}", "{image}", ["--device", "gpu"], "device must be"),
+        ("{run}/best.pth", "{image}", ["--model", "vim_tinny_patch16_224"], "did you mean 'vim_tiny_patch16_224'"),
+        ("{run}/best.pth", "{image}", ["--model", "vim_tiny_patch16_224"], "does not load into"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_code_2(run, tmp_path, capsys, source, images, options, message):
+    (tmp_path / "empty").mkdir()
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    places = {"run": run.folder.path, "empty": tmp_path / "empty", "image": tmp_path / "a.png"}
+    assert predict.main([source.format(**places), images.format(**places), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vim.predict: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_every_file_of_a_run_predicts_alike_where_it_holds_the_same_weights(run, held_out):
+    image = [Image.open(held_out[0] / "000.png")]
+    raw = load_predictor(str(run.folder.last), weights="raw")
+    averaged = load_predictor(str(run.folder.last), weights="ema")
+    for predictor, module in ((raw, run.model), (averaged, run.ema.module)):
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(predictor.model.state_dict()[name], tensor)
+    assert not torch.equal(raw.probabilities(image), averaged.probabilities(image))
+    best = load_predictor(str(run.folder.path)).probabilities(image)
+    assert torch.equal(load_predictor(str(run.folder.best_weights)).probabilities(image), best)
+    chosen = {"raw": raw, "ema": averaged}[run.best["weights"]]
+    if run.best["epoch"] == 2:
+        assert torch.equal(chosen.probabilities(image), best)
+
+
+def test_a_checkpoint_of_the_original_predicts_with_the_name_of_its_model(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model("vim_tiny_patch16_224").eval()
+    path = tmp_path / "released.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-3), "epoch": 3}, path)
+    image = Image.new("RGB", (300, 260), (200, 30, 90))
+    image.save(tmp_path / "a.png")
+    predictor = load_predictor(str(path), model_name="vim_tiny_patch16_224")
+    with torch.inference_mode():
+        expected = model(predictor.preprocessing.transform()(image)[None]).softmax(1)
+    torch.testing.assert_close(predictor.probabilities([image]), expected)
+    assert predictor.class_names[0].startswith("tench")
+    assert predict.main([str(path), str(tmp_path / "a.png")]) == 2
+    assert "if another program wrote it, add --model NAME" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_say_their_model_are_refused(tmp_path):
+    save_weights(tmp_path / "a.safetensors", {"weight": torch.zeros(2)}, {})
+    with pytest.raises(CheckpointError, match="does not say which model it belongs to: add --model NAME"):
+        load_predictor(str(tmp_path / "a.safetensors"))
+
+
+def test_classes_that_are_folders_of_imagenet_are_put_into_words():
+    assert describe_classes(["n01440764", "n00000000"]) == ["n01440764 tench, Tinca tinca", "n00000000"]
+    assert describe_classes(["n01440764", "cat"]) == ["n01440764", "cat"]
+
+
+def test_predicting_does_not_need_the_packages_of_training():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'rich', 'matplotlib', 'sklearn']))"
+    code = f"{blocked}; import vim.predict, vim.engine.predictor"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_images_below_a_folder_are_found_in_order_whatever_the_case_of_their_names(tmp_path):
+    for name in ("b/2.PNG", "a/1.jpg", "c.jpeg", "d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a/1.jpg", "b/2.PNG", "c.jpeg"]

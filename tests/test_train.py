@@ -1,0 +1,158 @@
+"""`python -m vim.train` as a user meets it: what it prints, the code it exits with, the files it leaves."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import TINY_OPTIONS, write_image_folder
+from vim import predict, train
+from vim.checkpoints.io import load_checkpoint
+from vim.engine.trainer import Trainer
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SYNTHETIC = ["--data.dataset", "synthetic", "--data.synthetic_images", "48", *TINY_OPTIONS]
+TINY_BATCH = ["--batch_size", "16", "--micro_batch_size", "16"]
+
+
+def rows(folder):
+    with open(folder / "summary.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_on_the_digits_ends_with_a_command_that_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(TINY_OPTIONS) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("digits-")
+    out = capsys.readouterr().out
+    assert "1,437 training images, 360 held out, 10 classes" in out
+    assert f"epoch 1/1  training: loss {float(rows(folder)[0]['train_loss']):.3f}" in out
+    best, files, following = out.splitlines()[-3:]
+    assert best.startswith("best: ")
+    assert files == f"files: runs/{folder.name}"
+    assert following.startswith(f"next: python -m vim.predict runs/{folder.name} runs/{folder.name}/samples/0_")
+    assert predict.main(shlex.split(following)[4:]) == 0
+    assert capsys.readouterr().out.count(" %") == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lrr", "1"], "unknown setting optim.lrr: did you mean optim.lr?"),
+        (["--optim.lr", "0"], "optim.lr must be > 0, got 0.0"),
+        (["--optim.lr", "fast"], "optim.lr must be float, got fast"),
+        (["--model.name", "vim_tiny_patch16_244"], "did you mean 'vim_tiny_patch16_224'?"),
+        (["--model.args.dept", "3"], "unexpected keyword argument 'dept': did you mean 'depth'?"),
+        (["--model.args.patch_size", "64"], "patch_size"),
+        (["--data.dataset", "folder", "--data.path", "/nowhere"], "'/nowhere' is not a folder"),
+        (["--data.dataset", "folder"], "data.path must name the image folder"),
+        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
+        (["--resume", "/nowhere"], "--resume must name the folder of a run"),
+        (["--device", "gpu"], "device must be 'auto', 'cpu'"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_code_2_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vim.train: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_a_run_in_it_is_not_written_over(tmp_path, capsys):
+    arguments = [*SYNTHETIC, *TINY_BATCH, "--output", str(tmp_path / "run")]
+    assert train.main(arguments) == 0
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    assert train.main(arguments) == 2
+    assert "is not empty: name another, or carry that run on with --resume" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
+
+
+def test_without_the_packages_of_training_the_install_line_is_printed(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert train.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "matplotlib" in error
+    assert 'pip install "vimamba[train]"' in error
+
+
+def test_a_loss_that_explodes_ends_in_one_line_and_code_1(tmp_path, capsys):
+    options = ["--optim.lr", "1e30", "--optim.clip_grad", "null", "--epochs", "3", "--output", str(tmp_path / "run")]
+    assert train.main([*SYNTHETIC, *TINY_BATCH, *options]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("vim.train: the loss is ")
+    assert " at step " in error
+
+
+def test_an_interrupted_run_says_how_to_carry_on_and_that_works(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    run_epoch = Trainer._run_epoch
+
+    def interrupt(self, reporter):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return run_epoch(self, reporter)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_run_epoch", interrupt)
+        options = ["--epochs", "3", "--output", str(folder)]
+        assert train.main([*SYNTHETIC, *TINY_BATCH, *options]) == 130
+    error = capsys.readouterr().err
+    assert f"interrupted after epoch 1; carry on with: python -m vim.train --resume {folder}" in error
+    assert len(rows(folder)) == 1
+    assert train.main(["--resume", str(folder)]) == 0
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
+    assert train.main(["--resume", str(folder)]) == 0  # complete: nothing to do, the figures stand
+    assert len(rows(folder)) == 3
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from_and_stays(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*SYNTHETIC, *TINY_BATCH, "--output", str(folder)]) == 0
+    data = (folder / "last.pth").read_bytes()[:-100]
+    (folder / "last.pth").write_bytes(data)
+    assert train.main(["--resume", str(folder)]) == 2
+    assert "last.pth is truncated, damaged or no checkpoint" in capsys.readouterr().err
+    assert (folder / "last.pth").read_bytes() == data
+
+
+def test_the_imagenet_recipe_runs_on_a_folder_of_jpegs(tmp_path, capsys):
+    """The recipe as it is, with its augmentation and accumulation, but a small model and few images."""
+    images = write_image_folder(tmp_path / "images", ["n01440764", "n01443537", "n02007558"], {"train": 16, "val": 3})
+    folder = tmp_path / "run"
+    small = ["--model.img_size", "32", "--model.args", "{embed_dim: 16, depth: 2, d_state: 4}", "--data.workers", "0"]
+    short = ["--epochs", "2", "--schedule.warmup_epochs", "1", "--batch_size", "16", "--micro_batch_size", "4"]
+    recipe = ["--config", str(CONFIGS / "vim_tiny_in1k.yaml"), "--data.path", str(images)]
+    assert train.main([*recipe, *small, *short, "--device", "cpu", "--output", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "48 training images, 9 held out, 3 classes" in out
+    assert "batch 16 = 4 x 4, adamw at learning rate 1.5625e-05" in out  # 5e-4 * 16 / 512
+    assert [(row["epoch"], row["step"]) for row in rows(folder)] == [("1", "3"), ("2", "6")]
+    assert rows(folder)[0]["lr"] == rows(folder)[1]["lr"] == "1e-06"  # the schedule is an epoch late
+    contents = load_checkpoint(folder / "last.pth")
+    assert contents["class_names"] == ["n01440764", "n01443537", "n02007558"]
+    assert contents["config"]["augment"]["repeats"] == 3
+    following = shlex.split(out.splitlines()[-1])
+    assert following[-1] == str(images / "val" / "n01440764" / "0.jpg")
+    assert predict.main(following[4:]) == 0
+    assert "n01440764 tench, Tinca tinca" in capsys.readouterr().out
+
+
+def test_help_is_printed_by_the_module_as_a_program():
+    result = subprocess.run([sys.executable, "-m", "vim.train", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: python -m vim.train [--config FILE]")
+    assert "--optim.lr LR" in result.stdout

@@ -1,0 +1,66 @@
+"""What the tests of training share: settings of a run that takes a second, and folders of images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vim.config.schema import TrainConfig
+
+# Four patches and a class token through one narrow block.
+TINY_MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "d_state": 4}
+TINY_OPTIONS = [
+    *("--model.img_size", "16", "--model.args", str(TINY_MODEL)),
+    *("--epochs", "1", "--schedule.warmup_epochs", "0", "--device", "cpu"),
+]
+
+
+def tiny_config(**changes: Any) -> TrainConfig:
+    """Settings of a short run on 48 synthetic images; `group__name=value` changes a setting in a group."""
+    changes = {
+        "epochs": 1,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "device": "cpu",
+        "model__img_size": 16,
+        "model__args": TINY_MODEL,
+        "data__dataset": "synthetic",
+        "data__synthetic_images": 48,
+        "schedule__warmup_epochs": 0,
+        **changes,
+    }
+    return change(TrainConfig(), **changes)
+
+
+def change(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Replace settings of a run; `group__name=value` changes a setting in a group."""
+    groups: dict[str, dict[str, Any]] = {}
+    top = {}
+    for name, value in changes.items():
+        group, _, leaf = name.rpartition("__")
+        if group:
+            groups.setdefault(group, {})[leaf] = value
+        else:
+            top[name] = value
+    parts = {group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()}
+    return dataclasses.replace(config, **top, **parts)
+
+
+def write_image_folder(
+    root: Path, classes: list[str], counts: dict[str, int], size: tuple[int, int] = (40, 30), suffix: str = ".jpg"
+) -> Path:
+    """Write `root/split/class/index.jpg`: random images, each class with a colour of its own."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            color = np.array([(label * 97) % 256, (label * 53 + 80) % 256, (255 - label * 61) % 256])
+            for index in range(count):
+                pixels = color // 2 + random.integers(0, 128, (size[1], size[0], 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}{suffix}")
+    return root

@@ -1,0 +1,1 @@
+"""Files of weights: `io` writes and reads ours, `upstream` reads those the original released."""

@@ -1,0 +1,212 @@
+"""Checkpoint files that are whole or not there, and that run no code when they are read.
+
+A file is written aside, synced to the disk and moved into place, so whoever reads the name finds the old file or the
+new one. It is read with torch's `weights_only` loader, after its checksums: a damaged file is refused, not half read.
+"""
+
+import os
+import pickle
+import random
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+FORMAT = "vimamba"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and says why, in one line."""
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name, whole and synced, when the block ends without an error.
+
+    Args:
+        path: The file to make or replace; its folder must exist.
+
+    Yields:
+        A binary file to write to. After an error the file at `path` is what it was before.
+
+    Raises:
+        OSError: The folder is missing or not writable, or the disk is full.
+    """
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, atomically."""
+    with atomic_writer(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def save_checkpoint(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
+    """Write a checkpoint, atomically.
+
+    Args:
+        path: The file to make or replace.
+        contents: Tensors, numbers, strings, and dicts, lists and tuples of them: what `weights_only` reads back.
+    """
+    with atomic_writer(path) as file:
+        torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **contents}, file)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of `save_checkpoint`, with its tensors on the CPU.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is truncated or damaged, holds more than plain data, or was not written by us.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is truncated, damaged or no checkpoint: {error}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{file} is damaged: the checksum of {damaged!r} in it is wrong")
+    try:
+        contents = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file} holds objects other than plain data, and was not loaded") from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise CheckpointError(f"{file} is a zip file but no checkpoint of PyTorch") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise CheckpointError(f"{file} was not written by vim.train: it has no format mark {FORMAT!r}")
+    if contents.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {contents.get('format_version')}, this library reads {FORMAT_VERSION}"
+        )
+    return contents
+
+
+def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write weights as safetensors, atomically, as `timm.create_model(checkpoint_path=...)` takes them.
+
+    Args:
+        path: The file to make or replace; its name should end in `.safetensors`.
+        weights: A state dict.
+        metadata: Strings that travel in the header of the file.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_writer(path) as file:
+        file.write(safetensors_bytes(tensors, metadata=dict(metadata)))
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        The state dict, on the CPU, and the strings in the header.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is truncated or no safetensors file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}")
+    try:
+        with safe_open(file, framework="pt") as header:
+            metadata = dict(header.metadata() or {})
+        return load_file(file), metadata
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from error
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Copy weights into a module, all of them.
+
+    Args:
+        module: The module that receives them.
+        weights: A state dict of the same architecture.
+        source: The file they come from, for error messages.
+
+    Raises:
+        CheckpointError: A weight is missing, left over or of another shape; the message names the first.
+    """
+    own = module.state_dict()
+    for name, tensor in own.items():
+        if name not in weights:
+            raise CheckpointError(f"{source} does not fit the model: it lacks {name!r}")
+        if weights[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{source} does not fit the model: {name!r} has shape {tuple(weights[name].shape)}, "
+                f"the model's has {tuple(tensor.shape)}"
+            )
+    left_over = [name for name in weights if name not in own]
+    if left_over:
+        raise CheckpointError(f"{source} does not fit the model: it has {left_over[0]!r}, which the model lacks")
+    module.load_state_dict(dict(weights))
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of every random generator that training draws from: Python, NumPy, torch and its GPUs."""
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = numpy_state
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put every random generator back into a state that `rng_state` returned.
+
+    The state of a GPU is left out where the number of GPUs is another.
+    """
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    devices = state.get("cuda", [])
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Sync a folder, so that a renamed file survives a power cut; Windows has no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

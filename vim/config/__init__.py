@@ -1,0 +1,1 @@
+"""The settings of a training run: `schema` says what they are, `load` reads and writes them."""

@@ -1,0 +1,276 @@
+"""Settings from the command line, from YAML files and from plain dicts, and back again.
+
+Only `parse_command_line` needs jsonargparse, and imports it when called: reading the settings that a checkpoint
+carries works with the library's own dependencies.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vim.config.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+PROG = "python -m vim.train"
+CONFIG_FILE = "config.yaml"
+
+_DESCRIPTION = """Train a Vision Mamba, or any other model that timm knows, on labelled images.
+
+Without arguments: a small Vim on scikit-learn's digits, on the CPU, in about two minutes.
+Settings come from the defaults below, then --config FILE, then the command line; the last one wins.
+Each run writes its settings, figures and weights into a folder of its own under runs/."""
+
+_RUN_OPTIONS = {
+    "config": "YAML file with settings, such as one of configs/.",
+    "output": "Folder of this run; it must be new or empty. Default: runs/RECIPE-TIME.",
+    "resume": "Folder of a run that stopped early, to be carried on from its last whole epoch.",
+}
+_NO_SETTING = frozenset(_RUN_OPTIONS) | {"help", "print_config"}
+
+# What a run that is carried on may change: where and how it computes, not what it computes.
+_RESUME_MAY_CHANGE = frozenset({"device", "eval_batch_size", "data.path", "data.workers", "data.pin_memory"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What the command line asks for."""
+
+    config: TrainConfig
+    """The settings, resolved."""
+    output: Path | None
+    """Folder of a new run; `None` leaves the choice to the trainer."""
+    resume: Path | None
+    """Folder of the run to carry on."""
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings as nested dicts of plain values, ready for YAML and for a checkpoint."""
+    return _plain(dataclasses.asdict(config))
+
+
+def config_from_dict(data: Mapping[str, Any], source: str = "the settings") -> TrainConfig:
+    """Build the settings from nested dicts; what is left out takes its default.
+
+    Args:
+        data: Nested settings as `config_to_dict` writes them.
+        source: Where they come from, in words, for error messages.
+
+    Raises:
+        ValueError: An unknown setting (the message names the nearest known one) or a value out of range.
+        TypeError: A value of a wrong type.
+    """
+    return _build(TrainConfig, data, source, "")
+
+
+def dump_config(config: TrainConfig) -> str:
+    """Return the settings as YAML that `--config` reads back to the same settings."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def setting_names() -> list[str]:
+    """Return the dotted name of every setting, such as `optim.lr`, in the order of the schema."""
+    return list(_flatten(config_to_dict(TrainConfig())))
+
+
+def parse_command_line(argv: Sequence[str]) -> Command:
+    """Read the command line of `python -m vim.train`.
+
+    Args:
+        argv: The arguments, without the name of the program.
+
+    Raises:
+        ValueError: An unknown setting, a value that does not fit, or a file that cannot be read; in one line.
+        TypeError: A value of a wrong type.
+        SystemExit: `--help` or `--print_config` was asked for, and has been answered.
+    """
+    arguments = list(argv)
+    _check_names((token[2:].split("=")[0] for token in arguments if token.startswith("--") and token != "--"), "")
+    options = {name: _option_values(arguments, name) for name in ("config", "resume")}
+    for path in options["config"]:
+        _read_yaml(Path(path))
+    if not options["resume"]:
+        config, output, _ = _parse(arguments)
+        return Command(config=config, output=output, resume=None)
+
+    if options["config"]:
+        raise ValueError(
+            f"--config must not be given with --resume, which takes the run's own settings, got {options['config'][-1]}"
+        )
+    folder = Path(options["resume"][-1])
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"--resume must name the folder of a run: there is no {folder / CONFIG_FILE}")
+    own = ["--config", str(folder / CONFIG_FILE)]
+    config, output, _ = _parse(own + arguments)
+    if output is not None:
+        raise ValueError(f"--output must not be given with --resume, which writes into {folder}, got {output}")
+    _check_resume_changes(_parse(own)[0], config)
+    return Command(config=config, output=None, resume=folder)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[TrainConfig, Path | None, Path | None]:
+    """Run jsonargparse and build the settings from what it read."""
+    from argparse import ArgumentError
+
+    try:
+        values = _make_parser().parse_args(list(arguments)).as_dict()
+    except ArgumentError as error:
+        raise ValueError(_one_line(str(error))) from error
+    values.pop("config")
+    output, resume = values.pop("output"), values.pop("resume")
+    config = _build(TrainConfig, values, "the command line", "")
+    return config, Path(output) if output else None, Path(resume) if resume else None
+
+
+def _make_parser() -> "ArgumentParser":
+    """Make the parser: an option a setting, with its type, default and docstring from the schema."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        """Types and defaults of jsonargparse, and the description as it was written."""
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} [--config FILE] [--output FOLDER] [--SETTING VALUE ...]\n       {PROG} --resume FOLDER",
+        description=_DESCRIPTION,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", action="config", metavar="FILE", help=_RUN_OPTIONS["config"])
+    for name in ("output", "resume"):
+        parser.add_argument(f"--{name}", type=str | None, default=None, metavar="FOLDER", help=_RUN_OPTIONS[name])
+    defaults = TrainConfig()
+    groups = {
+        field.name: type(getattr(defaults, field.name))
+        for field in dataclasses.fields(TrainConfig)
+        if dataclasses.is_dataclass(getattr(defaults, field.name))
+    }
+    run = parser.add_argument_group("Run")
+    run.add_class_arguments(TrainConfig, as_group=False, skip=set(groups))
+    for name, group_type in groups.items():
+        title = (group_type.__doc__ or name).strip().rstrip(".")
+        group = parser.add_argument_group(title)
+        group.add_class_arguments(group_type, name, as_group=False)
+    return parser
+
+
+def _build(kind: Any, data: Any, source: str, prefix: str) -> Any:
+    """Make a dataclass of the schema from a dict, and those inside it."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or source} must hold settings by name, got {data!r}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    _check_names((f"{prefix}{name}" for name in data if name not in fields), source)
+    values = {}
+    for name, value in data.items():
+        factory = fields[name].default_factory
+        if dataclasses.is_dataclass(factory):
+            values[name] = _build(factory, value, source, f"{prefix}{name}.")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings and check their names."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {_one_line(str(error))}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"--config {path} must hold settings by name, got {type(data).__name__}")
+    _check_names(_flatten(data), str(path))
+    return data
+
+
+def _check_names(names: Iterable[str], source: str) -> None:
+    """Raise for the first name that is no setting; `model.args` holds what the model likes."""
+    known = setting_names()
+    groups = {name.split(".")[0] for name in known if "." in name}
+    for name in names:
+        if name in known or name in _NO_SETTING or name.startswith("model.args."):
+            continue
+        if name in groups:
+            raise ValueError(f"{name} must hold settings by name, such as {name}.{_first_of(name, known)}")
+        place = f" in {source}" if source else ""
+        near = _nearest(name, known)
+        hint = f"did you mean {near}?" if near else f"`{PROG} --help` lists them"
+        raise ValueError(f"unknown setting {name}{place}: {hint}")
+
+
+def _first_of(group: str, known: Sequence[str]) -> str:
+    return next(name for name in known if name.startswith(f"{group}.")).split(".", 1)[1]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    """Return the setting that was probably meant: the same last word elsewhere, or the closest spelling."""
+    leaf = name.rsplit(".", 1)[-1]
+    options = [*known, *_RUN_OPTIONS]
+    same_leaf = [option for option in options if option.rsplit(".", 1)[-1] == leaf]
+    whole = difflib.get_close_matches(name, same_leaf or options, n=1, cutoff=0.0 if same_leaf else 0.6)
+    if whole:
+        return whole[0]
+    leaves = {option.rsplit(".", 1)[-1]: option for option in options}
+    close = difflib.get_close_matches(leaf, leaves, n=1)
+    return leaves[close[0]] if close else None
+
+
+def _check_resume_changes(before: TrainConfig, after: TrainConfig) -> None:
+    """Raise when the command line changes what a run computes on resuming it."""
+    old, new = _flatten(config_to_dict(before)), _flatten(config_to_dict(after))
+    for name, value in new.items():
+        if name not in _RESUME_MAY_CHANGE and old.get(name) != value:
+            raise ValueError(
+                f"{name} must stay {old.get(name)!r} when a run is resumed, got {value!r}: start a new run to change it"
+            )
+
+
+def _option_values(arguments: Sequence[str], name: str) -> list[str]:
+    """Return the values given to an option, in order, written as `--name VALUE` or `--name=VALUE`."""
+    values = [token.split("=", 1)[1] for token in arguments if token.startswith(f"--{name}=")]
+    return values + [value for token, value in pairwise(arguments) if token == f"--{name}"]
+
+
+def _flatten(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by dotted name; a group that is not a dict keeps its own name."""
+    return dict(_walk(data, ""))
+
+
+def _walk(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, Mapping) and f"{prefix}{name}" != "model.args":
+            yield from _walk(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with tuples as lists, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _one_line(message: str) -> str:
+    """Return an error of jsonargparse or of the YAML reader in one line, in the words of our own errors."""
+    line = " ".join(message.split())
+    line = re.sub(r"<class '([\w.]+)'>", r"\1", line)
+    line = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", line)
+    line = re.sub(r'Parser key "([^"]+)": ', r"\1: ", line)
+    line = re.sub(r": Expected an? (.+)\. Got value: ", r" must be \1, got ", line)
+    union = re.fullmatch(r"([\w.]+): Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: (.*)", line)
+    return f"{union[1]} must be one of the types {union[2]}, got {union[3]}" if union else line

@@ -1,0 +1,104 @@
+"""How an image file becomes the input of a model at evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from vim.config.schema import TrainConfig
+
+_COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """Resize, centre crop and normalisation of an image, as at evaluation."""
+
+    image_shape: tuple[int, int]
+    """Height and width of the input in pixels."""
+    in_chans: int
+    """Channels of the input."""
+    mean: tuple[float, ...]
+    """Mean of each channel, for pixels between 0 and 1."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel, for pixels between 0 and 1."""
+    crop_pct: float
+    """Side of the crop over the side that the image is resized to."""
+    interpolation: str
+    """Resampling, by its name in PIL."""
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> "Preprocessing":
+        """Return the preprocessing of a training run."""
+        in_chans = config.model.in_chans
+        return cls(
+            image_shape=config.model.image_shape,
+            in_chans=in_chans,
+            mean=per_channel(config.data.mean, in_chans),
+            std=per_channel(config.data.std, in_chans),
+            crop_pct=config.data.crop_pct,
+            interpolation=config.data.interpolation,
+        )
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> "Preprocessing":
+        """Return the preprocessing that the published weights of a timm model were evaluated with."""
+        data = resolve_model_data_config(model)
+        in_chans, height, width = data["input_size"]
+        return cls(
+            image_shape=(height, width),
+            in_chans=in_chans,
+            mean=per_channel(data["mean"], in_chans),
+            std=per_channel(data["std"], in_chans),
+            crop_pct=data["crop_pct"],
+            interpolation=data["interpolation"],
+        )
+
+    @property
+    def color_mode(self) -> str:
+        """The mode of PIL that an image is converted to.
+
+        Raises:
+            ValueError: No image has this number of channels.
+        """
+        if self.in_chans not in _COLOR_MODES:
+            raise ValueError(
+                f"model.in_chans must be one of {sorted(_COLOR_MODES)} to read image files, got {self.in_chans}"
+            )
+        return _COLOR_MODES[self.in_chans]
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Shape of one input, (in_chans, height, width)."""
+        return (self.in_chans, *self.image_shape)
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """Return the function from an image to an input, (in_chans, height, width), float32.
+
+        Raises:
+            ValueError: No image has this number of channels.
+        """
+        mode = self.color_mode
+        resize_and_normalise: Any = create_transform(
+            self.input_size,
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+        )
+        return lambda image: resize_and_normalise(image.convert(mode))
+
+
+def per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    """Return one value a channel, from one value for all or one for each.
+
+    Raises:
+        ValueError: There are other than 1 or `in_chans` values.
+    """
+    if len(values) not in (1, in_chans):
+        raise ValueError(f"values must be one number or one for each of in_chans = {in_chans} channels, got {values}")
+    return tuple(values) * in_chans if len(values) == 1 else tuple(values)

@@ -1,0 +1,105 @@
+"""Print what this machine offers and which backend runs each op: `python -m vim.doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from vim.ops import _native, _native_build, available_backends, unavailable_backends
+from vim.version import __version__
+
+OPS = ("add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PACKAGES = ("torchvision", "timm", "triton", "mamba-ssm", "causal-conv1d")
+# What the native kernels look for, in /proc/cpuinfo's words.
+_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "asimd")
+
+
+def main() -> int:
+    """Print the report. It is a success to report that something is missing."""
+    for title, lines in (
+        ("versions", _versions()),
+        ("processor", _processor()),
+        ("native kernels", _library()),
+        ("backends, the preferred one first", _backends()),
+    ):
+        print(title)
+        for line in lines:
+            print(f"  {line}")
+    return 0
+
+
+def _versions() -> Iterator[str]:
+    yield f"vimamba {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    for name in _PACKAGES:
+        try:
+            yield f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{name}: not installed"
+
+
+def _processor() -> Iterator[str]:
+    model, flags = platform.processor() or platform.machine(), ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        model = fields.get("model name", model)
+        flags = fields.get("flags", fields.get("Features", ""))
+    found = [name for name in _CPU_FEATURES if name in flags.split()]
+    yield f"{model}, {os.cpu_count()} cores, {platform.machine()}: {' '.join(found) or 'no vector extensions known'}"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            yield f"cuda:{i} {torch.cuda.get_device_name(i)}"
+    else:
+        yield "no GPU that torch can use"
+
+
+def _library() -> Iterator[str]:
+    compiler = _native_build.find_compiler()
+    yield f"compiler: {_compiler_version(compiler) if compiler else 'none'}"
+    yield f"sources: {_native_build.find_sources() or 'not installed'}"
+    for folder in _native_build.cache_folders():
+        yield f"cache: {folder} ({'exists' if folder.is_dir() else 'does not exist'})"
+    reason = _native.load()
+    if reason is None:
+        yield f"library: {_native.library_path()}, using {_native.capability()}"
+    else:
+        yield f"not in use: {reason}"
+
+
+def _compiler_version(compiler: list[str]) -> str:
+    try:
+        output = subprocess.run(
+            [*compiler, "--version"], capture_output=True, text=True, timeout=10, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{compiler[0]} does not run: {error}"
+    return f"{compiler[0]}: {output.splitlines()[0] if output else 'says no version'}"
+
+
+def _backends() -> Iterator[str]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for op in OPS:
+            by_dtype = {str(t).removeprefix("torch."): available_backends(op, device, t) for t in _DTYPES}
+            for names in dict.fromkeys(by_dtype.values()):
+                dtypes = ", ".join(dtype for dtype, found in by_dtype.items() if found == names)
+                yield f"{device} {op} ({dtypes}): {', '.join(names)}"
+        # A reason seldom depends on the op: each is said once.
+        for dtype in _DTYPES:
+            reasons = {line for op in OPS for line in unavailable_backends(op, device, dtype).items()}
+            for name, reason in sorted(reasons):
+                yield f"{device} {str(dtype).removeprefix('torch.')}: not {name}: {reason}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: what the entry points call."""

@@ -1,0 +1,102 @@
+"""Build the model that the settings name, and find the device to run it on."""
+
+import difflib
+import inspect
+import re
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import vim.models  # registers our models with timm
+from vim.config.schema import ModelConfig
+
+_FROM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Create a model through timm.
+
+    Args:
+        config: The model's settings; its `num_classes` is not read.
+        num_classes: Outputs of the classifier.
+
+    Returns:
+        The model, on the CPU, in training mode.
+
+    Raises:
+        ValueError: timm knows no such model (the message names the nearest), or the model takes no such argument, or
+            refuses a value, or has no published weights.
+    """
+    check_model_name(config.name)
+    arguments: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_chans": config.in_chans,
+        "img_size": config.img_size,
+        "drop_rate": config.drop_rate,
+        "drop_path_rate": config.drop_path_rate,
+        **config.args,
+    }
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, **arguments)
+    except TypeError as error:
+        if "'img_size'" in str(error):  # convolutional networks take any size, and no argument for it
+            del arguments["img_size"]
+            return timm.create_model(config.name, pretrained=config.pretrained, **arguments)
+        raise ValueError(f"model.args does not fit model.name {config.name!r}: {error}{_nearest(error)}") from error
+    except RuntimeError as error:
+        raise ValueError(f"model.name {config.name!r} cannot be created: {error}") from error
+
+
+def _nearest(error: TypeError) -> str:
+    """Return the nearest argument of our models to the one that they do not take, as a question."""
+    unknown = re.search(r"VisionMamba.* unexpected keyword argument '(\w+)'", str(error))
+    near = (
+        difflib.get_close_matches(unknown[1], inspect.signature(vim.models.VisionMamba).parameters, n=1)
+        if unknown
+        else []
+    )
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+def check_model_name(name: str) -> None:
+    """Raise unless timm knows the model.
+
+    Raises:
+        ValueError: It does not; the message names the nearest model that it knows.
+    """
+    if name.startswith(_FROM_ELSEWHERE) or timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"model.name must be a model that timm knows, got {name!r}{hint}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of the given name; `auto` is a GPU when there is one.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got {name!r}") from error
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(device.type, False):
+        raise ValueError(f"device must be one that PyTorch finds on this machine, got {name!r}")
+    return device
+
+
+def describe_model(model: nn.Module, config: ModelConfig) -> str:
+    """Return the model's name, arguments and size in a few words."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    arguments = ", ".join(f"{name}={value}" for name, value in config.args.items())
+    return f"{config.name}{f' ({arguments})' if arguments else ''}, {millions:.2f} M parameters"

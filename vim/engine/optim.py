@@ -1,0 +1,111 @@
+"""Optimizer, learning rate and averaged weights: timm's, set up from the settings."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vim.config.schema import OptimConfig, TrainConfig
+
+_FUSED = ("adam", "adamw", "sgd")  # PyTorch's own, in one kernel for all parameters
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Create the optimizer, at the peak learning rate.
+
+    No weight decay acts on parameters with one axis, on what the model's `no_weight_decay()` names and on what
+    `optim.no_weight_decay` matches.
+
+    Raises:
+        ValueError: timm knows no such optimizer; the message names the nearest.
+    """
+    optim = config.optim
+    if optim.name not in list_optimizers():
+        near = difflib.get_close_matches(optim.name, list_optimizers(), n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"optim.name must be an optimizer that timm knows, got {optim.name!r}{hint}")
+    more: dict[str, Any] = {} if optim.betas is None else {"betas": optim.betas}
+    if optim.name in _FUSED:
+        more["fused"] = True
+    return create_optimizer_v2(
+        model,
+        opt=optim.name,
+        lr=config.peak_lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        eps=optim.eps,
+        param_group_fn=_weight_decay_groups(optim),
+        **more,
+    )
+
+
+def _weight_decay_groups(optim: OptimConfig) -> Callable[[nn.Module], list[dict[str, Any]]]:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        of_model: Callable[[], Any] = getattr(model, "no_weight_decay", tuple)
+        return param_groups_weight_decay(
+            model, optim.weight_decay, no_weight_decay_list=[*of_model(), *optim.no_weight_decay]
+        )
+
+    return groups
+
+
+class Schedule:
+    """The learning rate as a function of the position in the run, so that resuming needs no state of it.
+
+    Args:
+        optimizer: Whose rate is set; its present rate is the peak.
+        config: The settings of the run.
+        updates_per_epoch: Optimizer steps in one epoch.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: TrainConfig, updates_per_epoch: int) -> None:
+        schedule = config.schedule
+        self._optimizer = optimizer
+        self._lag = schedule.lag_epochs
+        self._scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=schedule.name,
+            num_epochs=config.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=schedule.warmup_lr,
+            min_lr=schedule.min_lr,
+            step_on_epochs=schedule.unit == "epoch",
+            updates_per_epoch=updates_per_epoch,
+        )
+
+    def set(self, epoch: int, step: int) -> float:
+        """Set the rate for an optimizer step and return it.
+
+        Args:
+            epoch: Epochs before this one.
+            step: Optimizer steps before this one, in the whole run.
+        """
+        self._scheduler.step(max(0, epoch - self._lag))  # one of the two does nothing, by the schedule's unit
+        self._scheduler.step_update(step)
+        return self._optimizer.param_groups[0]["lr"]
+
+
+def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
+    """Return an average of the weights that starts from the present ones, or `None` without a decay."""
+    return None if decay is None else ModelEmaV3(model, decay=decay)
+
+
+def clip_gradients(model: nn.Module, optim: OptimConfig) -> Tensor:
+    """Clip the gradients in place as the settings say.
+
+    Returns:
+        The global norm of the gradients before clipping, a scalar on their device.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if optim.clip_grad is not None and optim.clip_mode == "norm":
+        torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_grad, norm)
+    elif optim.clip_grad is not None:
+        dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
+    return norm

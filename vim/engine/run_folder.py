@@ -1,0 +1,136 @@
+"""The folder of a run: the names of its files, and those that are written once."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vim.checkpoints.io import write_text
+from vim.config.load import CONFIG_FILE, dump_config
+from vim.config.schema import TrainConfig
+from vim.data.tensors import TensorImages
+from vim.version import __version__
+
+_PACKAGES = ("torchvision", "timm", "numpy", "pillow", "safetensors", "triton", "mamba-ssm")
+_HEADER = """# The settings of this run, resolved. To start another like it:
+#   python -m vim.train --config {path}
+"""
+
+
+class RunFolder:
+    """The files of a run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / CONFIG_FILE
+        self.environment = path / "environment.json"
+        self.summary = path / "summary.csv"
+        self.curves = path / "curves.png"
+        self.last = path / "last.pth"
+        self.best = path / "best.pth"
+        self.best_weights = path / "best.safetensors"
+        self.samples = path / "samples"
+        self.tensorboard = path / "tensorboard"
+
+    def write_start(self, config: TrainConfig, device: torch.device) -> None:
+        """Write the settings, and add this start of the run to the record of its environments."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
+        write_text(self.config, _HEADER.format(path=self.config) + dump_config(config))
+        starts = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.exists() else []
+        starts.append(describe_environment(device))
+        write_text(self.environment, json.dumps(starts, indent=2) + "\n")
+
+    def write_samples(self, images: TensorImages, class_names: tuple[str, ...]) -> list[Path]:
+        """Write the first held-out image of each class, up to ten of them, as `CLASS_INDEX.png`."""
+        self.samples.mkdir(exist_ok=True)
+        paths = []
+        for label, name in list(enumerate(class_names))[:10]:
+            found = (images.labels == label).nonzero()
+            if len(found):
+                index = int(found[0])
+                paths.append(self.samples / f"{name}_{index:04d}.png")
+                _to_image(images.images[index]).save(paths[-1])
+        return paths
+
+
+def choose_run_folder(config: TrainConfig, output: Path | None) -> RunFolder:
+    """Return the folder for a new run: the one asked for, or a new name under `runs/`.
+
+    Raises:
+        ValueError: The folder asked for is a file, or has files in it.
+    """
+    if output is not None:
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--output must be a folder, and {output} is a file")
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(
+                f"--output must be a new or an empty folder, and {output} is not empty: "
+                f"name another, or carry that run on with --resume {output}"
+            )
+        return RunFolder(output)
+    stem = f"{config.recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    path, copies = Path("runs") / stem, 1
+    while path.exists():
+        copies += 1
+        path = Path("runs") / f"{stem}-{copies}"
+    return RunFolder(path)
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return what is needed to tell later how a run was started: command, versions, commit and hardware."""
+    return {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": [sys.executable, *sys.argv],
+        "folder": os.getcwd(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+        | {"vimamba": __version__, "torch": torch.__version__},  # the latter with its build, such as +cu132
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the library's sources, with `+changes` if files differ from it; `None` outside git."""
+    sources = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(sources), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != sources:
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _to_image(pixels: torch.Tensor) -> Image.Image:
+    """Return (channels, height, width), uint8, as an image."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

@@ -1,0 +1,80 @@
+"""Image classification: from a batch to a loss, in the precision and with the mixing of the settings."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from vim.config.schema import Precision, TrainConfig
+
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ClassificationTask:
+    """Mixing, forward and loss of one batch.
+
+    Args:
+        config: The settings of the run.
+        num_classes: Number of classes.
+        device: Where the model is.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int, device: torch.device) -> None:
+        self._device_type = device.type
+        self._dtype = _AUTOCAST.get(config.precision)
+        augment, smoothing = config.augment, config.loss.label_smoothing
+        self._mix = (
+            Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch_prob,
+                mode=augment.mix_mode,
+                label_smoothing=smoothing,
+                num_classes=num_classes,
+            )
+            if augment.mixes
+            else None
+        )
+        self._criterion: nn.Module
+        if self._mix is not None:
+            self._criterion = SoftTargetCrossEntropy()  # the mixed targets are smoothed already
+        elif smoothing > 0:
+            self._criterion = LabelSmoothingCrossEntropy(smoothing)
+        else:
+            self._criterion = nn.CrossEntropyLoss()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context to run the model in."""
+        return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype is not None)
+
+    def training_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model on a batch of training images.
+
+        Args:
+            model: The model to train.
+            images: (batch, in_chans, height, width), normalised; mixing changes them in place.
+            labels: (batch,), int64.
+
+        Returns:
+            The mean loss, float32, and the number of images whose top class is that of the target; a mixed image
+            counts for the class with the larger share. Both are scalars on the device.
+        """
+        targets = labels
+        if self._mix is not None:
+            images, targets = self._mix(images, labels)  # (batch, num_classes)
+        with self.autocast():
+            logits = model(images)
+        logits = logits.float()
+        top = targets if targets.ndim == 1 else targets.argmax(dim=1)
+        return self._criterion(logits, targets), (logits.argmax(dim=1) == top).sum()
+
+
+def set_matmul_precision(precision: Precision) -> None:
+    """Let float32 matrix products and convolutions on a GPU use TensorFloat-32, or keep them from it."""
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32

@@ -1,0 +1,79 @@
+"""`python -m vim.predict`: name what is on an image, or on every image of a folder."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vim.engine.predictor import Prediction
+
+_DESCRIPTION = """Print the likeliest classes of an image, or of every image below a folder, with their probabilities.
+
+The model comes from a folder that vim.train wrote, from a checkpoint in it, from a checkpoint of somebody else
+(with --model), or by name with its published weights."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments, without the name of the program; `None` takes those of the process.
+
+    Returns:
+        The exit code: 0 when every image was classified, 1 when some could not be read, 2 when what was asked for
+        cannot be done.
+    """
+    options = _make_parser().parse_args(argv)
+
+    from vim.engine.model import resolve_device
+    from vim.engine.predictor import list_images, load_predictor
+
+    try:
+        files = list_images(options.images)
+        predictor = load_predictor(options.source, options.weights, options.model, resolve_device(options.device))
+        predictions = predictor.predict_files(files, options.topk)
+        unread = sum(_show(prediction) for prediction in predictions)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"vim.predict: {error}\n")
+        return 2
+    if unread:
+        sys.stderr.write(f"vim.predict: {unread} of {len(files)} images could not be read\n")
+    return 1 if unread else 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vim.predict",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder, checkpoint file or timm model")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", type=Path, help="image file, or folder of images")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: 5)")
+    parser.add_argument(
+        "--weights",
+        choices=("best", "raw", "ema"),
+        default="best",
+        help="the averaged weights, the raw ones, or those that did better on held-out images (default: best)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="timm model of a checkpoint that vim.train did not write")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    return parser
+
+
+def _show(prediction: "Prediction") -> int:
+    """Print a prediction; return 1 if there is none, because the file could not be read."""
+    if prediction.error is not None:
+        sys.stderr.write(f"vim.predict: {prediction.path} is skipped: {prediction.error}\n")
+        return 1
+    width = max(len(name) for name, _ in prediction.guesses)
+    lines = [f"  {name:<{width}}  {100 * probability:6.2f} %" for name, probability in prediction.guesses]
+    sys.stdout.write("\n".join([str(prediction.path), *lines]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
