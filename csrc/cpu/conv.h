@@ -30,8 +30,8 @@ inline void load_padded(const Conv& conv, const Activation& x, int64_t b, int64_
 
 // out[t] = bias + sum_k taps[k] x[t + (k - reach) step], then SiLU, for `tokens` rows `row` apart; `x` points at the
 // first of them, in rows of kLanes.
-template <int kWidth, bool kSilu, class T>
-void convolve_rows(const float* x, const float* taps, int64_t width, vec bias, int64_t step, int64_t tokens, T* out,
+template <int kWidth, bool kSilu>
+void convolve_rows(const float* x, const float* taps, int64_t width, vec bias, int64_t step, int64_t tokens, float* out,
                    int64_t row) {
   if (kWidth > 0) width = kWidth;
   vec weight[kWidth > 0 ? kWidth : 1];
@@ -46,11 +46,10 @@ void convolve_rows(const float* x, const float* taps, int64_t width, vec bias, i
   }
 }
 
-template <class T>
-void convolve(const float* x, const float* taps, int64_t width, vec bias, int64_t step, bool silu, int64_t tokens, T* out,
-              int64_t row) {
-  const auto run = width == 4 ? (silu ? convolve_rows<4, true, T> : convolve_rows<4, false, T>)
-                              : (silu ? convolve_rows<0, true, T> : convolve_rows<0, false, T>);
+inline void convolve(const float* x, const float* taps, int64_t width, vec bias, int64_t step, bool silu, int64_t tokens,
+                     float* out, int64_t row) {
+  const auto run = width == 4 ? (silu ? convolve_rows<4, true> : convolve_rows<4, false>)
+                              : (silu ? convolve_rows<0, true> : convolve_rows<0, false>);
   run(x, taps, width, bias, step, tokens, out, row);
 }
 
@@ -97,12 +96,9 @@ inline bool conv_forward(const Conv& conv, int64_t begin, int64_t end) {
         const float *x = buffers.x + before * kLanes, *taps = buffers.taps[d];
         const vec bias = load(taps + side.width * kLanes);
         const int64_t step = side.reverse ? -1 : 1;
-        if (side.out.channel == 1 && block.lanes == kLanes) {
-          with_element(conv.element, [&](auto* type) {
-            using T = std::remove_reference_t<decltype(*type)>;
-            T* out = static_cast<T*>(side.out.data) + b * side.out.batch + first * side.out.token + block.channel;
-            convolve(x, taps, side.width, bias, step, conv.silu, count, out, side.out.token);
-          });
+        if (conv.element == Element::float32 && side.out.channel == 1 && block.lanes == kLanes) {
+          float* out = static_cast<float*>(side.out.data) + b * side.out.batch + first * side.out.token + block.channel;
+          convolve(x, taps, side.width, bias, step, conv.silu, count, out, side.out.token);
         } else {
           convolve(x, taps, side.width, bias, step, conv.silu, count, buffers.out, kLanes);
           store_block(conv.element, side.out, b, first, count, block, buffers.out);

@@ -410,7 +410,7 @@ inline bool scan_backward(const ScanBackward& k, int64_t begin, int64_t end) {
   buffers.take(scratch, scan);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t batch_group = task / p.block_groups, block_group = task % p.block_groups;
-    const int64_t first_b = p.batch_groups == 64 ? 1 : 0;
+    const int64_t first_b = scan.batch * batch_group / p.batch_groups;
     const int64_t last_b = scan.batch * (batch_group + 1) / p.batch_groups;
     const int64_t first = p.blocks * block_group / p.block_groups, last = p.blocks * (block_group + 1) / p.block_groups;
     for (int64_t i = first; i < last; ++i) {

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
-from vim.ops import _native
+from vim.ops import _native, _native_build
+from vim.ops._backends import Inapplicable
 
 REASON = _native.load()
+if REASON is not None and not isinstance(REASON, Inapplicable) and _native_build.find_compiler() is not None:
+    raise RuntimeError(f"there is a compiler, but there are no native kernels: {REASON}")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 
 # Largest difference relative to the largest magnitude. Half: one unit in the last place of the result.
@@ -65,8 +68,26 @@ def check_selective_scan(inputs: dict[str, torch.Tensor | None], reverse: bool, 
         check("selective_scan_backward", dout, dlast, *tensors, checkpoints, *settings_)
 
 
+def check_exponential() -> None:
+    """Scans of two tokens whose second input is 0 return one decay each."""
+    A = torch.linspace(-86, 0, 1723).view(-1, 1)
+    u, ones = torch.tensor([1.0, 0.0]).expand(1, 1723, 2), torch.ones(1, 1723, 2)
+    B = torch.ones(1, 1, 2)
+    decay = torch.ops.vim.selective_scan(u, ones, A, B, B, None, None, None, False, False, 0)[0][0, :, 1]
+    expected = A[:, 0].double().exp()
+    error = (decay.double() - expected).abs() / expected
+    # Two units in the last place, and the rounding of the argument.
+    assert (error <= 2.4e-7 + 1.2e-7 * A[:, 0].abs()).all(), error.max()
+    assert decay[-1] == 1
+    near_zero = torch.linspace(-1e-3, 0, 50).view(-1, 1)
+    args = (u[:, :50], ones[:, :50], near_zero, B, B, None, None, None, False, False, 0)
+    decay = torch.ops.vim.selective_scan(*args)[0][0, :, 1]
+    assert (decay.double() - near_zero[:, 0].double().exp()).abs().max() < 1.5e-7
+
+
 def check_shapes() -> None:
     """One pass over what the instruction sets could do differently; also run in other processes."""
+    check_exponential()
     for shape in ((1, 1, 1, 1, 1), (2, 65, 24, 16, 12), (1, 130, 33, 17, 5), (2, 7, 48, 3, 1)):
         for dtype in FLOATS:
             tensors = [t.detach() for t in make_bidirectional_inputs(*shape, dtype=dtype)]
@@ -94,6 +115,10 @@ def test_every_instruction_set(capability):
     assert done.returncode == 0, done.stderr
     # "baseline" where the processor has no AVX2.
     assert done.stdout.split()[-1] in (capability, "baseline")
+
+
+def test_exponential():
+    check_exponential()
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 197])
