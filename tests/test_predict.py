@@ -113,6 +113,7 @@ def test_a_file_that_is_no_image_is_named_and_skipped_and_the_exit_code_tells(ru
         ("/nowhere", "{image}", [], "there is no run folder, checkpoint or timm model '/nowhere'"),
         ("{run}", "{image}", ["--topk", "0"], "topk must be >= 1, got 0"),
         ("{run}", "{image}", ["--device", "gpu"], "device must be"),
+        ("{run}/best.safetensors", "{image}", ["--weights", "raw"], "which holds one set of them, got 'raw'"),
         ("{run}/best.pth", "{image}", ["--model", "vim_tinny_patch16_224"], "did you mean 'vim_tiny_patch16_224'"),
         ("{run}/best.pth", "{image}", ["--model", "vim_tiny_patch16_224"], "does not load into"),
     ],

@@ -33,3 +33,16 @@ const Kernels& kernels() {
 
 // For people: which of the tables is in use.
 extern "C" __attribute__((visibility("default"))) const char* vim_cpu_capability() { return vim::kernels().name; }
+
+// For vim/ops/_packed_weights.py: a hash of one number of each row of a (rows, columns) matrix, in different columns.
+// It touches a line of cache a row, a sixteenth of the matrix or less.
+extern "C" __attribute__((visibility("default"))) uint64_t vim_fingerprint(const float* data, int64_t rows,
+                                                                            int64_t columns) {
+  uint64_t hash = 1469598103934665603u;
+  for (int64_t row = 0; row < rows; ++row) {
+    uint32_t bits;
+    std::memcpy(&bits, data + row * columns + row * 40503 % columns, sizeof bits);
+    hash = (hash ^ bits) * 1099511628211u;
+  }
+  return hash;
+}

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import assert_close
 from vim.ops import InnerWeights, bidirectional_mixer
-from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
+from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d, run_bidirectional_conv1d
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 
 DIM, RANK, STATES = 6, 2, 4
@@ -73,11 +73,11 @@ def _watch_convolutions(monkeypatch) -> list[weakref.ref]:
     module, seen = sys.modules["vim.ops.bidirectional_mixer"], []
 
     def watched(*args, **kwargs):
-        results = bidirectional_conv1d(*args, **kwargs)
+        results = run_bidirectional_conv1d(*args, **kwargs)
         seen.extend(weakref.ref(result) for result in results)
         return results
 
-    monkeypatch.setattr(module, "bidirectional_conv1d", watched)
+    monkeypatch.setattr(module, "run_bidirectional_conv1d", watched)
     return seen
 
 
@@ -167,3 +167,23 @@ def test_no_gradients_no_promises(inputs, monkeypatch):
     monkeypatch.setattr(sys.modules["vim.ops.bidirectional_mixer"]._Recomputation, "__init__", None)
     with torch.no_grad():
         _run(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"D": torch.zeros(5)}, r"backward weights must be for dim = 6 channels.*'D': \(5,\)"),
+        ({"conv_weight": torch.zeros(5, 4)}, "backward weights must be for dim = 6 channels"),
+        ({"dt_weight": torch.zeros(6, 3)}, "backward weights must be for dim = 6 channels"),
+        ({"A_log": torch.zeros(6, 5)}, r"backward.A_log must be \(dim, d_state\) = \(6, 4\), got \(6, 5\)"),
+        ({"x_proj": nn.Linear(6, 11)}, r"x_proj must make dt_rank \+ 2 d_state = 10 numbers a token, got 11"),
+    ],
+)
+def test_sizes_that_do_not_belong_together(inputs, change, message):
+    xz, forward, backward = inputs
+    with pytest.raises(ValueError, match=message):
+        _run(xz, forward, backward._replace(**change))
+    with pytest.raises(ValueError, match="z must be like x"):
+        bidirectional_mixer(xz[..., :6], xz[..., :5], forward, backward)
+    with pytest.raises(ValueError, match="merge must be one of"):
+        bidirectional_mixer(*xz.chunk(2, -1), forward, backward, "max")

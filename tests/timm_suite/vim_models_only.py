@@ -1,8 +1,8 @@
 """pytest plugin: timm's own model tests, over our models only.
 
 timm's tests draw their cases from `timm.list_models` when they are collected; here it answers with our names. The size
-filters that timm uses for itself stay in force. Ours belong with the families that have no pyramid of features, as timm's
-own ViTs do: a filter of timm's tests that names `vit_*` counts for ours. Loaded by scripts/timm_suite.sh.
+filters that timm uses for itself stay in force. Ours belong with the families that have no pyramid of features, as
+timm's own ViTs do: a filter of timm's tests that names `vit_*` counts for ours. Loaded by scripts/timm_suite.sh.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def load_predictor(
     if model_name is not None:
         return _from_foreign_file(path, model_name, weights, place)
     if path.suffix == ".safetensors":
-        return _from_our_weights(path, place)
+        return _from_our_weights(path, weights, place)
     return _from_our_checkpoint(path, weights, place)
 
 
@@ -188,7 +188,9 @@ def _from_our_checkpoint(path: Path, weights: Weights, device: torch.device) -> 
     return _from_config(config_from_dict(contents["config"], str(path)), contents["class_names"], state, path, device)
 
 
-def _from_our_weights(path: Path, device: torch.device) -> Predictor:
+def _from_our_weights(path: Path, weights: Weights, device: torch.device) -> Predictor:
+    if weights != "best":
+        raise ValueError(f"weights must be 'best' for {path}, which holds one set of them, got {weights!r}")
     state, metadata = load_weights(path)
     if _METADATA_KEY not in metadata:
         raise CheckpointError(f"{path} does not say which model it belongs to: add --model NAME")

@@ -169,22 +169,20 @@ class Mamba(nn.Module):
         return out if self.gamma is None else out * self.gamma
 
     def _directions(self) -> list[_Direction]:
-        directions = [_Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)]
+        own = self._modules
+        directions = [
+            _Direction(own["conv1d"], own["x_proj"], own["dt_proj"], self.A_log, self.D, False),
+        ]
         if self.directions == "v1":
             directions.append(directions[0]._replace(A_log=self.A_b_log, reverse=True))
         elif self.directions == "v2":
-            backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-            directions.append(_Direction(*backward, reverse=True))
+            backward = (own["conv1d_b"], own["x_proj_b"], own["dt_proj_b"], self.A_b_log, self.D_b)
+            directions.append(_Direction(*backward, True))
         return directions
 
     def _scan_together(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
         """Both directions in fused kernels, (batch, len, d_inner)."""
-        forward, backward = (
-            InnerWeights(
-                d.conv1d.weight.flatten(1), d.conv1d.bias, d.x_proj, d.dt_proj.weight, d.dt_proj.bias, d.A_log, d.D
-            )
-            for d in directions
-        )
+        forward, backward = (_inner_weights(d) for d in directions)
         return bidirectional_mixer(x, z, forward, backward, self.merge)
 
     def _scan_each(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
@@ -221,16 +219,24 @@ class Mamba(nn.Module):
         return y.mT
 
 
+def _inner_weights(d: _Direction) -> InnerWeights:
+    """What the fused kernels read of a direction whose layers are plain."""
+    conv, dt_proj = d.conv1d._parameters, d.dt_proj._parameters
+    return InnerWeights(
+        conv["weight"].flatten(1), conv["bias"], d.x_proj, dt_proj["weight"], dt_proj["bias"], d.A_log, d.D
+    )
+
+
 def _is_readable(module: Any) -> bool:
     """Whether a kernel may read the module's weights in place of calling it: a plain layer that nobody watches."""
-    return (
-        type(module) in (nn.Linear, nn.Conv1d)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-        and not is_traceable_wrapper_subclass(module.weight)
-        and (type(module) is nn.Conv1d or module.bias is not None)
-    )
+    if type(module) not in (nn.Linear, nn.Conv1d) or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or (bias is None and type(module) is nn.Linear):
+        return False
+    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor
+from timm.models._builder import resolve_pretrained_cfg
 
-from vim.layers.pos_embed import resample_pos_embed
+from vim.models.pretrained import (
+    Resampling,
+    Weights,
+    checkpoint_filter_fn,
+    find_weights,
+    read_checkpoint,
+    select_weights,
+)
 from vim.models.vision_mamba import VisionMamba
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
-    """Make a released or older state dict fit `model`: unwrap it and resample the position embedding.
-
-    Args:
-        state_dict: Names to tensors, or a training checkpoint that holds such a dict under "model".
-        model: The model it is for; its class token must stand where the checkpoint's stands.
-
-    Raises:
-        ValueError: The position embedding does not come from a square grid.
-    """
-    state_dict = dict(state_dict.get("model", state_dict))
-    pos_embed = state_dict.get("pos_embed")
-    if pos_embed is not None and model.pos_embed is not None and pos_embed.shape != model.pos_embed.shape:
-        patches = pos_embed.shape[1] - model.num_prefix_tokens
-        side = math.isqrt(patches)
-        if side * side != patches:
-            raise ValueError(f"pos_embed must come from a square grid of patches, got {patches} patches")
-        state_dict["pos_embed"] = resample_pos_embed(
-            pos_embed, (side, side), model.patch_embed.grid_size, model.cls_position
-        )
-    if model.rotary != "none":
-        # The tables follow from the sizes; those of another grid must not replace the model's.
-        for name in ("rope.freqs_cos", "rope.freqs_sin"):
-            if name in state_dict and state_dict[name].shape != model.get_buffer(name).shape:
-                state_dict[name] = model.get_buffer(name)
-    return state_dict
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -93,15 +72,38 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_vim(variant: str, pretrained: bool, size: dict[str, Any], **kwargs: Any) -> VisionMamba:
-    return build_model_with_cfg(
+def _create_vim(
+    variant: str,
+    pretrained: bool,
+    size: dict[str, Any],
+    pretrained_weights: Weights = "raw",
+    pretrained_resampling: Resampling = "exact",
+    **kwargs: Any,
+) -> VisionMamba:
+    """Build a variant; the two `pretrained_*` arguments are `weights` and `resampling` of `checkpoint_filter_fn`."""
+    weights: Weights = pretrained_weights
+    if pretrained:
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+        file = find_weights(cfg)
+        if file is not None:
+            state_dict = select_weights(read_checkpoint(file), weights)
+            kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state_dict}
+        if file is not None or cfg.source == "local-dir":
+            weights = "raw"  # what is left to choose from: folders hold the state dict of one model
+    model = build_model_with_cfg(
         VisionMamba,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, weights=weights, resampling=pretrained_resampling),
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **{**size, **kwargs},
     )
+    for module in model.modules():
+        cfg_dict: Any = getattr(module, "pretrained_cfg", None)
+        if isinstance(cfg_dict, dict):
+            cfg_dict["state_dict"] = None  # it would be kept alive, and copied with the model
+    return model
 
 
 _TINY_SIZE = {"embed_dim": 192, "depth": 24}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint, register_notrace_module
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
@@ -260,6 +261,7 @@ class VisionMamba(nn.Module):
         _check_counts(num_classes=num_classes, depth=self.depth)
         if global_pool is not None:
             self.global_pool = self._check_pool(global_pool)
+            update_model_args(self, global_pool=global_pool)
         self.num_classes = num_classes
         weight = self.patch_embed.proj.weight
         self.head = self._make_head(num_classes, {"device": weight.device, "dtype": weight.dtype})
@@ -272,6 +274,8 @@ class VisionMamba(nn.Module):
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         new_grid = self.patch_embed.grid_size
+        embed = self.patch_embed
+        update_model_input_size(self, embed.img_size, patch_size=embed.patch_size, patch_stride=embed.stride)
         if self.pos_embed is not None and new_grid != old_grid:
             resampled = resample_pos_embed(self.pos_embed, old_grid, new_grid, self.cls_position)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)

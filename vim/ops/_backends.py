@@ -126,7 +126,7 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         # torch.func transforms (grad, vmap, jvp, ...) do not support registered ops with a gradient.
         return _references[op]
-    return getattr(torch.ops.vim, op + _suffix(op, backend or _default, tensor.device.type, tensor.dtype))
+    return getattr(torch.ops.vim, op + _suffix(op, backend or _default, tensor.device.type, tensor.dtype)).default
 
 
 @torch.compiler.assume_constant_result

@@ -61,4 +61,6 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will record an op on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)

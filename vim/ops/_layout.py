@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 # Tokens between two saved states. A backward pass rebuilds the states of one chunk at a time.
@@ -11,6 +13,11 @@ CHECKPOINT_EVERY = 64
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of states, decays, softplus, weights and sums: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_dtype(dtype: torch.dtype, tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The tensors in this dtype; those that have it already, and `None`, as they are."""
+    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
 def empty_like_layout(x: torch.Tensor) -> torch.Tensor:

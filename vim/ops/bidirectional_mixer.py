@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
-from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
+from vim.ops._checks import check_choice, check_length
+from vim.ops.bidirectional_conv1d.interface import run_bidirectional_conv1d
+from vim.ops.bidirectional_scan.interface import MERGES, ScanOperands, run_bidirectional_scan
 
 
 class InnerWeights(NamedTuple):
@@ -64,23 +65,46 @@ def bidirectional_mixer(
         y, (batch, len, dim), in the dtype of `x`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: As `bidirectional_conv1d` and `bidirectional_scan`.
+        ValueError: Sizes do not belong together; the message names both.
+        RuntimeError: The named backend cannot run here; the message says why.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1, lines 5 to 20.
     """
+    _check_sizes(x, z, forward, backward)
+    check_choice("merge", merge, tuple(MERGES))
     conv_operands = (x, forward.conv_weight, forward.conv_bias, backward.conv_weight, backward.conv_bias)
 
     def convolve(*operands: Tensor | None) -> tuple[Tensor, ...]:
-        return bidirectional_conv1d(*operands, backend=backend)  # type: ignore[arg-type]
+        return run_bidirectional_conv1d(*operands, backend=backend)  # type: ignore[arg-type]
 
     u, u_b = convolve(*conv_operands)
     with _recomputed((u, u_b), convolve, conv_operands):
-        return bidirectional_scan(_scan_operands(u, forward), _scan_operands(u_b, backward), z, merge, backend=backend)
+        return run_bidirectional_scan(_scan_operands(u, forward), _scan_operands(u_b, backward), z, merge, backend)
 
 
 def _scan_operands(u: Tensor, weights: InnerWeights) -> ScanOperands:
-    x_dbl = weights.x_proj(u).to(u.dtype)
+    x_dbl = weights.x_proj(u)
+    width = weights.dt_weight.shape[1] + 2 * weights.A_log.shape[1]
+    if x_dbl.shape[-1] != width:
+        raise ValueError(f"x_proj must make dt_rank + 2 d_state = {width} numbers a token, got {x_dbl.shape[-1]}")
+    x_dbl = x_dbl if x_dbl.dtype is u.dtype else x_dbl.to(u.dtype)
     return ScanOperands(u, x_dbl, weights.dt_weight, weights.dt_bias, weights.A_log, weights.D)
+
+
+def _check_sizes(x: Tensor, z: Tensor, forward: InnerWeights, backward: InnerWeights) -> None:
+    """Sizes must belong together. Few questions, because they are asked in every block of a model."""
+    check_length("x", x.shape[1])
+    if z.shape != x.shape:
+        raise ValueError(f"z must be like x, {tuple(x.shape)}, got {tuple(z.shape)}")
+    dim = x.shape[2]
+    states = (dim, forward.A_log.shape[1])
+    rank = (dim, forward.dt_weight.shape[1])
+    for side, w in (("forward", forward), ("backward", backward)):
+        if not (w.conv_weight.shape[0] == w.dt_bias.shape[0] == w.D.shape[0] == dim) or w.dt_weight.shape != rank:
+            shapes = {name: tuple(t.shape) for name, t in w._asdict().items() if isinstance(t, Tensor)}
+            raise ValueError(f"{side} weights must be for dim = {dim} channels as x has, got {shapes}")
+        if w.A_log.shape != states:
+            raise ValueError(f"{side}.A_log must be (dim, d_state) = {states}, got {tuple(w.A_log.shape)}")
 
 
 def _recomputed(

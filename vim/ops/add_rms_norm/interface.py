@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vim.ops._backends import resolve_backend
 from vim.ops._checks import FLOATING, check_device, check_operand
-from vim.ops._layout import accumulate_dtype
+from vim.ops._layout import accumulate_dtype, as_dtype
 from vim.ops.add_rms_norm import library as library
 
 
@@ -46,6 +46,12 @@ def add_rms_norm(
         check_device("residual", residual, x, "x")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    acc = accumulate_dtype(x.dtype)
-    op = resolve_backend("add_rms_norm", backend, x)
-    return op(x, None if residual is None else residual.to(acc), weight.to(acc), eps)
+    return run_add_rms_norm(x, residual, weight, eps, backend)
+
+
+def run_add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` for operands that are known to fit."""
+    operands = as_dtype(accumulate_dtype(x.dtype), (residual, weight))
+    return resolve_backend("add_rms_norm", backend, x)(x, *operands, eps)

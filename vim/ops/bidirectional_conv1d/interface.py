@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vim.ops._backends import resolve_backend
 from vim.ops._checks import check_activation, check_length, check_operand
-from vim.ops._layout import accumulate_dtype
+from vim.ops._layout import accumulate_dtype, as_dtype
 from vim.ops.bidirectional_conv1d import library as library
 from vim.ops.causal_conv1d.interface import check_filter
 
@@ -50,8 +50,18 @@ def bidirectional_conv1d(
     for name, b in (("bias", bias), ("bias_b", bias_b)):
         if b is not None:
             check_operand(name, b, (dim,), "(dim,)", x, "x")
-    acc = accumulate_dtype(x.dtype)
-    bias = None if bias is None else bias.to(acc)
-    bias_b = None if bias_b is None else bias_b.to(acc)
-    op = resolve_backend("bidirectional_conv1d", backend, x)
-    return op(x, weight.to(acc), bias, weight_b.to(acc), bias_b)
+    return run_bidirectional_conv1d(x, weight, bias, weight_b, bias_b, backend=backend)
+
+
+def run_bidirectional_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    *,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`bidirectional_conv1d` for operands that are known to fit."""
+    weights = as_dtype(accumulate_dtype(x.dtype), (weight, bias, weight_b, bias_b))
+    return resolve_backend("bidirectional_conv1d", backend, x)(x, *weights)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vim.ops._backends import resolve_backend
 from vim.ops._checks import check_activation, check_choice, check_length, check_like, check_operand, needs_grad
-from vim.ops._layout import CHECKPOINT_EVERY, accumulate_dtype
+from vim.ops._layout import CHECKPOINT_EVERY, accumulate_dtype, as_dtype
 from vim.ops.bidirectional_scan import library as library
 
 MERGES = {"mean": 0.5, "sum": 1.0}
@@ -69,10 +69,19 @@ def bidirectional_scan(
     _check_operands("backward", backward, forward)
     check_like("z", z, u.shape, "(batch, len, dim)", u, "forward.u")
     check_choice("merge", merge, tuple(MERGES))
-    acc = accumulate_dtype(u.dtype)
-    tensors = [t for o in (forward, backward) for t in (o.u, o.x_dbl, *(weight.to(acc) for weight in o[2:]))]
-    every = CHECKPOINT_EVERY if needs_grad(*tensors, z) else 0
-    return resolve_backend("bidirectional_scan", backend, u)(*tensors, z, MERGES[merge], every)[0]
+    return run_bidirectional_scan(forward, backward, z, merge, backend)
+
+
+def run_bidirectional_scan(
+    forward: ScanOperands, backward: ScanOperands, z: Tensor, merge: str, backend: str | None
+) -> Tensor:
+    """`bidirectional_scan` for operands that are known to fit."""
+    acc = accumulate_dtype(z.dtype)
+    u, x_dbl, *weights = forward
+    u_b, x_dbl_b, *weights_b = backward
+    operands = (u, x_dbl, *as_dtype(acc, weights), u_b, x_dbl_b, *as_dtype(acc, weights_b), z)
+    every = CHECKPOINT_EVERY if needs_grad(*operands) else 0
+    return resolve_backend("bidirectional_scan", backend, z)(*operands, MERGES[merge], every)[0]
 
 
 def _check_operands(side: str, operands: ScanOperands, first: ScanOperands) -> None:

@@ -1,0 +1,323 @@
+"""Published weights: fetching their files, reading them without running code, and fitting them to a model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import pickle
+import re
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_patch_embed
+from timm.models import PretrainedCfg
+from torch import Tensor
+
+from vim.layers.pos_embed import cls_indices, resample_pos_embed
+from vim.layers.token_sequence import extract_tokens, insert_tokens
+from vim.models.vision_mamba import VisionMamba
+
+_logger = logging.getLogger(__name__)
+
+Weights = Literal["raw", "ema"]
+Resampling = Literal["exact", "reference"]
+# Where a checkpoint keeps a state dict: the original's (and our) training loop, then timm's.
+_ENTRIES = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
+# Names of tensors that only one kind of model has.
+_FOREIGN_NAMES = {
+    r"layers\.\d+\.blocks\.\d+\.(op|ln_1|self_attention)\b": "VMamba's hierarchical model (MzeroMiko/VMamba)",
+    r"layers\.\d+\.(forward_conv1d|backward_conv1d|ssm)\b|to_patch_embedding\.": "kyegomez/VisionMamba's model",
+    r"levels\.\d+\.": "MambaVision's hierarchical model (NVlabs/MambaVision)",
+    r"backbone\.(embedding|layers\.\d+\.mixer)\b": "a Mamba language model or a model inside a larger one",
+    r"temporal_pos_embedding$": "VideoMamba's model for video",
+    r"blocks\.\d+\.attn\.": "a vision transformer",
+}
+# Seconds to wait for the hub's first answer.
+_PATIENCE = 5.0
+
+
+def find_weights(cfg: PretrainedCfg) -> Path | None:
+    """The file of published weights on this machine, fetched from the hub where it is not here yet.
+
+    Args:
+        cfg: Where the weights are. `None` is returned if it is left to timm: a state dict, "hf-hub:", "local-dir:".
+
+    Raises:
+        FileNotFoundError: `cfg.file` does not exist.
+        RuntimeError: No weights are published, or the hub cannot be reached; the message says what to do.
+    """
+    if cfg.state_dict or cfg.source in ("hf-hub", "local-dir") or (cfg.url and not cfg.file and not cfg.hf_hub_id):
+        return None
+    if cfg.file:
+        return Path(cfg.file)
+    if not cfg.hf_hub_id or not cfg.hf_hub_filename:
+        raise RuntimeError(f"no weights are published for {cfg.architecture}; use pretrained=False or checkpoint_path=")
+    return _fetch(cfg.hf_hub_id, cfg.hf_hub_filename)
+
+
+def _fetch(hub_id: str, filename: str) -> Path:
+    """Return a file of the hub, from its cache if it is there."""
+    repo, _, revision = hub_id.partition("@")
+    cached = try_to_load_from_cache(repo, filename, revision=revision or None)
+    if isinstance(cached, str):
+        return Path(cached)
+    url = hf_hub_url(repo, filename, revision=revision or None)
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            _knock(url)
+        return Path(hf_hub_download(repo, filename, revision=revision or None))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(
+            f"{filename} of {repo} could not be fetched ({reason}): download {url} elsewhere and pass "
+            "checkpoint_path=FILE, or use pretrained=False"
+        ) from error
+
+
+def _knock(url: str) -> None:
+    """Raise unless the hub can be reached; its own client tries for half a minute before it gives up."""
+    # An answer such as "not found" is an answer, and the client words it better.
+    with (
+        contextlib.suppress(urllib.error.HTTPError),
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE),
+    ):
+        pass
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file of tensors, numbers and text; nothing in it is run.
+
+    Args:
+        path: A safetensors file, or one of `torch.save`. `argparse.Namespace`, which the released files hold, is
+            allowed; other classes are not.
+
+    Returns:
+        Its contents, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RuntimeError: It is damaged, of another kind, or needs classes that are not allowed, which the message names.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}")
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise RuntimeError(f"{file} is truncated or no safetensors file: {error}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(f"{file} was not loaded: {_foreign_classes(file)}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise RuntimeError(f"{file} is damaged or no checkpoint of PyTorch") from error
+    if not isinstance(contents, dict):
+        raise RuntimeError(f"{file} must hold a dict, got {type(contents).__name__}")
+    return contents
+
+
+def _foreign_classes(file: Path) -> str:
+    """Why the restricted loader refused a file, in words."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (RuntimeError, ValueError, pickle.UnpicklingError):
+        names = []
+    if not names:
+        return "it is damaged or no checkpoint of PyTorch"
+    return f"it needs {', '.join(sorted(names))}, and loading classes from a file can run code"
+
+
+def select_weights(checkpoint: dict[str, Any], weights: Weights = "raw") -> dict[str, Tensor]:
+    """The state dict in a checkpoint, without the prefixes of wrappers.
+
+    Args:
+        checkpoint: What a training loop saved, or a state dict.
+        weights: "raw" (the trained weights) or "ema" (their moving average). A plain state dict is "raw".
+
+    Raises:
+        ValueError: The checkpoint has no such weights, or they are another model's; the message says whose.
+    """
+    if weights not in _ENTRIES:
+        raise ValueError(f"weights must be 'raw' or 'ema', got {weights!r}")
+    nested = [kind for kind, names in _ENTRIES.items() if any(isinstance(checkpoint.get(n), dict) for n in names)]
+    if nested:
+        if weights not in nested:
+            raise ValueError(f"the checkpoint has no {weights!r} weights, but {' and '.join(map(repr, nested))}")
+        state_dict = next(checkpoint[n] for n in _ENTRIES[weights] if isinstance(checkpoint.get(n), dict))
+    elif weights == "ema":
+        raise ValueError("the checkpoint has no 'ema' weights: it is a plain state dict")
+    else:
+        state_dict = checkpoint
+    if not state_dict:
+        raise ValueError("the checkpoint has no tensors")
+    state_dict = {_bare(str(name)): tensor for name, tensor in state_dict.items()}
+    odd = next((name for name, value in state_dict.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        kind = type(state_dict[odd]).__name__
+        raise ValueError(f"the checkpoint is no state dict: {odd!r} must be a tensor, got {kind}")
+    _refuse_foreign(state_dict)
+    return state_dict
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"^((_orig_mod|module)\.)+", "", name)
+
+
+def _refuse_foreign(state_dict: dict[str, Tensor]) -> None:
+    for pattern, whose in _FOREIGN_NAMES.items():
+        found = next((name for name in state_dict if re.match(pattern, name)), None)
+        if found is not None:
+            raise ValueError(f"the checkpoint is of {whose}, not of Vision Mamba: it has {found!r}")
+    proj = state_dict.get("patch_embed.proj.weight")
+    if proj is not None and proj.dim() != 4:
+        raise ValueError(f"patch_embed.proj.weight must have 4 axes, got {tuple(proj.shape)}: not a model for images")
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any],
+    model: VisionMamba,
+    weights: Weights = "raw",
+    resampling: Resampling = "exact",
+) -> dict[str, Tensor]:
+    """Make a released or older state dict fit `model`: unwrap it, and resample what depends on sizes.
+
+    Class tokens are dropped for a model that has none, and move to where the model has its own.
+
+    Args:
+        state_dict: Names to tensors, or a training checkpoint that holds such a dict.
+        model: The model it is for.
+        weights: Which of a checkpoint's weights, see `select_weights`.
+        resampling: "exact" resamples the embedding of the patches and keeps the class token's; "reference" does what
+            the original does before fine-tuning: it takes the first entry for the class token's and everything after
+            it for the grid, wherever the class token stands.
+
+    Raises:
+        ValueError: The checkpoint is another model's, or of another width, depth or kind; the message names both.
+    """
+    if resampling not in ("exact", "reference"):
+        raise ValueError(f"resampling must be 'exact' or 'reference', got {resampling!r}")
+    state_dict = select_weights(state_dict, weights)
+    _check_architecture(state_dict, model)
+    source_cls = _source_cls_position(state_dict, model)
+    _fit_pos_embed(state_dict, model, source_cls, resampling)
+    if model.cls_position == "none":
+        for name in ("cls_token", "cls_token_head", "cls_token_tail"):
+            if state_dict.pop(name, None) is not None:
+                _logger.info("the checkpoint's %s is dropped: the model has no class token", name)
+    proj = state_dict.get("patch_embed.proj.weight")
+    if proj is not None and proj.shape[-2:] != model.patch_embed.proj.weight.shape[-2:]:
+        state_dict["patch_embed.proj.weight"] = resample_patch_embed(proj, list(model.patch_embed.patch_size))
+    if model.rotary != "none":
+        # The tables follow from the sizes; those of another grid must not replace the model's.
+        for name in ("rope.freqs_cos", "rope.freqs_sin"):
+            if name in state_dict and state_dict[name].shape != model.get_buffer(name).shape:
+                state_dict[name] = model.get_buffer(name)
+    _check_shapes(state_dict, model)
+    return state_dict
+
+
+def _check_architecture(state_dict: dict[str, Tensor], model: VisionMamba) -> None:
+    blocks = {int(match[1]) for name in state_dict if (match := re.match(r"layers\.(\d+)\.mixer\.", name))}
+    if not blocks:
+        raise ValueError(
+            "the checkpoint is not of Vision Mamba: it has no 'layers.0.mixer.*', but "
+            f"{', '.join(map(repr, sorted(state_dict)[:3]))}, ..."
+        )
+    if max(blocks) + 1 != model.depth:
+        raise ValueError(f"the checkpoint has {max(blocks) + 1} blocks, the model has depth={model.depth}")
+    proj = state_dict.get("patch_embed.proj.weight")
+    if proj is not None and proj.shape[0] != model.embed_dim:
+        raise ValueError(f"the checkpoint has width {proj.shape[0]}, the model has embed_dim={model.embed_dim}")
+
+
+def _source_cls_position(state_dict: dict[str, Tensor], model: VisionMamba) -> str:
+    """Where the checkpoint's class token stands; a single one leaves no trace of its place."""
+    if "cls_token_head" in state_dict:
+        source = "double"
+    elif "cls_token" not in state_dict:
+        source = "none"
+    elif model.cls_position in ("head", "middle", "random"):
+        source = model.cls_position
+    else:
+        # The released models have it in the middle, except the first one, which has rotary tables.
+        source = "head" if "rope.freqs_cos" in state_dict else "middle"
+    tokens = len(cls_indices(source, 0))
+    if model.num_prefix_tokens not in (0, tokens):
+        raise ValueError(
+            f"the checkpoint has {tokens} class tokens, the model has cls_position={model.cls_position!r}; "
+            f"create it with cls_position={source!r}"
+        )
+    return source
+
+
+def _fit_pos_embed(state_dict: dict[str, Tensor], model: VisionMamba, source_cls: str, resampling: Resampling) -> None:
+    pos_embed = state_dict.get("pos_embed")
+    if pos_embed is None or model.pos_embed is None:
+        return
+    places = len(cls_indices(source_cls, 0))
+    old_grid = _source_grid(state_dict, model, pos_embed.shape[1] - places)
+    new_grid = model.patch_embed.grid_size
+    if resampling == "reference":
+        if places != 1 or model.num_prefix_tokens != 1:
+            raise ValueError("resampling='reference' needs one class token in the checkpoint and in the model")
+        state_dict["pos_embed"] = _resample_as_the_original(pos_embed, old_grid, new_grid)
+        return
+    if model.cls_position == "none" and places:
+        _, pos_embed = extract_tokens(pos_embed, cls_indices(source_cls, old_grid[0] * old_grid[1]))
+    state_dict["pos_embed"] = resample_pos_embed(pos_embed, old_grid, new_grid, model.cls_position)
+
+
+def _source_grid(state_dict: dict[str, Tensor], model: VisionMamba, patches: int) -> tuple[int, int]:
+    """Patches along (height, width) of the model whose position embedding a checkpoint has."""
+    proj = state_dict.get("patch_embed.proj.weight")
+    kernel = model.patch_embed.patch_size if proj is None else (proj.shape[-2], proj.shape[-1])
+    source_args = getattr(model, "pretrained_model_args", {})
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    size = source_args.get("img_size") or tuple(cfg.get("input_size", (3, 224, 224)))[-2:]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    stride = source_args.get("patch_stride") or model.patch_embed.stride
+    for step in ((stride, stride) if isinstance(stride, int) else tuple(stride), kernel):
+        rows, columns = ((s - k) // t + 1 for s, k, t in zip(size, kernel, step, strict=True))
+        if rows * columns == patches:
+            return rows, columns
+    if model.patch_embed.num_patches == patches:
+        return model.patch_embed.grid_size
+    side = math.isqrt(max(patches, 0))
+    if side < 1 or side * side != patches:
+        raise ValueError(f"pos_embed must come from a square grid of patches, got {patches} patches")
+    return side, side
+
+
+def _resample_as_the_original(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """The original's interpolation before fine-tuning: correct where the class token stands first."""
+    if old_grid == new_grid:
+        return pos_embed
+    grid = pos_embed[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False).to(grid.dtype)
+    return insert_tokens(grid.flatten(2).mT, [pos_embed[:, :1]], (0,))
+
+
+def _check_shapes(state_dict: dict[str, Tensor], model: VisionMamba) -> None:
+    """Every tensor has the model's shape, but for the head and the channels of the image, which timm adapts."""
+    for name, own in model.state_dict().items():
+        tensor = state_dict.get(name)
+        if tensor is None or name.startswith("head.") or tensor.shape == own.shape:
+            continue
+        if name == "patch_embed.proj.weight" and tensor.shape[0] == own.shape[0]:
+            continue
+        raise ValueError(f"the checkpoint's {name} has shape {tuple(tensor.shape)}, the model's {tuple(own.shape)}")
