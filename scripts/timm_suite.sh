@@ -10,7 +10,7 @@ version=$(python -c 'import timm; print(timm.__version__)')
 folder=${TIMM_SOURCE:-${TMPDIR:-/tmp}/timm-source-$version}
 if [ ! -f "$folder/timm-$version/tests/test_models.py" ]; then
     mkdir -p "$folder"
-    pip download --quiet --no-deps --no-build-isolation --no-binary timm -d "$folder" "timm==$version"
+    pip download --quiet --no-deps --no-binary timm -d "$folder" "timm==$version"
     tar -xzf "$folder/timm-$version.tar.gz" -C "$folder"
 fi
 cd "$folder/timm-$version"

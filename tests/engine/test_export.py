@@ -80,6 +80,37 @@ def test_float16(tmp_path):
     assert write_onnx(model, tmp_path / "m.onnx", 3, 32, tolerance=3e-2) < 1e-2
 
 
+def test_torch_export_with_any_batch_and_resolution():
+    torch.manual_seed(0)
+    model = vim.VisionMamba(**SMALL, dynamic_img_size=True).eval()
+    side = {name: 8 * torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns")}
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=64), 2: side["rows"], 3: side["columns"]},)
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(2, 3, 72, 80),), dynamic_shapes=dynamic).module()
+    for shape in ((3, 3, 64, 24), (2, 3, 32, 32), (1, 3, 128, 96)):
+        images = torch.randn(shape)
+        assert_close(exported(images), model(images), 1e-5, str(shape))
+
+
+def test_a_compiled_package_needs_none_of_our_operators(tmp_path):
+    torch.manual_seed(0)
+    model = vim.VisionMamba(**{**SMALL, "img_size": 16}).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), exportable_ops():
+        program = torch.export.export(model, (images,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    assert not any("vim" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    run = (
+        "import sys, torch; assert 'vim' not in sys.modules\n"
+        "images, expected = torch.load(sys.argv[2])\n"
+        "logits = torch._inductor.aoti_load_package(sys.argv[1])(images)\n"
+        "assert 'vim' not in sys.modules; torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)"
+    )
+    with torch.no_grad():
+        torch.save((images, model(images)), tmp_path / "io.pt")
+    subprocess.run([sys.executable, "-c", run, package, str(tmp_path / "io.pt")], check=True, cwd=tmp_path)
+
+
 def test_a_wrong_file_is_not_left_behind(tmp_path):
     with pytest.raises(RuntimeError, match="differs from PyTorch by"):
         write_onnx(vim.VisionMamba(**SMALL).eval(), tmp_path / "m.onnx", 3, 32, tolerance=0.0)

@@ -33,8 +33,6 @@ def test_all_golden_cases_are_there():
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, backend):
     metadata, tensors = load_golden("scan", case)
-    if metadata["complex_A"] == "true" and backend != "reference":
-        pytest.skip("complex A runs on the reference only")
     inputs = {key[3:]: tensor.requires_grad_() for key, tensor in tensors.items() if key.startswith("in.")}
     softplus = metadata["delta_softplus"] == "true"
     out, last_state = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, backend=backend)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from timm.layers import resample_abs_pos_embed
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vim.layers.token_sequence import extract_tokens, insert_tokens
@@ -38,10 +39,11 @@ def resample_pos_embed(
     Returns:
         (1, new patches + class tokens, dim), bicubic without antialiasing, as the original resamples.
     """
-    if old_grid == new_grid:
+    # A symbol, in an export for images of any size, is not compared: that would pin it to one side of the question.
+    if not any(isinstance(side, torch.SymInt) for side in new_grid) and old_grid == new_grid:
         return pos_embed
     tokens, grid = extract_tokens(pos_embed, cls_indices(cls_position, old_grid[0] * old_grid[1]))
-    grid = resample_abs_pos_embed(
-        grid, new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=0, antialias=False
-    )
+    maps = grid.unflatten(1, old_grid).permute(0, 3, 1, 2).float()
+    maps = F.interpolate(maps, size=new_grid, mode="bicubic", align_corners=False)
+    grid = maps.flatten(2).mT.to(pos_embed.dtype)
     return insert_tokens(grid, tokens, cls_indices(cls_position, new_grid[0] * new_grid[1]))

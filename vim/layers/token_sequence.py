@@ -54,6 +54,7 @@ class TokenSequence(NamedTuple):
 
 def class_tokens_first(x: Tensor, indices: tuple[int, ...]) -> Tensor:
     """Move the tokens at `indices` to the front, in that order; the others keep theirs, (batch, len, dim)."""
-    tokens, patches = extract_tokens(x, tuple(sorted(indices)))
-    by_place = dict(zip(sorted(indices), tokens, strict=True))
-    return torch.cat([*(by_place[i] for i in indices), patches], dim=1)
+    # By rank, not by value: while a model of any size is exported, places are symbols, which cannot be hashed.
+    ranks = sorted(range(len(indices)), key=indices.__getitem__)
+    tokens, patches = extract_tokens(x, tuple(indices[i] for i in ranks))
+    return torch.cat([*(tokens[ranks.index(i)] for i in range(len(indices))), patches], dim=1)

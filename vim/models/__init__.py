@@ -1,6 +1,7 @@
 """The models; importing this registers them with timm."""
 
 from vim.models import variants as variants
+from vim.models.pyramid import VimPyramid
 from vim.models.vision_mamba import VisionMamba
 
-__all__ = ["VisionMamba"]
+__all__ = ["VimPyramid", "VisionMamba"]

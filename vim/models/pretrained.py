@@ -123,7 +123,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{file} was not loaded: {_foreign_classes(file)}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
         raise RuntimeError(f"{file} is damaged or no checkpoint of PyTorch") from error
     if not isinstance(contents, dict):
         raise RuntimeError(f"{file} must hold a dict, got {type(contents).__name__}")

@@ -17,6 +17,7 @@ from vim.models.pretrained import (
     read_checkpoint,
     select_weights,
 )
+from vim.models.pyramid import VimPyramid
 from vim.models.vision_mamba import VisionMamba
 
 
@@ -56,6 +57,9 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_224.in1k": _cfg(**_SMALL),
         "vim_small_patch16_stride8_224.in1k_ft": _cfg(**_SMALL_FT),
         "vim_base_patch16_224.in1k": _cfg(**_BASE),
+        "vim_tiny_pyramid_patch16_224.in1k": _cfg(**_TINY),
+        "vim_small_pyramid_patch16_224.in1k": _cfg(**_SMALL),
+        "vim_base_pyramid_patch16_224.in1k": _cfg(**_BASE),
         "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2.in1k": _cfg(**_TINY),
         "vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2.in1k_ft": _cfg(
             **_TINY_FT
@@ -78,6 +82,7 @@ def _create_vim(
     size: dict[str, Any],
     pretrained_weights: Weights = "raw",
     pretrained_resampling: Resampling = "exact",
+    feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> VisionMamba:
     """Build a variant; the two `pretrained_*` arguments are `weights` and `resampling` of `checkpoint_filter_fn`."""
@@ -96,7 +101,7 @@ def _create_vim(
         variant,
         pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, weights=weights, resampling=pretrained_resampling),
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        feature_cfg=dict(feature_cfg or {"out_indices": 3, "feature_cls": "getter"}),
         **{**size, **kwargs},
     )
     for module in model.modules():
@@ -110,6 +115,12 @@ _TINY_SIZE = {"embed_dim": 192, "depth": 24}
 _SMALL_SIZE = {"embed_dim": 384, "depth": 24}
 _BASE_SIZE = {"embed_dim": 768, "depth": 24}
 _STRIDE8 = {"patch_stride": 8}
+
+
+def _pyramid(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a variant whose features are a pyramid, which takes images of any size."""
+    dynamic = {"dynamic_img_size": True} if kwargs.get("features_only") else {}
+    return {"feature_cfg": {"out_indices": (0, 1, 2, 3), "feature_cls": VimPyramid}, **dynamic, **kwargs}
 
 
 @register_model
@@ -195,3 +206,21 @@ def vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_resid
     name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual_with_cls_token"
     old = {"cls_position": "head", "rotary": "residual", "merge": "sum"}
     return _create_vim(name, pretrained, {**_TINY_SIZE, **old}, **kwargs)
+
+
+@register_model
+def vim_tiny_pyramid_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """`vim_tiny_patch16_224` whose `features_only` form is a `VimPyramid`, for images of any size."""
+    return _create_vim("vim_tiny_pyramid_patch16_224", pretrained, _TINY_SIZE, **_pyramid(kwargs))
+
+
+@register_model
+def vim_small_pyramid_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """`vim_small_patch16_224` whose `features_only` form is a `VimPyramid`, for images of any size."""
+    return _create_vim("vim_small_pyramid_patch16_224", pretrained, _SMALL_SIZE, **_pyramid(kwargs))
+
+
+@register_model
+def vim_base_pyramid_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """`vim_base_patch16_224` whose `features_only` form is a `VimPyramid`, for images of any size."""
+    return _create_vim("vim_base_pyramid_patch16_224", pretrained, _BASE_SIZE, **_pyramid(kwargs))

@@ -1,0 +1,30 @@
+"""`python -m vim.convert IN OUT`: slim weights from a training checkpoint, or the original's layout from ours."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 2 when what was asked for cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m vim.convert", description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", metavar="IN", help="checkpoint of the original, of vim.train or of timm")
+    parser.add_argument("out", metavar="OUT", help="file to write: .safetensors, or .pth for the original's scripts")
+    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="trained or averaged (default: raw)")
+    parser.add_argument("--model", default="", metavar="NAME", help="timm model that the weights must fit")
+    options = parser.parse_args(argv)
+
+    from vim.engine.convert import convert
+
+    try:
+        convert(options.source, options.out, options.weights, options.model)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.stderr.write(f"vim.convert: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Feature maps at four resolutions, for detectors and segmentation heads that expect a pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.models._features import FeatureInfo, feature_take_indices
+from torch import Tensor, nn
+
+from vim.models.vision_mamba import VisionMamba
+
+_REDUCTIONS = (4, 8, 16, 32)
+
+
+class VimPyramid(nn.Module):
+    """Maps of chosen blocks at 1/4, 1/8, 1/16 and 1/32 of the image's size.
+
+    A plain model has maps of one resolution. Here each level takes those of a block, normalises them, and enlarges
+    them by transposed convolutions or reduces them by maximum pooling. timm takes it as `feature_cls`.
+
+    Args:
+        model: The backbone. What the levels do not need is taken off it: the head, the final norm, later blocks.
+        out_indices: Levels to return, of 0 (1/4) to 3 (1/32); a number n stands for the last n.
+        blocks: The block that feeds each of the four levels; `None` takes the ends of the four quarters of the model.
+
+    Attributes:
+        feature_info: timm's description of the levels.
+
+    Shape:
+        (batch, in_chans, height, width) -> a list of (batch, embed_dim, height / reduction, width / reduction).
+
+    Raises:
+        ValueError: A level or a block does not exist, or the step between patches is no power of two up to 32.
+
+    Source: Li et al. 2022, arXiv:2203.16527, section 3, for the simple pyramid; Bao et al. 2021, arXiv:2106.08254, for
+    one block a level.
+    """
+
+    def __init__(
+        self, model: VisionMamba, out_indices: int | Sequence[int] = (0, 1, 2, 3), blocks: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        step = set(model.patch_embed.stride)
+        if len(step) != 1 or not step <= {1, 2, *_REDUCTIONS}:
+            stride = model.patch_embed.stride
+            raise ValueError(f"patch_stride must be a power of two up to 32 for a pyramid, got {stride}")
+        chosen = blocks or [max(model.depth * quarter // 4 - 1, 0) for quarter in (1, 2, 3, 4)]
+        if len(chosen) != len(_REDUCTIONS) or not all(0 <= block < model.depth for block in chosen):
+            raise ValueError(f"blocks must be four of 0 to {model.depth - 1}, got {list(chosen)}")
+        levels = list(out_indices) if isinstance(out_indices, Sequence) else out_indices
+        self.levels, _ = feature_take_indices(len(_REDUCTIONS), levels)
+        self.blocks = [chosen[level] for level in self.levels]
+        model.prune_intermediate_layers(sorted(set(self.blocks)), prune_norm=True)
+        self.model = model
+        weight = model.patch_embed.proj.weight
+        self.resize = nn.ModuleList(
+            _make_level(model.embed_dim, step.copy().pop(), _REDUCTIONS[level]).to(weight) for level in self.levels
+        )
+        info = [
+            {"num_chs": model.embed_dim, "reduction": reduction, "module": f"resize.{i}", "index": i}
+            for i, reduction in enumerate(_REDUCTIONS)
+        ]
+        self.feature_info = FeatureInfo(info, tuple(self.levels))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass."""
+        self.model.set_grad_checkpointing(enable)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the maps, the finest first."""
+        indices = sorted(set(self.blocks))
+        maps = self.model.forward_intermediates(x, indices=indices, intermediates_only=True)
+        by_block = dict(zip(indices, maps, strict=True))
+        return [resize(by_block[block]) for resize, block in zip(self.resize, self.blocks, strict=True)]
+
+
+def _make_level(dim: int, step: int, reduction: int) -> nn.Sequential:
+    """Normalise, then enlarge or reduce maps with `step` pixels a cell to `reduction` pixels a cell."""
+    layers: list[nn.Module] = [nn.GroupNorm(1, dim)]
+    while step > reduction:
+        layers.append(nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2))
+        step //= 2
+        if step > reduction:
+            layers += [nn.GroupNorm(1, dim), nn.GELU()]
+    if step < reduction:
+        layers.append(nn.MaxPool2d(reduction // step))
+    return nn.Sequential(*layers)
