@@ -101,6 +101,42 @@ def test_copies_are_independent(calls):
     assert_close(layer.to(torch.float32)(x), F.linear(x, layer.weight, layer.bias), 1e-6)
 
 
+@pytest.mark.parametrize("change", [_change_by_loading, _change_behind_the_version_counter])
+@pytest.mark.parametrize("features", [(16, 8), (7, 5), (1, 3), (2, 1)])
+@torch.no_grad()
+def test_packed_bfloat16_weights(features, change, calls):
+    torch.manual_seed(0)
+    layer, x = Linear(*features).bfloat16(), torch.randn(5, features[0]).bfloat16()
+    for _ in range(2):
+        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-2)
+        change(layer)
+    assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-2)
+    assert calls
+
+
+def test_a_merged_adapter_is_seen(calls):
+    """What peft does when it merges: it adds to `.data` in place, which no version counts."""
+    torch.manual_seed(0)
+    layer, x = Linear(16, 8), torch.randn(5, 16)
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight.data += torch.randn(8, 2) @ torch.randn(2, 16)
+        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+        assert not torch.allclose(layer(x), before)
+
+
+def test_packed_weights_go_with_their_owner(calls):
+    from vim.ops._packed_weights import _entries
+
+    layer = Linear(16, 8)
+    with torch.no_grad():
+        layer(torch.randn(5, 16))
+    key = id(layer.weight)
+    assert key in _entries, "the native library packs weights; is it built?"
+    del layer
+    assert key not in _entries
+
+
 def test_two_threads_with_two_models(calls):
     torch.manual_seed(0)
     layers, x, failures = [Linear(64, 32) for _ in range(2)], torch.randn(40, 64), []
@@ -128,7 +164,8 @@ def test_recorded_graphs_and_other_dtypes_keep_plain_ops(calls):
     torch.func.grad(lambda t: layer(t).sum())(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
-    copy.deepcopy(layer).bfloat16()(x.bfloat16())
+    copy.deepcopy(layer).double()(x.double())
+    copy.deepcopy(layer).bfloat16()(x.bfloat16().requires_grad_())
     layer(torch.zeros(0, 16))
     assert not calls
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import vim.models  # noqa: F401  (registers our models with timm)
 from vim.engine.benchmark_report import write_report
-from vim.engine.machine import PeakMemory, describe_machine, probe_machine
+from vim.engine.machine import PeakMemory, describe_machine, keep_freed_memory, probe_machine
 from vim.ops import default_backend, onednn_linear
 
 _logger = logging.getLogger(__name__)
@@ -84,6 +84,9 @@ def run_benchmark(
     if threads:
         torch.set_num_threads(threads)
     machine, rows, probes = describe_machine(), [], [probe_machine()]
+    machine["freed_memory"] = (
+        "kept in the process, for all models alike" if keep_freed_memory() else "as the system does"
+    )
     cases = [(mode, dtype, batch, size) for mode in modes for dtype in dtypes for batch in batches for size in sizes]
     for number, (mode, dtype, batch, size) in enumerate(cases, 1):
         _logger.info("case %d of %d: %s %s, batch %d, %d px", number, len(cases), mode, dtype, batch, size)

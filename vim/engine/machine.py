@@ -66,6 +66,20 @@ def _product_rate(size: int = 768, rounds: int = 7) -> float:
     return 2 * size**3 / statistics.median(times) / 1e9
 
 
+def keep_freed_memory() -> bool:
+    """Keep memory that was freed in the process, as the allocators do that are recommended for PyTorch.
+
+    glibc's gives large blocks back to the system and takes them again, page by page: up to a third of a call's time,
+    more in one run than in the next. Returns whether it could be told so.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 2**31 - 1))
+
+
 class PeakMemory(contextlib.AbstractContextManager["PeakMemory"]):
     """Largest memory that a piece of code took beyond what was there before, in MiB; `None` where nobody counts it.
 

@@ -35,12 +35,16 @@ _entries: dict[int, _Entry] = {}
 
 
 def packed_weight(weight: Tensor) -> Tensor | None:
-    """`weight`, (out_features, in_features) in float32 on the CPU, in oneDNN's layout; `None` where it cannot be."""
+    """`weight`, (out_features, in_features) on the CPU, in oneDNN's layout; `None` where it cannot be."""
     fingerprint_of = _fingerprint_function()
     if fingerprint_of is None or weight.is_inference() or not weight.is_contiguous():
         return None
+    rows, columns = weight.shape
+    words = columns * weight.element_size() // 4  # looked at four bytes at a time: two numbers of bfloat16
+    if words == 0:
+        return None
     pointer, version = weight.data_ptr(), weight._version
-    fingerprint = fingerprint_of(pointer, *weight.shape)
+    fingerprint = fingerprint_of(pointer, rows, words)
     entry = _entries.get(id(weight))
     if (
         entry is not None
