@@ -16,5 +16,5 @@ fi
 cd "$folder/timm-$version"
 # The installed timm is tested against, not the sources beside the tests.
 rm -rf timm
-export VIM_TIMM_SUITE=$pattern PYTHONPATH="$root/tests/timm_suite${PYTHONPATH:+:$PYTHONPATH}"
+export VIM_TIMM_SUITE=$pattern PYTHONPATH="$root/tests/timm_suite:$root${PYTHONPATH:+:$PYTHONPATH}"
 exec python -m pytest -q -o addopts="" -p vim_models_only tests/test_models.py "$@"
