@@ -1,7 +1,26 @@
 """Settings of the test run."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Generator
+
+import pytest
 
 # Two workers on two cores: a thread each. Spinning OpenMP threads on shared cores cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# CI installs everything that tests need, so there a test may be skipped only for what no CI machine has.
+_MAY_BE_SKIPPED = ("no GPU",)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail what is skipped in CI although it could run there."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr)
+        if not any(word in reason for word in _MAY_BE_SKIPPED):
+            report.outcome, report.longrepr = "failed", f"skipped in CI, where it could run: {reason}"
+    return report

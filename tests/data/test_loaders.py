@@ -88,6 +88,42 @@ def test_files_are_augmented_when_trained_on_and_preprocessed_when_held_out(tmp_
     assert not first.equal(second)  # the same images in the same order, augmented anew
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0r", "original"])
+def test_every_operation_of_a_policy_runs_at_every_strength(tmp_path, policy):
+    """Pillow 13 refuses to keep no bit of an image, which the strongest posterize of RandAugment asks for."""
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 2})
+    config = tiny_config(
+        data__dataset="folder",
+        data__path=str(tmp_path),
+        model__in_chans=3,
+        batch_size=4,
+        micro_batch_size=4,
+        augment__auto_augment=policy,
+    )
+    transform = build_loaders(config, CPU).sets.train.transform.transforms[1]
+    image = Image.effect_noise((20, 20), 90).convert("RGB")
+    names = set()
+    for step in transform.transforms:
+        operations = [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]
+        for operation in operations:
+            names.add(operation.name)
+            operation.prob, operation.magnitude_std = 1.0, 0.0
+            for operation.magnitude in (0, 5, 10):
+                assert operation(image).size == image.size
+            if operation.name == "PosterizeIncreasing":
+                assert operation(image).getextrema() == ((0, 0), (0, 0), (0, 0))
+    assert len(names) > 5
+
+
+def test_a_policy_is_refused_for_images_with_transparency(tmp_path):
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 8, "val": 2})
+    config = tiny_config(
+        data__dataset="folder", data__path=str(tmp_path), model__in_chans=4, augment__auto_augment="rand-m9"
+    )
+    with pytest.raises(ValueError, match=r"augment.auto_augment must be null for model.in_chans = 4, got 'rand-m9'"):
+        build_loaders(config, CPU)
+
+
 def test_an_erased_rectangle_appears_in_training_images_only():
     config = tiny_config(augment__erase_prob=1.0, augment__erase_mode="const", model__img_size=32, **NO_CROP)
     loaders = build_loaders(config, CPU)

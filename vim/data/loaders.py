@@ -6,7 +6,9 @@ from operator import methodcaller
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -103,6 +105,11 @@ def _train_sampler(dataset: Dataset[Any], config: TrainConfig) -> RepeatAugSampl
 def _train_transform(config: TrainConfig, preprocessing: Preprocessing) -> Callable[..., Any]:
     """Return timm's training transform, to uint8: the prefetcher normalises and erases on the device."""
     augment = config.augment
+    if augment.auto_augment and preprocessing.color_mode == "RGBA":
+        raise ValueError(
+            f"augment.auto_augment must be null for model.in_chans = {preprocessing.in_chans}, got "
+            f"{augment.auto_augment!r}: its operations know grey and colour images only"
+        )
     color_jitter: Any = augment.color_jitter
     transform = create_transform(
         preprocessing.input_size,
@@ -118,7 +125,23 @@ def _train_transform(config: TrainConfig, preprocessing: Preprocessing) -> Calla
         std=preprocessing.std,
         use_prefetcher=True,
     )
+    _allow_posterizing_to_black(transform)
     return Compose([methodcaller("convert", preprocessing.color_mode), transform])
+
+
+def _allow_posterizing_to_black(transform: Any) -> None:
+    """Let timm's policies keep no bit of an image, which they draw now and then, and Pillow 13 refuses."""
+    for step in transform.transforms:
+        of_policies = [operation for policy in getattr(step, "policy", ()) for operation in policy]
+        for operation in [*getattr(step, "ops", ()), *of_policies]:
+            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits_to_keep)
 
 
 def _eval_transform(preprocessing: Preprocessing) -> Callable[..., Any]:
