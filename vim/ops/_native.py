@@ -94,8 +94,10 @@ def _packaged_library() -> Path | None:
 
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "meta":
+        return Inapplicable("meta tensors have nothing to compute")
     if device.type != "cpu":
-        return Inapplicable(f"the native kernels are for the CPU, not for {device.type}")
+        return f"its kernels are for the CPU; on {device.type} the reference runs, which is slow"
     if dtype not in _DTYPES:
         return Inapplicable(f"{str(dtype).removeprefix('torch.')} runs on the reference")
     return load()
