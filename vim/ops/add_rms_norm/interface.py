@@ -46,12 +46,5 @@ def add_rms_norm(
         check_device("residual", residual, x, "x")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    return run_add_rms_norm(x, residual, weight, eps, backend)
-
-
-def run_add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` for operands that are known to fit."""
     operands = as_dtype(accumulate_dtype(x.dtype), (residual, weight))
     return resolve_backend("add_rms_norm", backend, x)(x, *operands, eps)
