@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from vim import doctor
-from vim.ops import _backends, _native
+from vim.ops import _backends, _native, onednn_linear
 
 
 def test_report(capsys):
@@ -18,6 +18,14 @@ def test_report(capsys):
     for op in doctor.OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
+
+
+def test_products_are_reported_with_their_reason(capsys):
+    doctor.main()
+    assert "float32: oneDNN" in capsys.readouterr().out
+    with onednn_linear(False):
+        doctor.main()
+    assert "PyTorch's default, not oneDNN: switched off" in capsys.readouterr().out
 
 
 def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):

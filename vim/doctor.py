@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vim.ops import _native, _native_build, available_backends, unavailable_backends
+from vim.ops.linear import onednn_reason
 from vim.version import __version__
 
 OPS = ("add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan")
@@ -29,6 +30,7 @@ def main() -> int:
         ("processor", _processor()),
         ("native kernels", _library()),
         ("backends, the preferred one first", _backends()),
+        ("matrix products on the CPU", _products()),
     ):
         print(title)
         for line in lines:
@@ -99,6 +101,11 @@ def _backends() -> Iterator[str]:
             reasons = {line for op in OPS for line in unavailable_backends(op, device, dtype).items()}
             for name, reason in sorted(reasons):
                 yield f"{device} {str(dtype).removeprefix('torch.')}: not {name}: {reason}"
+
+
+def _products() -> Iterator[str]:
+    reason = onednn_reason()
+    yield "float32: oneDNN" if reason is None else f"float32: PyTorch's default, not oneDNN: {reason}"
 
 
 if __name__ == "__main__":
