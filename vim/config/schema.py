@@ -4,9 +4,10 @@ A setting is checked where it is made: a value out of range is a `ValueError` th
 line spells it (`optim.lr`) and the value it got. The docstring under a field is its help text on the command line.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from vim.config.checks import check, check_choice, check_fraction, check_not_negative, check_positive, check_range
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -15,46 +16,6 @@ MixMode = Literal["batch", "pair", "elem"]
 ScheduleName = Literal["cosine", "constant"]
 ScheduleUnit = Literal["epoch", "step"]
 ClipMode = Literal["norm", "value", "agc"]
-
-
-def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
-    """Raise an error that names the setting, the rule and the value, unless the rule holds.
-
-    A NaN fails every comparison, so rules are written as what must hold.
-
-    Raises:
-        ValueError: The rule does not hold.
-        TypeError: The value has a type that the rule cannot be asked of.
-    """
-    message = f"{name} must be {rule}, got {value!r}"
-    try:
-        right = holds(value)
-    except TypeError as error:
-        raise TypeError(message) from error
-    if not right:
-        raise ValueError(message)
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    allowed = get_args(choices)
-    _check(name, value, "one of " + ", ".join(repr(choice) for choice in allowed), lambda v: v in allowed)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    _check(name, value, "> 0", lambda v: v > 0)
-
-
-def _check_not_negative(name: str, value: Any) -> None:
-    _check(name, value, ">= 0", lambda v: v >= 0)
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    _check(name, value, "between 0 and 1", lambda v: 0 <= v <= 1)
-
-
-def _check_range(name: str, value: tuple[float, float], upper: float = float("inf")) -> None:
-    rule = "two numbers, 0 < low <= high" + ("" if upper == float("inf") else f" <= {upper:g}")
-    _check(name, value, rule, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= upper)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +42,13 @@ class ModelConfig:
     """Further arguments of the model, such as `{depth: 12}`; one at a time with `--model.args.depth 12`."""
 
     def __post_init__(self) -> None:
-        _check("model.name", self.name, "the name of a timm model", bool)
-        _check("model.img_size", self.img_size, "a size > 0 or two of them", lambda _: min(self.image_shape) > 0)
-        _check_positive("model.in_chans", self.in_chans)
+        check("model.name", self.name, "the name of a timm model", bool)
+        check("model.img_size", self.img_size, "a size > 0 or two of them", lambda _: min(self.image_shape) > 0)
+        check_positive("model.in_chans", self.in_chans)
         if self.num_classes is not None:
-            _check_positive("model.num_classes", self.num_classes)
-        _check_fraction("model.drop_rate", self.drop_rate)
-        _check_fraction("model.drop_path_rate", self.drop_path_rate)
+            check_positive("model.num_classes", self.num_classes)
+        check_fraction("model.drop_rate", self.drop_rate)
+        check_fraction("model.drop_path_rate", self.drop_path_rate)
         own = {"img_size", "in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained"} & set(self.args)
         if own:
             name = min(own)
@@ -128,7 +89,7 @@ class DataConfig:
     """Number of training images of the `synthetic` set; a quarter as many are held out."""
 
     def __post_init__(self) -> None:
-        _check("data.dataset", self.dataset, "the name of a data set", bool)
+        check("data.dataset", self.dataset, "the name of a data set", bool)
         if self.dataset == "folder" and not self.path:
             raise ValueError(f"data.path must name the image folder when data.dataset is 'folder', got {self.path!r}")
         if self.dataset in ("digits", "synthetic") and self.path:
@@ -136,12 +97,12 @@ class DataConfig:
                 f"data.path must be null when data.dataset is {self.dataset!r}, which reads no files, got "
                 f"{self.path!r}: for a folder of images add --data.dataset folder"
             )
-        _check("data.crop_pct", self.crop_pct, "> 0 and <= 1", lambda v: 0 < v <= 1)
-        _check_choice("data.interpolation", self.interpolation, Interpolation)
-        _check("data.mean", self.mean, "at least one number", lambda v: len(v) > 0)
-        _check("data.std", self.std, "at least one number, each > 0", lambda v: len(v) > 0 and min(v) > 0)
-        _check_not_negative("data.workers", self.workers)
-        _check("data.synthetic_images", self.synthetic_images, ">= 4", lambda v: v >= 4)
+        check("data.crop_pct", self.crop_pct, "> 0 and <= 1", lambda v: 0 < v <= 1)
+        check_choice("data.interpolation", self.interpolation, Interpolation)
+        check("data.mean", self.mean, "at least one number", lambda v: len(v) > 0)
+        check("data.std", self.std, "at least one number, each > 0", lambda v: len(v) > 0 and min(v) > 0)
+        check_not_negative("data.workers", self.workers)
+        check("data.synthetic_images", self.synthetic_images, ">= 4", lambda v: v >= 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,18 +143,18 @@ class AugmentConfig:
     """Draw the mixing weight once a `batch`, `pair` or image (`elem`)."""
 
     def __post_init__(self) -> None:
-        _check_range("augment.scale", self.scale, upper=1.0)
-        _check_range("augment.ratio", self.ratio)
-        _check_choice("augment.interpolation", self.interpolation, Interpolation)
+        check_range("augment.scale", self.scale, upper=1.0)
+        check_range("augment.ratio", self.ratio)
+        check_choice("augment.interpolation", self.interpolation, Interpolation)
         for name in ("hflip", "vflip", "erase_prob", "mix_prob", "mix_switch_prob"):
-            _check_fraction(f"augment.{name}", getattr(self, name))
+            check_fraction(f"augment.{name}", getattr(self, name))
         for name in ("repeats", "mixup", "cutmix"):
-            _check_not_negative(f"augment.{name}", getattr(self, name))
+            check_not_negative(f"augment.{name}", getattr(self, name))
         if self.color_jitter is not None:
-            _check_not_negative("augment.color_jitter", self.color_jitter)
-        _check_choice("augment.erase_mode", self.erase_mode, EraseMode)
-        _check("augment.erase_count", self.erase_count, ">= 1", lambda v: v >= 1)
-        _check_choice("augment.mix_mode", self.mix_mode, MixMode)
+            check_not_negative("augment.color_jitter", self.color_jitter)
+        check_choice("augment.erase_mode", self.erase_mode, EraseMode)
+        check("augment.erase_count", self.erase_count, ">= 1", lambda v: v >= 1)
+        check_choice("augment.mix_mode", self.mix_mode, MixMode)
 
     @property
     def mixes(self) -> bool:
@@ -209,7 +170,7 @@ class LossConfig:
     """Share of the target spread evenly over all classes."""
 
     def __post_init__(self) -> None:
-        _check("loss.label_smoothing", self.label_smoothing, ">= 0 and < 1", lambda v: 0 <= v < 1)
+        check("loss.label_smoothing", self.label_smoothing, ">= 0 and < 1", lambda v: 0 <= v < 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,18 +199,18 @@ class OptimConfig:
     """Clip the global `norm`, each `value`, or each unit's norm relative to its weights (`agc`)."""
 
     def __post_init__(self) -> None:
-        _check("optim.name", self.name, "the name of an optimizer", bool)
-        _check_positive("optim.lr", self.lr)
+        check("optim.name", self.name, "the name of an optimizer", bool)
+        check_positive("optim.lr", self.lr)
         if self.lr_batch_size is not None:
-            _check_positive("optim.lr_batch_size", self.lr_batch_size)
-        _check_not_negative("optim.weight_decay", self.weight_decay)
-        _check_positive("optim.eps", self.eps)
+            check_positive("optim.lr_batch_size", self.lr_batch_size)
+        check_not_negative("optim.weight_decay", self.weight_decay)
+        check_positive("optim.eps", self.eps)
         if self.betas is not None:
-            _check("optim.betas", self.betas, "two numbers, >= 0 and < 1", lambda v: all(0 <= b < 1 for b in v))
-        _check("optim.momentum", self.momentum, ">= 0 and < 1", lambda v: 0 <= v < 1)
+            check("optim.betas", self.betas, "two numbers, >= 0 and < 1", lambda v: all(0 <= b < 1 for b in v))
+        check("optim.momentum", self.momentum, ">= 0 and < 1", lambda v: 0 <= v < 1)
         if self.clip_grad is not None:
-            _check_positive("optim.clip_grad", self.clip_grad)
-        _check_choice("optim.clip_mode", self.clip_mode, ClipMode)
+            check_positive("optim.clip_grad", self.clip_grad)
+        check_choice("optim.clip_mode", self.clip_mode, ClipMode)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,10 +231,10 @@ class ScheduleConfig:
     """Epochs that the schedule is late by, as in the original's scripts, where it is 1; needs unit `epoch`."""
 
     def __post_init__(self) -> None:
-        _check_choice("schedule.name", self.name, ScheduleName)
-        _check_choice("schedule.unit", self.unit, ScheduleUnit)
+        check_choice("schedule.name", self.name, ScheduleName)
+        check_choice("schedule.unit", self.unit, ScheduleUnit)
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "lag_epochs"):
-            _check_not_negative(f"schedule.{name}", getattr(self, name))
+            check_not_negative(f"schedule.{name}", getattr(self, name))
         if self.lag_epochs and self.unit != "epoch":
             raise ValueError(
                 f"schedule.lag_epochs must be 0 when schedule.unit is {self.unit!r}, got {self.lag_epochs}: "
@@ -311,15 +272,15 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        _check("recipe", self.recipe, "a name without '/'", lambda v: bool(v) and "/" not in v and "\\" not in v)
+        check("recipe", self.recipe, "a name without '/'", lambda v: bool(v) and "/" not in v and "\\" not in v)
         for name in ("epochs", "batch_size", "micro_batch_size"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if self.eval_batch_size is not None:
-            _check_positive("eval_batch_size", self.eval_batch_size)
-        _check_choice("precision", self.precision, Precision)
+            check_positive("eval_batch_size", self.eval_batch_size)
+        check_choice("precision", self.precision, Precision)
         if self.ema_decay is not None:
-            _check("ema_decay", self.ema_decay, ">= 0 and < 1", lambda v: 0 <= v < 1)
-        _check("seed", self.seed, "between 0 and 2**32 - 1", lambda v: 0 <= v < 2**32)
+            check("ema_decay", self.ema_decay, ">= 0 and < 1", lambda v: 0 <= v < 1)
+        check("seed", self.seed, "between 0 and 2**32 - 1", lambda v: 0 <= v < 2**32)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -338,7 +299,7 @@ class TrainConfig:
             )
         for name in ("mean", "std"):
             values = getattr(self.data, name)
-            _check(
+            check(
                 f"data.{name}",
                 values,
                 f"one number or one for each of model.in_chans = {self.model.in_chans} channels",

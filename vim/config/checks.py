@@ -1,0 +1,49 @@
+"""What a setting may be: each rule raises an error that names the setting, the rule and the value."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+
+def check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
+    """Raise an error that names the setting, the rule and the value, unless the rule holds.
+
+    A NaN fails every comparison, so rules are written as what must hold.
+
+    Raises:
+        ValueError: The rule does not hold.
+        TypeError: The value has a type that the rule cannot be asked of.
+    """
+    message = f"{name} must be {rule}, got {value!r}"
+    try:
+        right = holds(value)
+    except TypeError as error:
+        raise TypeError(message) from error
+    if not right:
+        raise ValueError(message)
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise unless the value is one of a `Literal`'s."""
+    allowed = get_args(choices)
+    check(name, value, "one of " + ", ".join(repr(choice) for choice in allowed), lambda v: v in allowed)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless the value is above zero."""
+    check(name, value, "> 0", lambda v: v > 0)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raise unless the value is zero or more."""
+    check(name, value, ">= 0", lambda v: v >= 0)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise unless the value is between 0 and 1, both allowed."""
+    check(name, value, "between 0 and 1", lambda v: 0 <= v <= 1)
+
+
+def check_range(name: str, value: tuple[float, float], upper: float = float("inf")) -> None:
+    """Raise unless the values are two numbers above zero, the lower first."""
+    rule = "two numbers, 0 < low <= high" + ("" if upper == float("inf") else f" <= {upper:g}")
+    check(name, value, rule, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= upper)
