@@ -116,7 +116,7 @@ struct ScanCase {
   Shape s;
   Buffer u, x_dbl[2], dt_weight[2], bias[2], A[2], D[2], xz, dy, y, checkpoints;
   Buffer du[2], dx_dbl[2], ddt_weight[2], dbias[2], dA[2], dD[2], dz, shared, weights;
-  ScanBackward k;
+  ScanBackwardTasks k;
 
   explicit ScanCase(const Shape& shape) : s(shape) {
     const int64_t tokens = s.batch * s.length, row = s.dt_rank + 2 * s.d_state;

@@ -1,22 +1,11 @@
 // Vectors of float for kernels that are compiled once per instruction set.
-//
-// A kernel file is compiled with VIM_ISA naming its instruction set, which is also the namespace of everything in it:
-// no inline function compiled for one processor can be picked by the linker for another. For the same reason kernel
-// files call no templates of the standard library.
 #pragma once
-
-#include <cstdint>
-#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#if !defined(VIM_ISA)
-#define VIM_ISA baseline
-#endif
-
-#define VIM_INLINE inline __attribute__((always_inline))
+#include "scalar.h"
 
 namespace vim {
 namespace VIM_ISA {
@@ -60,14 +49,6 @@ VIM_INLINE vec load(const float* p) {
 }
 
 VIM_INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-
-template <class To, class From>
-VIM_INLINE To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bits keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 // a b + c. Where there is no intrinsic the compiler contracts (-ffp-contract=fast) if the processor can.
 VIM_INLINE vec fma(vec a, vec b, vec c) {
@@ -115,50 +96,6 @@ VIM_INLINE vec min2(vec a, vec b) {
 VIM_INLINE vec abs(vec x) { return bits<vec>(bits<ivec>(x) & 0x7fffffff); }
 
 // ---- half precision --------------------------------------------------------------------------------------------
-
-struct bfloat16 {
-  uint16_t raw;
-};
-struct float16 {
-  uint16_t raw;
-};
-
-VIM_INLINE float to_float(float x) { return x; }
-
-VIM_INLINE float to_float(bfloat16 x) { return bits<float>(static_cast<uint32_t>(x.raw) << 16); }
-
-VIM_INLINE float to_float(float16 x) {
-  // Moving the exponent field and multiplying by 2^112 is exact for subnormals too; infinity and NaN are patched.
-  const uint32_t magnitude = static_cast<uint32_t>(x.raw & 0x7fff) << 13;
-  const uint32_t sign = static_cast<uint32_t>(x.raw & 0x8000) << 16;
-  float value = bits<float>(magnitude) * 0x1p112f;
-  if (magnitude >= 0x0f800000u) value = bits<float>(magnitude | 0x7f800000u);
-  return bits<float>(bits<uint32_t>(value) | sign);
-}
-
-VIM_INLINE void from_float(float x, float* out) { *out = x; }
-
-VIM_INLINE void from_float(float x, bfloat16* out) {
-  const uint32_t raw = bits<uint32_t>(x);
-  out->raw = x != x ? 0x7fc0 : static_cast<uint16_t>((raw + 0x7fff + ((raw >> 16) & 1)) >> 16);
-}
-
-VIM_INLINE void from_float(float x, float16* out) {
-  const uint32_t raw = bits<uint32_t>(x), magnitude = raw & 0x7fffffff;
-  const uint16_t sign = static_cast<uint16_t>((raw >> 16) & 0x8000);
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00;
-  } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00;  // from 65520 on everything rounds to infinity
-  } else if (magnitude < 0x38800000u) {
-    // Adding 1/2 leaves the subnormal, rounded to even, in the low bits.
-    half = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  }
-  out->raw = static_cast<uint16_t>(half | sign);
-}
 
 VIM_INLINE vec load(const bfloat16* p) {
   hvec raw;

@@ -1,6 +1,7 @@
 // vim::causal_conv1d and vim::bidirectional_conv1d, forward and backward, for key CPU. Float64 and mixed dtypes go to
 // the reference.
 #include "../common/binding.h"
+#include "parallel.h"
 
 namespace vim {
 namespace {

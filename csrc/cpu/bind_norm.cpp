@@ -1,5 +1,6 @@
 // vim::add_rms_norm, forward and backward, for key CPU. Float64 and mixed dtypes go to the reference.
 #include "../common/binding.h"
+#include "parallel.h"
 
 namespace vim {
 namespace {

@@ -1,68 +1,11 @@
-// What the bindings ask of the kernels: plain pointers, sizes and strides (in elements), one table of functions per
-// instruction set. Nothing here knows torch.
+// The CPU kernels as bindings see them: one table of functions per instruction set.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/arguments.h"
+
 namespace vim {
-
-enum class Element { float32, bfloat16, float16 };
-
-// An activation (batch, token, channel) with any strides; its element type is said elsewhere. `data` may be null.
-struct Activation {
-  void* data = nullptr;
-  int64_t batch = 0, token = 0, channel = 0;
-};
-
-// B or C of a scan: one row of d_state numbers a token, shared by the channels of a group; or, where `constant` is
-// given, (dim, d_state) in float32.
-struct StateMap {
-  void* data = nullptr;
-  int64_t batch = 0, group = 0, state = 0, token = 0;
-  int64_t channels_per_group = 1;
-  const float* constant = nullptr;
-};
-
-// One direction of a scan. Weights are contiguous float32; null pointers leave a term out.
-struct ScanDirection {
-  Activation u;
-  Activation delta;                  // given, or else delta = dt dt_weight^T
-  Activation dt;                     // (batch, token, rank)
-  const float* dt_weight = nullptr;  // (dim, dt_rank)
-  const float* bias = nullptr;       // (dim,)
-  const float* A = nullptr;          // (dim, d_state): A, or log(-A) with A_is_log
-  const float* D = nullptr;          // (dim,)
-  StateMap B, C;
-  bool reverse = false;
-  float* checkpoints = nullptr;  // (batch, chunks, d_state, dim)
-  float* last_state = nullptr;   // (batch, dim, d_state)
-};
-
-// y = scale (sum of the directions) silu(z)
-struct Scan {
-  Element element = Element::float32;
-  int64_t batch = 0, length = 0, dim = 0, d_state = 0, dt_rank = 0;
-  bool softplus = false, A_is_log = false;
-  float scale = 1;
-  int64_t checkpoint_every = 0;
-  int directions = 1;
-  ScanDirection direction[2];
-  Activation z, y;
-};
-
-struct ScanDirectionGrads {
-  Activation du;
-  Activation ddelta;                // where delta is given
-  Activation ddt;                   // where it is projected
-  StateMap dB, dC;                  // same kind as B and C; `constant` is unused, see dB_constant
-  float* dB_constant = nullptr;     // (dim, d_state)
-  float* dC_constant = nullptr;
-  float* ddt_weight = nullptr;      // (dim, dt_rank)
-  float* dbias = nullptr;           // (dim,)
-  float* dA = nullptr;              // (dim, d_state), of A_log with A_is_log
-  float* dD = nullptr;              // (dim,)
-  const float* dlast_state = nullptr;  // (batch, dim, d_state) contiguous
-};
 
 // How a backward pass is cut into tasks. It depends on shapes only, never on the number of threads, and every sum has
 // one order: the results are the same bits for any number of threads.
@@ -76,55 +19,10 @@ struct ScanPartition {
   int64_t weight_floats;
 };
 
-struct ScanBackward {
-  Scan scan;
-  Activation dy, dz;
-  ScanDirectionGrads grads[2];
+struct ScanBackwardTasks : ScanBackward {
   ScanPartition partition;
   float* shared = nullptr;   // partials of what all channels share
   float* weights = nullptr;  // partials of the weights' gradients
-};
-
-// Depthwise convolution, one or two directions. Taps are packed by pack_taps.
-struct ConvDirection {
-  const float* weight = nullptr;  // (dim, width)
-  const float* bias = nullptr;    // (dim,) or null
-  int64_t width = 0;
-  bool reverse = false;
-  Activation out, dout;
-  float* dweight = nullptr;
-  float* dbias = nullptr;
-};
-
-struct Conv {
-  Element element = Element::float32;
-  int64_t batch = 0, length = 0, dim = 0;
-  bool silu = false;
-  int directions = 1;
-  ConvDirection direction[2];
-  Activation x, dx;
-  int64_t batch_groups = 1;   // backward, as in ScanPartition
-  float* partials = nullptr;  // backward: [batch group][block][taps and bias][kLanes]
-};
-
-// r = x + residual; y = r / sqrt(mean(r^2) + eps) weight, over rows. Everything but x has contiguous rows.
-struct Norm {
-  Element element = Element::float32;
-  int64_t rows = 0, dim = 0;
-  float eps = 0;
-  const void* x = nullptr;
-  int64_t x_row = 0;
-  const float* residual = nullptr;
-  const float* weight = nullptr;
-  void* y = nullptr;
-  float* r = nullptr;
-  // Backward: dy and dr may be null; dr is the gradient of r that arrives, total the one that leaves.
-  const void* dy = nullptr;
-  const float* dr = nullptr;
-  float* total = nullptr;
-  float* dweight = nullptr;
-  int64_t row_groups = 1;
-  float* partials = nullptr;  // (row group, dim)
 };
 
 // Functions over a range of tasks return false when memory runs out.
@@ -134,9 +32,9 @@ struct Kernels {
   int64_t (*scan_tasks)(const Scan&);
   bool (*scan_forward)(const Scan&, int64_t begin, int64_t end);
   ScanPartition (*scan_partition)(const Scan&);
-  bool (*scan_backward)(const ScanBackward&, int64_t begin, int64_t end);  // batch_groups x block_groups tasks
-  bool (*scan_reduce_weights)(const ScanBackward&, int64_t begin, int64_t end);  // blocks tasks
-  bool (*scan_reduce_shared)(const ScanBackward&, int64_t begin, int64_t end);   // batch x length tasks
+  bool (*scan_backward)(const ScanBackwardTasks&, int64_t begin, int64_t end);  // batch_groups x block_groups tasks
+  bool (*scan_reduce_weights)(const ScanBackwardTasks&, int64_t begin, int64_t end);  // blocks tasks
+  bool (*scan_reduce_shared)(const ScanBackwardTasks&, int64_t begin, int64_t end);   // batch x length tasks
   int64_t (*conv_tasks)(const Conv&);
   bool (*conv_forward)(const Conv&, int64_t begin, int64_t end);
   int64_t (*conv_partial_floats)(const Conv&);

@@ -64,14 +64,14 @@ inline ScanPartition scan_partition(const Scan& scan) {
 }
 
 // First row of a token's partial.
-VIM_INLINE float* shared_rows(const ScanBackward& k, int64_t block_group, int d, int64_t b, int64_t segment) {
+VIM_INLINE float* shared_rows(const ScanBackwardTasks& k, int64_t block_group, int d, int64_t b, int64_t segment) {
   const Scan& scan = k.scan;
   const int64_t segments = scan_blocks(scan).segments;
   const int64_t index = ((block_group * scan.directions + d) * scan.batch + b) * segments + segment;
   return k.shared + index * scan.length * k.partition.row;
 }
 
-VIM_INLINE float* weight_rows(const ScanBackward& k, int64_t batch_group, int64_t block, int d) {
+VIM_INLINE float* weight_rows(const ScanBackwardTasks& k, int64_t batch_group, int64_t block, int d) {
   const int64_t index = (batch_group * k.partition.blocks + block) * k.scan.directions + d;
   return k.weights + index * k.partition.rows * kLanes;
 }
@@ -256,7 +256,7 @@ inline void backward_dt(int64_t padded_rank, int64_t count, const float* ddelta,
 }
 
 // dy of the scan's own output: what arrives, through scale and gate.
-inline void load_dy(const ScanBackward& k, const Chunk& chunk, Block block, int64_t next, BackwardBuffers& buffers) {
+inline void load_dy(const ScanBackwardTasks& k, const Chunk& chunk, Block block, int64_t next, BackwardBuffers& buffers) {
   const Scan& scan = k.scan;
   const vec scale = set1(scan.scale);
   load_block(scan.element, k.dy, chunk.b, chunk.first, chunk.count, block, next, buffers.dout);
@@ -273,7 +273,7 @@ inline void load_dy(const ScanBackward& k, const Chunk& chunk, Block block, int6
 }
 
 // dz = dout y silu'(z), written over dout.
-inline void backward_gate(const ScanBackward& k, const Chunk& chunk, Block block, const float* y,
+inline void backward_gate(const ScanBackwardTasks& k, const Chunk& chunk, Block block, const float* y,
                           BackwardBuffers& buffers) {
   const vec one = set1(1.0f);
   const float* gates = buffers.z;
@@ -306,7 +306,7 @@ inline void backward_step(const Scan& scan, int64_t count, BackwardBuffers& buff
   store(D, dD);
 }
 
-inline void backward_chunk(const ScanBackward& k, int d, const Chunk& chunk, Block block, const float* entry,
+inline void backward_chunk(const ScanBackwardTasks& k, int d, const Chunk& chunk, Block block, const float* entry,
                            Partials partials, BackwardBuffers& buffers) {
   const Scan& scan = k.scan;
   const ScanDirection& side = scan.direction[d];
@@ -349,7 +349,7 @@ inline void backward_chunk(const ScanBackward& k, int d, const Chunk& chunk, Blo
 }
 
 // The tokens between two saved states, in chunks; the states in which all but the first are entered are found first.
-inline void backward_saved_chunk(const ScanBackward& k, int d, int64_t b, int64_t save, Block block, Partials partials,
+inline void backward_saved_chunk(const ScanBackwardTasks& k, int d, int64_t b, int64_t save, Block block, Partials partials,
                                  BackwardBuffers& buffers) {
   const Scan& scan = k.scan;
   const ScanDirection& side = scan.direction[d];
@@ -376,7 +376,7 @@ inline void backward_saved_chunk(const ScanBackward& k, int d, int64_t b, int64_
   }
 }
 
-inline void backward_direction(const ScanBackward& k, int d, int64_t b, Block block, Partials partials,
+inline void backward_direction(const ScanBackwardTasks& k, int d, int64_t b, Block block, Partials partials,
                                BackwardBuffers& buffers) {
   const Scan& scan = k.scan;
   const ScanDirection& side = scan.direction[d];
@@ -399,7 +399,7 @@ inline void backward_direction(const ScanBackward& k, int d, int64_t b, Block bl
   }
 }
 
-inline bool scan_backward(const ScanBackward& k, int64_t begin, int64_t end) {
+inline bool scan_backward(const ScanBackwardTasks& k, int64_t begin, int64_t end) {
   const Scan& scan = k.scan;
   const ScanPartition& p = k.partition;
   const Blocks blocks = scan_blocks(scan);

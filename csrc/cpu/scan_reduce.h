@@ -6,7 +6,7 @@
 namespace vim {
 namespace VIM_ISA {
 
-inline bool scan_reduce_weights(const ScanBackward& k, int64_t begin, int64_t end) {
+inline bool scan_reduce_weights(const ScanBackwardTasks& k, int64_t begin, int64_t end) {
   const Scan& scan = k.scan;
   const WeightRows rows(scan);
   Scratch scratch;
@@ -40,7 +40,7 @@ inline bool scan_reduce_weights(const ScanBackward& k, int64_t begin, int64_t en
 }
 
 // Sums the partials of one token over block groups and over the segments [first, last).
-VIM_INLINE void sum_shared(const ScanBackward& k, int d, int64_t b, int64_t t, int64_t first, int64_t last, float* sums) {
+VIM_INLINE void sum_shared(const ScanBackwardTasks& k, int d, int64_t b, int64_t t, int64_t first, int64_t last, float* sums) {
   const int64_t row = k.partition.row;
   fill_zero(sums, row);
   for (int64_t group = 0; group < k.partition.block_groups; ++group) {
@@ -53,7 +53,7 @@ VIM_INLINE void sum_shared(const ScanBackward& k, int d, int64_t b, int64_t t, i
 
 // dB (half 0) or dC (half 1) of one token.
 template <class T>
-void write_map(const ScanBackward& k, int d, int64_t b, int64_t t, const StateMap& map, int half, float* sums) {
+void write_map(const ScanBackwardTasks& k, int d, int64_t b, int64_t t, const StateMap& map, int half, float* sums) {
   const Scan& scan = k.scan;
   const int64_t segments = map.channels_per_group / segment_size(scan);
   for (int64_t group = 0; group < scan.dim / map.channels_per_group; ++group) {
@@ -66,7 +66,7 @@ void write_map(const ScanBackward& k, int d, int64_t b, int64_t t, const StateMa
   }
 }
 
-inline bool scan_reduce_shared(const ScanBackward& k, int64_t begin, int64_t end) {
+inline bool scan_reduce_shared(const ScanBackwardTasks& k, int64_t begin, int64_t end) {
   const Scan& scan = k.scan;
   Scratch scratch;
   float* sums = scratch.take(k.partition.row);

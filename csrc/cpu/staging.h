@@ -10,11 +10,6 @@
 namespace vim {
 namespace VIM_ISA {
 
-VIM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-VIM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-VIM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-VIM_INLINE int64_t blocks_in(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 VIM_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
 
 // One allocation per call of a kernel, cut into buffers that start on cache lines. Twice over the same requests: first
@@ -46,19 +41,6 @@ class Scratch {
   float* base_ = nullptr;
   int64_t used_ = 0;
 };
-
-// Calls function(static_cast<T*>(nullptr)) with the element's type.
-template <class Function>
-VIM_INLINE void with_element(Element element, const Function& function) {
-  switch (element) {
-    case Element::float32:
-      return function(static_cast<float*>(nullptr));
-    case Element::bfloat16:
-      return function(static_cast<bfloat16*>(nullptr));
-    case Element::float16:
-      return function(static_cast<float16*>(nullptr));
-  }
-}
 
 // A block of channels: `lanes` of them, from `channel` on.
 struct Block {

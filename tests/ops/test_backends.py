@@ -102,3 +102,12 @@ def test_import_is_light():
     if plain.stdout.strip() == "True":
         code = code.replace("assert 'triton' not in sys.modules, 'triton'\n", "")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_backend_by_name_only_is_never_the_default(monkeypatch):
+    record = _backends.Backend("shy", "_reference", lambda op, device, dtype: None, by_name_only=True)
+    monkeypatch.setattr(_backends, "_backends", [record, *_backends._backends])
+    _backends._choose.cache_clear()
+    assert _backends._choose("add_rms_norm", "shy", "cpu", torch.float32) == "_reference"
+    assert _backends._choose("add_rms_norm", None, "cpu", torch.float32) == ""
+    _backends._choose.cache_clear()

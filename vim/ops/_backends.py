@@ -34,11 +34,13 @@ class Backend:
         name: What users pass as `backend`.
         suffix: Ending of the op's name in `torch.ops.vim` ("" for the portable family).
         why_not: Takes (op, device, dtype); `None` when usable for such input, otherwise a sentence for the user.
+        by_name_only: Never taken by default, whatever it can run.
     """
 
     name: str
     suffix: str
     why_not: WhyNot
+    by_name_only: bool = False
 
 
 # Each op's reference: plain PyTorch, differentiable without any registration.
@@ -144,6 +146,8 @@ def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
             raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} {dtype}: {reason}")
         return record.suffix
     for record in _backends:
+        if record.by_name_only:
+            continue
         reason = record.why_not(op, device, dtype)
         if reason is None:
             # The portable family also holds the reference, so that graphs saved here run fast elsewhere.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,54 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vim.ops._backends import register_reference
 
-# The portable family and the one that is pinned to the reference (see `_backends`).
-_FAMILIES = ("", "_reference")
+# Endings of the families' names: the portable one, the one pinned to the reference (see `_backends`), and those added.
+_families = ["", "_reference"]
+
+
+@dataclass(frozen=True)
+class _Op:
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    flops: Callable[..., int]
+
+    def define(self, family: str) -> None:
+        qualified = f"vim::{self.name}{family}"
+        torch.library.define(qualified, self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "CompositeExplicitAutograd", self.reference)
+        torch.library.register_fake(qualified, self.fake)
+        register_flop_formula(getattr(torch.ops.vim, self.name + family))(_without_output_shape(self.flops))
+
+
+@dataclass(frozen=True)
+class _Autograd:
+    name: str
+    save: Callable[..., None]
+    backward: Callable[..., Any]
+
+    def connect(self, family: str) -> None:
+        forward_op = getattr(torch.ops.vim, self.name + family).default
+        backward_op = getattr(torch.ops.vim, f"{self.name}_backward{family}").default
+        torch.library.register_autograd(
+            f"vim::{self.name}{family}", partial(self.backward, backward_op, forward_op), setup_context=self.save
+        )
+
+
+_ops: list[_Op] = []
+_autograds: list[_Autograd] = []
+
+
+def define_family(suffix: str) -> None:
+    """Define every op once more, under names that end in `suffix`.
+
+    They do what the reference does until kernels are attached, for the devices that those are for.
+    """
+    _families.append(suffix)
+    for op in _ops:
+        op.define(suffix)
+    for autograd in _autograds:
+        autograd.connect(suffix)
 
 
 def define_op(
@@ -23,7 +70,7 @@ def define_op(
     fake: Callable[..., Any],
     flops: Callable[..., int],
 ) -> None:
-    """Define `vim::name` and `vim::name_reference`.
+    """Define `vim::name` in every family.
 
     Args:
         name: Name of the op without its namespace.
@@ -32,12 +79,10 @@ def define_op(
         fake: Same signature; returns empty tensors of the right shapes, dtypes and strides.
         flops: Takes the arguments with shapes in place of tensors; returns floating point operations.
     """
-    for family in _FAMILIES:
-        qualified = f"vim::{name}{family}"
-        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
-        torch.library.register_fake(qualified, fake)
-        register_flop_formula(getattr(torch.ops.vim, name + family))(_without_output_shape(flops))
+    op = _Op(name, schema, reference, fake, flops)
+    _ops.append(op)
+    for family in _families:
+        op.define(family)
 
 
 def define_autograd(
@@ -52,12 +97,10 @@ def define_autograd(
         backward: Takes (backward op, forward op, ctx, *grads); returns a gradient or `None` for each input.
     """
     register_reference(name, reference)
-    for family in _FAMILIES:
-        forward_op = getattr(torch.ops.vim, name + family).default
-        backward_op = getattr(torch.ops.vim, f"{name}_backward{family}").default
-        torch.library.register_autograd(
-            f"vim::{name}{family}", partial(backward, backward_op, forward_op), setup_context=save
-        )
+    autograd = _Autograd(name, save, backward)
+    _autograds.append(autograd)
+    for family in _families:
+        autograd.connect(family)
 
 
 def _without_output_shape(flops: Callable[..., int]) -> Callable[..., int]:

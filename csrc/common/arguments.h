@@ -1,0 +1,115 @@
+// What bindings ask of the kernels of any device: plain pointers, sizes and strides (in elements). Nothing here knows
+// torch.
+#pragma once
+
+#include <cstdint>
+
+namespace vim {
+
+enum class Element { float32, bfloat16, float16 };
+
+// An activation (batch, token, channel) with any strides; its element type is said elsewhere. `data` may be null.
+struct Activation {
+  void* data = nullptr;
+  int64_t batch = 0, token = 0, channel = 0;
+};
+
+// B or C of a scan: one row of d_state numbers a token, shared by the channels of a group; or, where `constant` is
+// given, (dim, d_state) in float32.
+struct StateMap {
+  void* data = nullptr;
+  int64_t batch = 0, group = 0, state = 0, token = 0;
+  int64_t channels_per_group = 1;
+  const float* constant = nullptr;
+};
+
+// One direction of a scan. Weights are contiguous float32; null pointers leave a term out.
+struct ScanDirection {
+  Activation u;
+  Activation delta;                  // given, or else delta = dt dt_weight^T
+  Activation dt;                     // (batch, token, rank)
+  const float* dt_weight = nullptr;  // (dim, dt_rank)
+  const float* bias = nullptr;       // (dim,)
+  const float* A = nullptr;          // (dim, d_state): A, or log(-A) with A_is_log
+  const float* D = nullptr;          // (dim,)
+  StateMap B, C;
+  bool reverse = false;
+  float* checkpoints = nullptr;  // (batch, chunks, d_state, dim)
+  float* last_state = nullptr;   // (batch, dim, d_state)
+};
+
+// y = scale (sum of the directions) silu(z)
+struct Scan {
+  Element element = Element::float32;
+  int64_t batch = 0, length = 0, dim = 0, d_state = 0, dt_rank = 0;
+  bool softplus = false, A_is_log = false;
+  float scale = 1;
+  int64_t checkpoint_every = 0;
+  int directions = 1;
+  ScanDirection direction[2];
+  Activation z, y;
+};
+
+struct ScanDirectionGrads {
+  Activation du;
+  Activation ddelta;                // where delta is given
+  Activation ddt;                   // where it is projected
+  StateMap dB, dC;                  // same kind as B and C; `constant` is unused, see dB_constant
+  float* dB_constant = nullptr;     // (dim, d_state)
+  float* dC_constant = nullptr;
+  float* ddt_weight = nullptr;      // (dim, dt_rank)
+  float* dbias = nullptr;           // (dim,)
+  float* dA = nullptr;              // (dim, d_state), of A_log with A_is_log
+  float* dD = nullptr;              // (dim,)
+  const float* dlast_state = nullptr;  // (batch, dim, d_state) contiguous
+};
+
+struct ScanBackward {
+  Scan scan;
+  Activation dy, dz;
+  ScanDirectionGrads grads[2];
+};
+
+// Depthwise convolution, one or two directions. Taps are packed by pack_taps.
+struct ConvDirection {
+  const float* weight = nullptr;  // (dim, width)
+  const float* bias = nullptr;    // (dim,) or null
+  int64_t width = 0;
+  bool reverse = false;
+  Activation out, dout;
+  float* dweight = nullptr;
+  float* dbias = nullptr;
+};
+
+struct Conv {
+  Element element = Element::float32;
+  int64_t batch = 0, length = 0, dim = 0;
+  bool silu = false;
+  int directions = 1;
+  ConvDirection direction[2];
+  Activation x, dx;
+  int64_t batch_groups = 1;   // backward, as in ScanPartition
+  float* partials = nullptr;  // backward: [batch group][block][taps and bias][kLanes]
+};
+
+// r = x + residual; y = r / sqrt(mean(r^2) + eps) weight, over rows. Everything but x has contiguous rows.
+struct Norm {
+  Element element = Element::float32;
+  int64_t rows = 0, dim = 0;
+  float eps = 0;
+  const void* x = nullptr;
+  int64_t x_row = 0;
+  const float* residual = nullptr;
+  const float* weight = nullptr;
+  void* y = nullptr;
+  float* r = nullptr;
+  // Backward: dy and dr may be null; dr is the gradient of r that arrives, total the one that leaves.
+  const void* dy = nullptr;
+  const float* dr = nullptr;
+  float* total = nullptr;
+  float* dweight = nullptr;
+  int64_t row_groups = 1;
+  float* partials = nullptr;  // (row group, dim)
+};
+
+}  // namespace vim

@@ -1,0 +1,149 @@
+// What kernel files know of the machine. nvcc compiles them for GPUs; g++ compiles the same files for tests, against an
+// emulation of threads, barriers, shuffles and shared memory (emulation.h). Nothing here knows torch.
+//
+// Kernels use threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, the __shfl_*_sync of a full warp, and
+// what is below: no static __shared__ memory, no atomics. A block is a whole number of warps, and every thread of a warp
+// (of the block) takes part in each of its shuffles (barriers).
+#pragma once
+
+#define VIM_ISA cuda
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#else
+#include "emulation.h"
+#endif
+
+#include "../common/scalar.h"
+
+// Inside kernels only; VIM_INLINE functions run on both sides.
+#define VIM_DEVICE __device__ __forceinline__
+
+namespace vim {
+namespace VIM_ISA {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// A CUDA stream as torch hands it out.
+using Stream = void*;
+
+// Blocks, threads of a block, and bytes of shared memory of a block.
+struct Geometry {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+};
+
+// Runs a kernel on a stream of the current device. Throws std::runtime_error where it cannot be started.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Geometry& geometry, Stream stream, const Arguments&... arguments) {
+  static_assert((std::is_same_v<Parameters, Arguments> && ...), "arguments must have the kernel's own types");
+  if (geometry.grid.x == 0 || geometry.grid.y == 0 || geometry.grid.z == 0) return;
+#if defined(__CUDACC__)
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (geometry.shared_bytes > kWithoutAsking) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(geometry.shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    error = cudaLaunchKernel(function, geometry.grid, geometry.block, pointers, geometry.shared_bytes,
+                             static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error(std::string("vim: cannot start a CUDA kernel: ") + cudaGetErrorString(error));
+  }
+#else
+  (void)stream;
+  emulation::run(geometry.grid, geometry.block, geometry.shared_bytes, [&] { kernel(arguments...); });
+#endif
+}
+
+// ---- shared memory ---------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+
+// The block's shared memory; its size is the launch's.
+VIM_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// Starts copying kBytes (4, 8 or 16, which both addresses are multiples of) to shared memory; zeros where not `valid`.
+template <int kBytes>
+VIM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int size = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(size) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes), "r"(size)
+                 : "memory");
+  }
+}
+
+// Ends a group of copies of this thread.
+VIM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the newest kPending groups of this thread are still on their way. Other threads see what was
+// copied after a barrier.
+template <int kPending>
+VIM_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#else
+
+using emulation::commit_copies;
+using emulation::copy_async;
+using emulation::shared_memory;
+using emulation::wait_copies;
+
+#endif
+
+// ---- special functions -----------------------------------------------------------------------------------------
+
+// 2^x to 2 units in the last place; results below the normal numbers are 0.
+VIM_DEVICE float exp2_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
+// 1/x to 1 unit in the last place
+VIM_DEVICE float reciprocal_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// ---- sums over a warp ------------------------------------------------------------------------------------------
+
+// The sum over all threads of the warp, in every one of them; one order of additions.
+VIM_DEVICE float sum_warp(float x) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
+  return x;
+}
+
+}  // namespace VIM_ISA
+}  // namespace vim

@@ -1,0 +1,26 @@
+"""The emulation that runs the CUDA kernels without a GPU: small kernels with known results, and faults it must see."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from vim.ops import _native_build
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_probe(tmp_path):
+    cuda = ROOT / "csrc" / "cuda"
+    compiler = _native_build.find_compiler()
+    assert compiler is not None
+    subprocess.run(
+        [
+            *(*compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{cuda}", "-o", str(tmp_path / "probe")),
+            *("-x", "c++", str(ROOT / "tests/cuda/emulation_probe.cu"), str(cuda / "emulation.cpp")),
+        ],
+        check=True,
+    )
+    done = subprocess.run([tmp_path / "probe"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("ok ") == 3 * 8 + 2
