@@ -22,7 +22,9 @@ def test_report(capsys):
 
 def test_products_are_reported_with_their_reason(capsys):
     doctor.main()
-    assert "float32: oneDNN" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "float32: oneDNN" in report
+    assert "bfloat16: oneDNN" in report or "bfloat16: in float32" in report
     with onednn_linear(False):
         doctor.main()
     assert "PyTorch's default, not oneDNN: switched off" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vim.ops import _native, _native_build, available_backends, unavailable_backends
+from vim.ops._packed_weights import multiplies_in
 from vim.ops.linear import onednn_reason
 from vim.version import __version__
 
@@ -105,7 +106,13 @@ def _backends() -> Iterator[str]:
 
 def _products() -> Iterator[str]:
     reason = onednn_reason()
-    yield "float32: oneDNN" if reason is None else f"float32: PyTorch's default, not oneDNN: {reason}"
+    if reason is not None:
+        yield f"PyTorch's default, not oneDNN: {reason}"
+        return
+    yield "float32: oneDNN"
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"{name}: oneDNN" if multiplies_in(dtype) else f"{name}: in float32; this processor multiplies no {name}"
 
 
 if __name__ == "__main__":

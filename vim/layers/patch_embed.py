@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
+from vim.layers.convolution import Conv2d
+
 Size = int | tuple[int, int]
 
 
@@ -59,7 +61,7 @@ class PatchEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self._set_img_size(img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, device=device, dtype=dtype)
+        self.proj = Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, device=device, dtype=dtype)
         self.norm = nn.Identity()
 
     def _set_img_size(self, img_size: Size) -> None:
@@ -77,7 +79,7 @@ class PatchEmbed(nn.Module):
                 raise ValueError(f"patch_size {new_patch} would make a fractional stride {tuple(scaled)}")
             old, self.patch_size, self.stride = self.proj, new_patch, (int(scaled[0]), int(scaled[1]))
             channels = old.in_channels, old.out_channels
-            proj = nn.Conv2d(*channels, new_patch, self.stride, bias=old.bias is not None).to(old.weight)
+            proj = Conv2d(*channels, new_patch, self.stride, bias=old.bias is not None).to(old.weight)
             proj.weight.copy_(resample_patch_embed(old.weight, list(new_patch), verbose=True))
             proj.weight.requires_grad_(old.weight.requires_grad)
             proj.bias = old.bias

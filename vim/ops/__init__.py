@@ -8,7 +8,7 @@ from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
 from vim.ops.exportable import exportable_ops
-from vim.ops.linear import linear, onednn_linear
+from vim.ops.linear import goes_through_float32, linear, onednn_linear
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "causal_conv1d",
     "default_backend",
     "exportable_ops",
+    "goes_through_float32",
     "linear",
     "onednn_linear",
     "selective_scan",

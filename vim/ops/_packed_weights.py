@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vim.ops import _native
 
+_SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 # oneDNN chooses one layout for any number of rows but one; this stands for all of them.
 _ROWS = 197
 
@@ -34,8 +35,17 @@ class _Entry(NamedTuple):
 _entries: dict[int, _Entry] = {}
 
 
+@functools.cache
+def multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this dtype here. For float16 it asks more than most processors have."""
+    return dtype not in _SUPPORT or bool(getattr(torch.ops.mkldnn, _SUPPORT[dtype])())
+
+
 def packed_weight(weight: Tensor) -> Tensor | None:
-    """`weight`, (out_features, in_features) on the CPU, in oneDNN's layout; `None` where it cannot be."""
+    """`weight`, (out_features, in_features) on the CPU, in oneDNN's layout; `None` where it cannot be.
+
+    In float32 where oneDNN does not multiply in the dtype of `weight`.
+    """
     fingerprint_of = _fingerprint_function()
     if fingerprint_of is None or weight.is_inference() or not weight.is_contiguous():
         return None
@@ -60,7 +70,8 @@ def packed_weight(weight: Tensor) -> Tensor | None:
 def _pack(weight: Tensor, pointer: int, version: int, fingerprint: int) -> Tensor:
     key = id(weight)
     owner = weakref.ref(weight, lambda ref: _forget(key, ref))
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+    weight_in_its_dtype = weight.detach() if multiplies_in(weight.dtype) else weight.detach().float()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_in_its_dtype, _ROWS)
     _entries[key] = _Entry(owner, weight.untyped_storage(), pointer, version, fingerprint, packed)
     return packed
 
