@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from tests.training import change, tiny_config, write_image_folder
-from vim.data.sources import find_split_folder, image_files, open_image_sets
+from vim.data.folders import find_split
+from vim.data.image_files import ImageFiles
+from vim.data.sources import image_files, open_image_sets
 from vim.data.tensors import TensorImages
 
 
@@ -24,21 +26,24 @@ def test_a_folder_gives_its_classes_in_order_and_the_same_labels_in_both_splits(
     sets = open_image_sets(folder_config(tmp_path))
     assert sets.class_names == ("ant", "bee", "cat")
     assert (len(sets.train), len(sets.val)) == (9, 4)
-    assert [sets.class_names[label] for _, label in sets.val.reader.samples] == ["ant", "ant", "cat", "cat"]
+    labels = [sets.val.source.read(index)[1] for index in range(4)]
+    assert [sets.class_names[label] for label in labels] == ["ant", "ant", "cat", "cat"]
     assert image_files(sets.val, 1) == [tmp_path / "validation" / "ant" / "0.jpg"]
-    assert not sets.in_memory
+    assert isinstance(sets.train, ImageFiles)
 
 
 def test_a_missing_held_out_split_is_refused_and_not_replaced_by_the_training_images(tmp_path):
     write_image_folder(tmp_path, ["ant", "bee"], {"train": 2})
-    with pytest.raises(ValueError, match=r"must have a folder for the split 'val': found none of val/, valid/"):
+    with pytest.raises(
+        ValueError, match=r"must have a folder or tar file for the split 'val': found none of val/, valid/"
+    ):
         open_image_sets(folder_config(tmp_path))
 
 
 @pytest.mark.parametrize(("asked", "there"), [("val", "validation"), ("train", "training"), ("fold1", "fold1")])
 def test_a_split_is_found_under_its_own_and_its_usual_names(tmp_path, asked, there):
     (tmp_path / there).mkdir()
-    assert find_split_folder(tmp_path, asked) == tmp_path / there
+    assert find_split(tmp_path, asked) == tmp_path / there
 
 
 def test_a_folder_that_is_not_one_of_images_is_refused(tmp_path):
@@ -52,14 +57,16 @@ def test_a_folder_that_is_not_one_of_images_is_refused(tmp_path):
 
 def test_one_class_is_not_enough(tmp_path):
     write_image_folder(tmp_path, ["ant"], {"train": 2, "val": 2})
-    with pytest.raises(ValueError, match="at least two classes in train/, found 1"):
+    with pytest.raises(ValueError, match="at least two classes, a folder each, in the split 'train', found 1"):
         open_image_sets(folder_config(tmp_path))
 
 
 def test_a_held_out_class_that_is_not_trained_on_is_refused(tmp_path):
     write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 2})
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "cow")
-    with pytest.raises(ValueError, match="has a class 'cow' in the split 'val' that the split 'train' lacks"):
+    with pytest.raises(
+        ValueError, match="has a class 'cow' among its held-out images that the 2 classes of the model lack: ant, bee"
+    ):
         open_image_sets(folder_config(tmp_path))
 
 
@@ -83,9 +90,12 @@ def test_an_augmentation_that_works_on_files_only_is_refused_for_images_in_memor
 
 
 def test_an_unknown_data_set_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data.dataset must be 'digits', .* got 'digit'"):
+    with pytest.raises(ValueError, match=r"data.dataset must be 'folder', .*'digits'.* got 'digit'"):
         open_image_sets(tiny_config(data__dataset="digit"))
-    with pytest.raises(ValueError, match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found.* with --data.download true it is",
+    ):
         open_image_sets(tiny_config(data__dataset="torch/mnist", data__path=str(tmp_path)))
 
 

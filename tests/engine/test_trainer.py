@@ -16,6 +16,7 @@ from tests.training import change, tiny_config
 from vim.checkpoints.io import CheckpointError, load_checkpoint
 from vim.config.load import config_to_dict, parse_command_line
 from vim.config.schema import TrainConfig
+from vim.data.randomness import Draw, generator_for
 from vim.engine.evaluate import evaluate
 from vim.engine.run_folder import RunFolder
 from vim.engine.trainer import NonFiniteError, Trainer, _EpochMeter
@@ -208,7 +209,7 @@ def test_the_loop_takes_the_steps_of_one_written_by_hand(tmp_path):
             rate = 1e-5 + 0.5 * (3e-3 - 1e-5) * (1 + math.cos(math.pi * step / 9))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        order = torch.randperm(48, generator=torch.Generator().manual_seed(epoch))[16 * place : 16 * (place + 1)]
+        order = torch.randperm(48, generator=generator_for(Draw.ORDER, 0, epoch))[16 * place : 16 * (place + 1)]
         targets = 0.9 * torch.eye(10)[dataset.labels[order]] + 0.01
         loss = -(targets * model(images[order]).log_softmax(dim=1)).sum(dim=1).mean()
         optimizer.zero_grad()

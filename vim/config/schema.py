@@ -65,10 +65,17 @@ class DataConfig:
     """Data: which images, and how an image becomes a tensor at evaluation."""
 
     dataset: str = "digits"
-    """`digits` (comes with scikit-learn), `synthetic` (random images), `folder` (a folder a class), or a name that
-    `timm.data.create_dataset` knows, such as `torch/cifar10`."""
+    """`digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random images), `folder` (a
+    folder or tar file a split, in it a folder a class), `wds/` (shards of WebDataset), or a data set of torchvision or
+    Hugging Face, such as `torch/cifar10` and `hfds/NAME`."""
     path: str | None = None
     """Where the images are; for `folder`, a folder with one sub-folder a split."""
+    download: bool = False
+    """Fetch a data set of torchvision or Hugging Face that is not in `data.path` yet."""
+    input_key: str | None = None
+    """Column of the images in a data set of Hugging Face; `null` is `image`."""
+    target_key: str | None = None
+    """Column of the labels in a data set of Hugging Face; `null` is `label`."""
     train_split: str = "train"
     """Name of the training split."""
     val_split: str = "val"
@@ -92,6 +99,10 @@ class DataConfig:
         check("data.dataset", self.dataset, "the name of a data set", bool)
         if self.dataset == "folder" and not self.path:
             raise ValueError(f"data.path must name the image folder when data.dataset is 'folder', got {self.path!r}")
+        if self.dataset.lower().startswith("wds/") and not self.path:
+            raise ValueError(
+                f"data.path must name the folder of shards when data.dataset is {self.dataset!r}, got {self.path!r}"
+            )
         if self.dataset in ("digits", "synthetic") and self.path:
             raise ValueError(
                 f"data.path must be null when data.dataset is {self.dataset!r}, which reads no files, got "
@@ -125,6 +136,8 @@ class AugmentConfig:
     """A policy of timm, such as `rand-m9-mstd0.5-inc1`."""
     repeats: int = 0
     """Repeated augmentation: show an image this many times an epoch, of fewer images; 0 or 1 turns it off."""
+    repeats_rounding: int | None = None
+    """With repeated augmentation, cut the images that an epoch shows to a multiple of this; 256 is the original's."""
     erase_prob: float = 0.0
     """Probability of erasing a random rectangle."""
     erase_mode: EraseMode = "pixel"
@@ -150,6 +163,8 @@ class AugmentConfig:
             check_fraction(f"augment.{name}", getattr(self, name))
         for name in ("repeats", "mixup", "cutmix"):
             check_not_negative(f"augment.{name}", getattr(self, name))
+        if self.repeats_rounding is not None:
+            check_positive("augment.repeats_rounding", self.repeats_rounding)
         if self.color_jitter is not None:
             check_not_negative("augment.color_jitter", self.color_jitter)
         check_choice("augment.erase_mode", self.erase_mode, EraseMode)

@@ -1,110 +1,184 @@
-"""Loaders over the two splits: timm's transforms, samplers, collation and prefetching."""
+"""Loaders over the two splits: timm's transforms, erasing, normalisation and prefetching."""
 
 import dataclasses
-from collections.abc import Callable
-from operator import methodcaller
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, posterize
-from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import Compose
+from timm.data.loader import PrefetchLoader
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vim.config.schema import TrainConfig
+from vim.data.image_files import ImageFiles
+from vim.data.order import EvalOrder, TrainOrder
 from vim.data.preprocessing import Preprocessing
-from vim.data.sources import ImageSets, open_image_sets
-from vim.data.tensors import keep_batch
+from vim.data.randomness import Draw, seeded
+from vim.data.sources import ImageSet, ImageSets, open_image_sets
+from vim.data.unreadable import ReadableBatches, UnreadableLog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Loaders:
-    """Loaders that yield normalised images (batch, in_chans, height, width) and labels (batch,) on the device."""
+    """Loaders that yield normalised images (batch, in_chans, height, width) and labels (batch,) on the device.
 
-    train: PrefetchLoader
+    Order and augmentation of the training images are functions of the seed and of the place in the run. No loader
+    reads or changes the global random generators.
+    """
+
+    train: "TrainBatches"
+    """The micro-batches of this process, in whole optimizer steps."""
     val: PrefetchLoader
+    """The share of this process in the held-out images, each once; all of them with one process."""
     sets: ImageSets
+    train_unreadable: UnreadableLog
+    """What could not be read in training, on this process; other images stood in."""
+    val_unreadable: UnreadableLog
+    """What could not be read at evaluation, on this process, and is missing from `val`."""
+    order: TrainOrder
+    """Which images are in which micro-batch."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Name of each class, in the order of the labels."""
         return self.sets.class_names
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the training images: a function of the seed and the epoch alone."""
-        self.train.sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration over `train` shows, and where in it to begin.
+
+        Args:
+            epoch: Epochs before this one.
+            first_batch: Micro-batches of this process to leave out, unread: those before the run was interrupted.
+        """
+        self.order.set_epoch(epoch, first_batch)
 
 
-def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
+def build_loaders(config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1) -> Loaders:
     """Open the data set and make the loaders over it.
 
     Args:
         config: The settings of the run.
         device: Where the batches go.
-
-    Returns:
-        The loaders; the training loader yields whole micro-batches only, the other one every held-out image once.
+        rank: Number of this process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: The data set cannot be used (see `open_image_sets`), or it has fewer training images than one
-            optimizer step takes.
+        ValueError: The data set cannot be used (see `open_image_sets`), it has fewer training images than one
+            optimizer step takes, or a step cannot be shared evenly by the processes.
         ModuleNotFoundError: The data set needs a package that is not installed.
     """
     sets = open_image_sets(config)
-    preprocessing = Preprocessing.from_config(config)
-    if not sets.in_memory:
-        sets.train.transform = _train_transform(config, preprocessing)
-        sets.val.transform = _eval_transform(preprocessing)
-    sampler = _train_sampler(sets.train, config)
-    shown = len(sampler)
-    if shown < config.batch_size:
-        raise ValueError(
-            f"batch_size must be <= the {shown} training images that an epoch shows, got {config.batch_size}"
-        )
-    collate = keep_batch if sets.in_memory else fast_collate
-    common: dict[str, Any] = {
-        "num_workers": config.data.workers,
-        "pin_memory": config.data.pin_memory and device.type == "cuda",
-        "collate_fn": collate,
-    }
-    train = DataLoader(sets.train, batch_size=config.micro_batch_size, sampler=sampler, drop_last=True, **common)
-    val = DataLoader(sets.val, batch_size=config.eval_batch_size or config.micro_batch_size, **common)
-    normalise: dict[str, Any] = {
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "channels": preprocessing.in_chans,
-        "device": device,
-    }
     augment = config.augment
+    order = TrainOrder(
+        len(sets.train),
+        config.batch_size,
+        config.micro_batch_size,
+        seed=config.seed,
+        repeats=augment.repeats,
+        rounding=augment.repeats_rounding if augment.repeats > 1 else None,
+        rank=rank,
+        world_size=world_size,
+    )
+    if isinstance(sets.train, ImageFiles):
+        sets.train.transform = _train_transform(config)
+    unreadable = UnreadableLog("replaced by another image")
+    train = TrainBatches(_prefetch(sets.train, order, config, device, unreadable), order, config, device)
+    val, val_unreadable = build_eval_loader(sets.val, config, device, rank, world_size)
     return Loaders(
-        train=PrefetchLoader(
-            train,
-            **normalise,
-            re_prob=augment.erase_prob,
-            re_mode=augment.erase_mode,
-            re_count=augment.erase_count,
-        ),
-        val=PrefetchLoader(val, **normalise),
-        sets=sets,
+        train=train, val=val, sets=sets, order=order, train_unreadable=unreadable, val_unreadable=val_unreadable
     )
 
 
-def _train_sampler(dataset: Dataset[Any], config: TrainConfig) -> RepeatAugSampler | DistributedSampler[Any]:
-    """Return the order of an epoch. With repeated augmentation it is the original's, for any number of processes.
+def build_eval_loader(
+    dataset: ImageSet, config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1
+) -> tuple[PrefetchLoader, UnreadableLog]:
+    """Make a loader that yields the share of a process in held-out images, each once, and the log of the unreadable.
 
-    timm makes this sampler for several processes only; one process gets it here all the same.
+    Args:
+        dataset: The images.
+        config: The settings, of which those of the model's input, of the data and `eval_batch_size` are read.
+        device: Where the batches go.
+        rank: Number of this process.
+        world_size: Number of processes.
     """
-    if config.augment.repeats > 1:
-        return RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=config.augment.repeats)
-    return DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=config.seed)
+    if isinstance(dataset, ImageFiles):
+        dataset.transform = _eval_transform(Preprocessing.from_config(config))
+    unreadable = UnreadableLog("left out of the evaluation")
+    size = config.eval_batch_size or config.micro_batch_size
+    order = EvalOrder(len(dataset), size, rank=rank, world_size=world_size)
+    return _prefetch(dataset, order, config, device, unreadable), unreadable
 
 
-def _train_transform(config: TrainConfig, preprocessing: Preprocessing) -> Callable[..., Any]:
+def _prefetch(
+    dataset: ImageSet,
+    order: TrainOrder | EvalOrder,
+    config: TrainConfig,
+    device: torch.device,
+    unreadable: UnreadableLog,
+) -> PrefetchLoader:
+    """Return a loader that reads batches in an order, moves them to the device and normalises them there."""
+    preprocessing = Preprocessing.from_config(config)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=config.data.workers,
+        pin_memory=config.data.pin_memory and device.type == "cuda",
+        persistent_workers=config.data.workers > 0,
+        collate_fn=_keep_batch,
+        generator=torch.Generator(),  # else each iterator would draw from the global one
+    )
+    batches: Any = ReadableBatches(loader, unreadable)
+    return PrefetchLoader(
+        batches,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        channels=preprocessing.in_chans,
+        device=device,
+    )
+
+
+def _keep_batch(batch: Any) -> Any:
+    """Collate nothing: the data sets hand out whole batches."""
+    return batch
+
+
+class TrainBatches:
+    """The training batches of a process, with random rectangles erased.
+
+    Args:
+        batches: Yields images and labels on the device, in the order of `order`.
+        order: Which micro-batch is where in the run.
+        config: The settings of the run.
+        device: Where the batches are.
+    """
+
+    def __init__(self, batches: PrefetchLoader, order: TrainOrder, config: TrainConfig, device: torch.device) -> None:
+        augment = config.augment
+        self._batches, self._order, self._seed, self._device = batches, order, config.seed, device
+        self._erase = RandomErasing(
+            augment.erase_prob, mode=augment.erase_mode, max_count=augment.erase_count, device=device
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches of this process in a whole epoch."""
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self._order.epoch
+        for batch, (images, labels) in enumerate(self._batches, start=self._order.first_batch):
+            if self._erase.probability > 0:
+                with seeded(Draw.ERASING, self._seed, epoch, self._order.number(batch), device=self._device):
+                    images = self._erase(images)
+            yield images, labels
+
+
+def _train_transform(config: TrainConfig) -> Any:
     """Return timm's training transform, to uint8: the prefetcher normalises and erases on the device."""
-    augment = config.augment
+    augment, preprocessing = config.augment, Preprocessing.from_config(config)
     if augment.auto_augment and preprocessing.color_mode == "RGBA":
         raise ValueError(
             f"augment.auto_augment must be null for model.in_chans = {preprocessing.in_chans}, got "
@@ -126,7 +200,7 @@ def _train_transform(config: TrainConfig, preprocessing: Preprocessing) -> Calla
         use_prefetcher=True,
     )
     _allow_posterizing_to_black(transform)
-    return Compose([methodcaller("convert", preprocessing.color_mode), transform])
+    return transform
 
 
 def _allow_posterizing_to_black(transform: Any) -> None:
@@ -144,12 +218,11 @@ def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Im
     return posterize(image, bits_to_keep)
 
 
-def _eval_transform(preprocessing: Preprocessing) -> Callable[..., Any]:
-    transform = create_transform(
+def _eval_transform(preprocessing: Preprocessing) -> Any:
+    return create_transform(
         preprocessing.input_size,
         is_training=False,
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
         use_prefetcher=True,
     )
-    return Compose([methodcaller("convert", preprocessing.color_mode), transform])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -90,7 +91,27 @@ class Preprocessing:
             std=self.std,
             crop_pct=self.crop_pct,
         )
-        return lambda image: resize_and_normalise(image.convert(mode))
+        return lambda image: resize_and_normalise(to_color_mode(image, mode))
+
+
+def to_color_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Return the image with 8 bits a channel in a mode of PIL; of 16 bits the upper 8 are kept.
+
+    Args:
+        image: An image of any mode.
+        mode: `L`, `RGB` or `RGBA`.
+
+    Raises:
+        ValueError: Its pixels have 32 bits, which say nothing about their range.
+        OSError: The file is damaged.
+    """
+    if image.mode.startswith("I;16"):  # PIL itself would cut what is over 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are 32-bit numbers (mode {image.mode!r}) of unknown range: convert it to 8 or 16 bits"
+        )
+    return image.convert(mode)
 
 
 def per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:

@@ -1,22 +1,22 @@
 """Open the two splits of a data set, by the name in `data.dataset`."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
-
-from timm.data import create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from typing import cast
 
 from vim.config.schema import TrainConfig
-from vim.data.digits import CLASS_NAMES, load_digits
+from vim.data import digits, fashion_mnist
+from vim.data.folders import open_folder, open_shards
+from vim.data.image_files import ImageFiles, ImageSource, Relabelled
+from vim.data.named_sets import open_named
 from vim.data.preprocessing import Preprocessing
 from vim.data.synthetic import make_synthetic
 from vim.data.tensors import RandomCropFlip, TensorImages
 
-_SYNONYMS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "eval", "evaluation", "test"),
-}
+ImageSet = TensorImages | ImageFiles
+_InMemory = tuple[TensorImages, TensorImages, tuple[str, ...]]
+
 _SYNTHETIC_CLASSES = 10
 
 
@@ -24,14 +24,9 @@ _SYNTHETIC_CLASSES = 10
 class ImageSets:
     """The training and the held-out images of a data set, and the names of its classes."""
 
-    train: Any
-    val: Any
+    train: ImageSet
+    val: ImageSet
     class_names: tuple[str, ...]
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the images are tensors in memory, and not files to be read."""
-        return isinstance(self.train, TensorImages)
 
 
 def open_image_sets(config: TrainConfig) -> ImageSets:
@@ -48,117 +43,139 @@ def open_image_sets(config: TrainConfig) -> ImageSets:
             or with `model.num_classes`.
         ModuleNotFoundError: The data set needs a package that is not installed.
     """
-    name = config.data.dataset
-    if name == "digits":
-        train, val = load_digits(config.model.image_shape, config.model.in_chans)
-        sets = ImageSets(train=train, val=val, class_names=CLASS_NAMES)
-    elif name == "synthetic":
-        sets = _open_synthetic(config)
-    elif name == "folder":
-        sets = _open_folders(config)
-    else:
-        sets = _open_by_timm(config)
-    _check_classes(sets, config)
-    return _augmented_in_memory(sets, config) if sets.in_memory else sets
+    if config.data.dataset in _IN_MEMORY:
+        train, val, class_names = _IN_MEMORY[config.data.dataset](config)
+        _check_classes(class_names, config)
+        return ImageSets(train=_augmented(train, config), val=val, class_names=class_names)
+    source, names = _open_split(config, config.data.train_split)
+    class_names = _class_names(names, config)
+    _check_classes(class_names, config)
+    held_out, held_out_names = _open_split(config, config.data.val_split)
+    held_out = _relabel(held_out, held_out_names, class_names, config)
+    return ImageSets(
+        train=_files(source, class_names, config, replace=True),
+        val=_files(held_out, class_names, config, replace=False),
+        class_names=class_names,
+    )
 
 
-def find_split_folder(root: Path, split: str) -> Path:
-    """Return the sub-folder of a split, which may go by another usual name (`validation` for `val`).
+def open_eval_set(
+    config: TrainConfig, split: str, class_names: tuple[str, ...] | None
+) -> tuple[ImageSet, tuple[str, ...]]:
+    """Open one split, to evaluate a model on it.
+
+    Args:
+        config: The settings, of which those of the data and of the model's input are read.
+        split: The split.
+        class_names: Names of the model's classes, which its labels are matched with; `None` takes those of the data.
+
+    Returns:
+        The images, without a transform if they are files, and the names of the classes.
 
     Raises:
-        ValueError: There is no such folder; the message lists the names that were tried.
+        ValueError: The data set is unknown, its folders are missing or empty, or it has a class that the model lacks.
+        ModuleNotFoundError: The data set needs a package that is not installed.
     """
-    if not root.is_dir():
-        raise ValueError(f"data.path must be a folder of images, and {str(root)!r} is not a folder")
-    names = next((names for names in _SYNONYMS.values() if split in names), (split,))
-    for name in (split, *names):
-        if (root / name).is_dir():
-            return root / name
-    tried = ", ".join(f"{name}/" for name in dict.fromkeys((split, *names)))
-    raise ValueError(f"data.path {str(root)!r} must have a folder for the split {split!r}: found none of {tried}")
+    if config.data.dataset in _IN_MEMORY:
+        train, val, names = _IN_MEMORY[config.data.dataset](config)
+        if class_names is not None and class_names != names:
+            raise ValueError(
+                f"data.dataset {config.data.dataset!r} has the classes {', '.join(names)}, the model has "
+                f"{len(class_names)}: {', '.join(class_names[:10])}"
+            )
+        return train if split == config.data.train_split else val, names
+    source, found = _open_split(config, split)
+    wanted = _class_names(found, config) if class_names is None else class_names
+    return _files(_relabel(source, found, wanted, config), wanted, config, replace=False), wanted
 
 
-def _open_synthetic(config: TrainConfig) -> ImageSets:
+def _digits(config: TrainConfig) -> _InMemory:
+    return *digits.load_digits(config.model.image_shape, config.model.in_chans), digits.CLASS_NAMES
+
+
+def _fashion_mnist(config: TrainConfig) -> _InMemory:
+    path = config.data.path
+    folder = None if path is None else Path(path).expanduser()
+    sets = fashion_mnist.load_fashion_mnist(folder, config.model.image_shape, config.model.in_chans)
+    return *sets, fashion_mnist.CLASS_NAMES
+
+
+def _synthetic(config: TrainConfig) -> _InMemory:
     num_classes = config.model.num_classes or _SYNTHETIC_CLASSES
-    train, val = make_synthetic(
+    sets = make_synthetic(
         config.data.synthetic_images, config.model.image_shape, config.model.in_chans, num_classes, config.seed
     )
-    return ImageSets(train=train, val=val, class_names=tuple(str(index) for index in range(num_classes)))
+    return *sets, tuple(str(index) for index in range(num_classes))
 
 
-def _open_folders(config: TrainConfig) -> ImageSets:
-    """Open a folder a split with a folder a class; the training split decides which label a class has."""
-    root = Path(cast(str, config.data.path)).expanduser()
-    color_mode = Preprocessing.from_config(config).color_mode
+_IN_MEMORY: dict[str, Callable[[TrainConfig], _InMemory]] = {
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "synthetic": _synthetic,
+}
 
-    def read(split: str, class_map: dict[str, int] | None = None) -> Any:
-        folder = find_split_folder(root, split)
-        classes: Any = class_map
-        try:
-            return create_dataset(
-                "", root=str(folder), search_split=False, class_map=classes, input_img_mode=color_mode
-            )
-        except RuntimeError as error:
-            raise ValueError(f"data.path has no images for the split {split!r}: {error}") from error
 
-    train, val = read(config.data.train_split), read(config.data.val_split)
-    classes: dict[str, int] = train.reader.class_to_idx
-    if len(classes) < 2:
+def _open_split(config: TrainConfig, split: str) -> tuple[ImageSource, tuple[str, ...] | None]:
+    """Return the images of a split, and the names of their classes in the order of their labels, if they have any."""
+    data = config.data
+    if data.dataset == "folder":
+        return open_folder(cast(str, data.path), split)
+    if "/" not in data.dataset:
         raise ValueError(
-            f"data.path {str(root)!r} must have a folder for each of at least two classes in "
-            f"{find_split_folder(root, config.data.train_split).name}/, found {len(classes)}"
+            f"data.dataset must be 'folder', one of {', '.join(map(repr, _IN_MEMORY))}, 'wds/', or a name with a "
+            f"prefix that timm knows, such as 'torch/cifar10', got {data.dataset!r}"
         )
-    unknown = [name for name in val.reader.class_to_idx if name not in classes]
+    if data.dataset.partition("/")[0].lower() == "wds":
+        return open_shards(cast(str, data.path), split)
+    return open_named(data, split)
+
+
+def _files(source: ImageSource, class_names: tuple[str, ...], config: TrainConfig, *, replace: bool) -> ImageFiles:
+    color_mode = Preprocessing.from_config(config).color_mode
+    return ImageFiles(source, len(class_names), color_mode, seed=config.seed, replace=replace)
+
+
+def _class_names(names: tuple[str, ...] | None, config: TrainConfig) -> tuple[str, ...]:
+    """Return the names of the classes, which are numbers where the data has no names."""
+    data, num_classes = config.data, config.model.num_classes
+    if names is None and num_classes is None:
+        raise ValueError(f"model.num_classes must be set: data.dataset {data.dataset!r} does not say how many it has")
+    if names is None:
+        return tuple(map(str, range(cast(int, num_classes))))
+    if len(names) < 2:
+        raise ValueError(
+            f"data.path {data.path!r} must have at least two classes, a folder each, in the split "
+            f"{data.train_split!r}, found {len(names)}"
+        )
+    return names
+
+
+def _relabel(
+    source: ImageSource, names: tuple[str, ...] | None, class_names: tuple[str, ...], config: TrainConfig
+) -> ImageSource:
+    """Return the images with the labels that their classes have in `class_names`."""
+    if names is None or names == class_names:
+        return source
+    unknown = [name for name in names if name not in class_names]
     if unknown:
         raise ValueError(
-            f"data.path {str(root)!r} has a class {unknown[0]!r} in the split {config.data.val_split!r} that the split "
-            f"{config.data.train_split!r} lacks"
+            f"data.path {config.data.path!r} has a class {unknown[0]!r} among its held-out images that the "
+            f"{len(class_names)} classes of the model lack: {', '.join(class_names[:5])}, ..."
         )
-    if val.reader.class_to_idx != classes:
-        val = read(config.data.val_split, class_map=classes)
-    return ImageSets(train=train, val=val, class_names=tuple(sorted(classes, key=lambda name: classes[name])))
+    return Relabelled(source, [class_names.index(name) for name in names])
 
 
-def _open_by_timm(config: TrainConfig) -> ImageSets:
-    """Open a data set of torchvision or Hugging Face through timm."""
-    name, data = config.data.dataset, config.data
-    if "/" not in name:
-        raise ValueError(
-            f"data.dataset must be 'digits', 'synthetic', 'folder' or a name with a prefix that timm knows, such as "
-            f"'torch/cifar10', got {name!r}"
-        )
-    color_mode = Preprocessing.from_config(config).color_mode
-
-    def read(split: str) -> Any:
-        try:
-            return create_dataset(name, root=data.path, split=split, input_img_mode=color_mode)
-        except (RuntimeError, AssertionError, OSError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            where = f"data.dataset {name!r} with data.path {data.path!r}"
-            raise ValueError(f"{where} cannot be opened: {reason}") from error
-
-    train, val = read(data.train_split), read(data.val_split)
-    if isinstance(train, IterableDataset):
-        raise ValueError(f"data.dataset must be a set that can be indexed, and {name!r} is read as a stream")
-    names = getattr(train, "classes", None)
-    if names is None and config.model.num_classes is None:
-        raise ValueError(f"model.num_classes must be set: data.dataset {name!r} does not say how many classes it has")
-    if names is None:
-        names = range(cast(int, config.model.num_classes))
-    return ImageSets(train=train, val=val, class_names=tuple(str(label) for label in names))
-
-
-def _check_classes(sets: ImageSets, config: TrainConfig) -> None:
+def _check_classes(class_names: tuple[str, ...], config: TrainConfig) -> None:
     wanted = config.model.num_classes
-    if wanted is not None and wanted != len(sets.class_names):
+    if wanted is not None and wanted != len(class_names):
         raise ValueError(
             f"model.num_classes must be null or the number of classes in data.dataset {config.data.dataset!r}, "
-            f"{len(sets.class_names)}, got {wanted}"
+            f"{len(class_names)}, got {wanted}"
         )
 
 
-def _augmented_in_memory(sets: ImageSets, config: TrainConfig) -> ImageSets:
-    """Give the training images the augmentation that works on a batch in memory, and refuse what does not."""
+def _augmented(train: TensorImages, config: TrainConfig) -> TensorImages:
+    """Give training images the augmentation that works on a batch in memory, and refuse what does not."""
     augment = config.augment
     for name in ("auto_augment", "color_jitter"):
         value = getattr(augment, name)
@@ -174,13 +191,12 @@ def _augmented_in_memory(sets: ImageSets, config: TrainConfig) -> ImageSets:
         vflip=augment.vflip,
         interpolation=augment.interpolation,
     )
-    train = TensorImages(sets.train.images, sets.train.labels, augment=crop)
-    return dataclasses.replace(sets, train=train)
+    return TensorImages(train.images, train.labels, augment=crop, seed=config.seed)
 
 
-def image_files(dataset: Dataset[Any], count: int) -> list[Path]:
-    """Return the first files of a data set that is read from files; empty for any other."""
-    reader = getattr(dataset, "reader", None)
-    if reader is None or not hasattr(reader, "samples"):
+def image_files(dataset: ImageSet, count: int) -> list[Path]:
+    """Return the first files of a data set that is read from files of its own; empty for any other."""
+    if not isinstance(dataset, ImageFiles):
         return []
-    return [Path(path) for path, _ in reader.samples[:count]]
+    names = (Path(dataset.source.name(index)) for index in range(min(count, len(dataset))))
+    return [path for path in names if path.is_file()]

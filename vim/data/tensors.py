@@ -3,20 +3,29 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vim.data.order import Place
+from vim.data.randomness import Draw, generator_for
+from vim.data.unreadable import Batch
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomCropFlip:
     """A random crop of each image, resized back to the whole, and random flips; one call for a whole batch.
 
+    What is random is decided by numbers that the caller has drawn, `draws_per_image` for each image.
+
     The crop is drawn as `torchvision.transforms.RandomResizedCrop` draws it (area uniform, aspect ratio uniform in its
     logarithm, place uniform), except that a side longer than the image is cut to the image instead of drawn again.
     """
+
+    draws_per_image: ClassVar[int] = 6
 
     scale: tuple[float, float]
     """Share of the area to keep, lowest and highest."""
@@ -36,54 +45,63 @@ class RandomCropFlip:
                 f"{self.interpolation!r}"
             )
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Crop and flip a batch.
 
         Args:
             images: (batch, channels, height, width), pixels between 0 and 255; any dtype.
+            draws: (batch, draws_per_image), uniform in [0, 1), float32.
 
         Returns:
-            The same shape, float32, still between 0 and 255.
+            The same shape as `images`, float32, still between 0 and 255.
         """
         batch, _, height, width = images.shape
-        area = torch.empty(batch).uniform_(*self.scale)
-        log_ratio = torch.empty(batch).uniform_(*(math.log(bound) for bound in self.ratio))
-        aspect = log_ratio.exp() * (height / width)  # of the crop, in units of the image's sides
+        for_area, for_ratio, for_left, for_top, for_hflip, for_vflip = draws.unbind(dim=1)
+        area = _between(self.scale, for_area)
+        aspect = _between((math.log(self.ratio[0]), math.log(self.ratio[1])), for_ratio).exp() * (
+            height / width
+        )  # of the crop, in units of the image's sides
         crop_width = (area * aspect).sqrt().clamp(max=1.0)
         crop_height = (area / aspect).sqrt().clamp(max=1.0)
         # Sides and centres in the coordinates of grid_sample, where the image spans -1 to 1.
         theta = torch.zeros(batch, 2, 3)
-        theta[:, 0, 0] = crop_width * self._signs(batch, self.hflip)
-        theta[:, 1, 1] = crop_height * self._signs(batch, self.vflip)
-        theta[:, 0, 2] = (torch.rand(batch) * 2 - 1) * (1 - crop_width)
-        theta[:, 1, 2] = (torch.rand(batch) * 2 - 1) * (1 - crop_height)
+        theta[:, 0, 0] = crop_width * _signs(for_hflip, self.hflip)
+        theta[:, 1, 1] = crop_height * _signs(for_vflip, self.vflip)
+        theta[:, 0, 2] = (for_left * 2 - 1) * (1 - crop_width)
+        theta[:, 1, 2] = (for_top * 2 - 1) * (1 - crop_height)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         cropped = F.grid_sample(
             images.float(), grid, mode=self.interpolation, padding_mode="border", align_corners=False
         )
         return cropped.clamp_(0, 255)
 
-    @staticmethod
-    def _signs(batch: int, probability: float) -> Tensor:
-        """Return -1 with the given probability, else 1; (batch,)."""
-        return 1.0 - 2.0 * (torch.rand(batch) < probability)
+
+def _between(bounds: tuple[float, float], draws: Tensor) -> Tensor:
+    """Return the draws, uniform in [0, 1), stretched to lie between the bounds."""
+    return bounds[0] + (bounds[1] - bounds[0]) * draws
+
+
+def _signs(draws: Tensor, probability: float) -> Tensor:
+    """Return -1 with the given probability, else 1; (batch,)."""
+    return 1.0 - 2.0 * (draws < probability)
 
 
 class TensorImages(Dataset[tuple[Tensor, Tensor]]):
     """Images in memory with their labels.
 
-    A loader over it must use `keep_batch` to collate: a batch is indexed at once and arrives whole.
+    The loader over it hands out `Place`s and collates nothing: a batch is indexed at once and arrives whole.
 
     Args:
         images: (images, channels, height, width), uint8.
         labels: (images,), int64.
         augment: Applied to each batch that is read; `None` hands the images out as they are.
+        seed: Seed of the augmentation.
 
     Raises:
         ValueError: The shapes or dtypes disagree.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, augment: RandomCropFlip | None = None) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, augment: RandomCropFlip | None = None, seed: int = 0) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
                 "images must be uint8 of shape (images, channels, height, width), got "
@@ -94,21 +112,24 @@ class TensorImages(Dataset[tuple[Tensor, Tensor]]):
         self.images = images
         self.labels = labels
         self.augment = augment
+        self._seed = seed
+        self._draws: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, places: Sequence[Place]) -> Batch:
         """Read a batch: images (batch, channels, height, width) between 0 and 255, and labels (batch,)."""
-        chosen = torch.as_tensor(indices)
-        images = self.images[chosen]
-        return (images if self.augment is None else self.augment(images)), self.labels[chosen]
+        chosen = torch.tensor([place.image for place in places])
+        images, labels = self.images[chosen], self.labels[chosen]
+        if self.augment is not None:
+            positions = torch.tensor([place.position for place in places])
+            images = self.augment(images, self._draws_of(places[0].epoch)[positions])
+        return images, labels, []
 
-
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate nothing: `TensorImages` hands out whole batches."""
-    return batch
+    def _draws_of(self, epoch: int) -> Tensor:
+        """Return the draws of an epoch, a row a position, of which there are as many as images at most."""
+        if self._draws is None or self._draws[0] != epoch:
+            generator = generator_for(Draw.CROP, self._seed, epoch)
+            self._draws = epoch, torch.rand(len(self), RandomCropFlip.draws_per_image, generator=generator)
+        return self._draws[1]

@@ -25,6 +25,7 @@ from vim.config.load import config_to_dict
 from vim.config.schema import TrainConfig
 from vim.data.loaders import build_loaders
 from vim.data.sources import image_files
+from vim.data.tensors import TensorImages
 from vim.engine.evaluate import EvalResult, evaluate
 from vim.engine.log import Recorder, Reporter, describe_epoch
 from vim.engine.model import build_model, describe_model, resolve_device
@@ -127,8 +128,9 @@ class Trainer:
         """
         config = self.config
         self.folder.write_start(config, self.device)
-        if self.loaders.sets.in_memory:
-            self.folder.write_samples(self.loaders.sets.val, self.loaders.class_names)
+        held_out = self.loaders.sets.val
+        if isinstance(held_out, TensorImages):
+            self.folder.write_samples(held_out, self.loaders.class_names)
         recorder = Recorder(self.folder.summary, self.folder.tensorboard, self.step)
         total_steps = config.epochs * self.updates_per_epoch
         with closing(recorder), Reporter(total_steps, self.step, self._console) as reporter:
@@ -169,6 +171,8 @@ class Trainer:
             "grad_norm": meter.grad_norm / meter.steps,
             "images_per_second": meter.images / train_seconds,
             "data_wait_percent": 100 * meter.waited / train_seconds,
+            "train_unreadable": self.loaders.train_unreadable.take(),
+            "val_unreadable": len(self.loaders.sets.val) - raw.count,
             "seconds": meter.seconds,
         }
         self.history.append(row)
@@ -231,10 +235,13 @@ class Trainer:
     def _evaluate(self) -> tuple[EvalResult, EvalResult | None]:
         """Evaluate the weights, and the averaged weights if there are any."""
         raw = evaluate(self.model, self.loaders.val, self.task.autocast)
-        expected = len(self.loaders.sets.val)
+        expected = len(self.loaders.sets.val) - self.loaders.val_unreadable.take()
         if raw.count != expected:
-            raise RuntimeError(f"evaluation counted {raw.count} images, the held-out set has {expected}")
+            raise RuntimeError(
+                f"evaluation counted {raw.count} images, of which the held-out set has {expected} that can be read"
+            )
         averaged = evaluate(self.ema.module, self.loaders.val, self.task.autocast) if self.ema is not None else None
+        self.loaders.val_unreadable.take()  # the same images again
         return raw, averaged
 
     def _save(self, raw: EvalResult, averaged: EvalResult | None) -> None:

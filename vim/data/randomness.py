@@ -1,0 +1,65 @@
+"""Random draws that depend on where in a run they happen, and on nothing that was drawn before."""
+
+import enum
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+class Draw(enum.IntEnum):
+    """What a draw is for; it begins each key, so that no two of them see the same numbers."""
+
+    ORDER = 1
+    CROP = 2
+    AUGMENTATION = 3
+    REPLACEMENT = 4
+    ERASING = 5
+    MIXING = 6
+
+
+def generator_for(purpose: Draw, *key: int) -> torch.Generator:
+    """Return a generator on the CPU whose draws are a function of the purpose and of these non-negative integers."""
+    return torch.Generator().manual_seed(_words(purpose, *key)[0])
+
+
+@contextmanager
+def seeded(purpose: Draw, *key: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators, and put their states back afterwards.
+
+    What is drawn inside is a function of the arguments alone, and what is drawn outside does not notice.
+
+    Args:
+        purpose: What is drawn inside.
+        key: Non-negative integers, such as the run's seed, the epoch and the position in it.
+        device: Also seed the generator of this GPU.
+    """
+    generators = [torch.default_generator, *_generators_of(device)]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    states = [generator.get_state() for generator in generators]
+    for_torch, for_numpy, for_python = _words(purpose, *key)
+    random.seed(for_python)
+    np.random.seed(for_numpy % 2**32)
+    for generator in generators:
+        generator.manual_seed(for_torch)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _words(*key: int) -> list[int]:
+    """Return three numbers of 63 bits that look unrelated for keys that differ."""
+    return [int(word) >> 1 for word in np.random.SeedSequence(key).generate_state(3, np.uint64)]
+
+
+def _generators_of(device: torch.device | None) -> list[torch.Generator]:
+    if device is None or device.type != "cuda":
+        return []
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.cuda.default_generators[index]]
