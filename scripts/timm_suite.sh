@@ -1,20 +1,35 @@
 #!/usr/bin/env bash
-# Run timm's own model tests on our models: scripts/timm_suite.sh [pattern of names] [pytest options].
-# The tests come with the source distribution of the installed timm, which pip fetches from the package index.
+# Run timm's own model tests on our models: scripts/timm_suite.sh [PATTERN ...] [-- pytest options].
+# A pattern is of names, as a shell's; all of ours without one. The tests come with the source distribution of the
+# installed timm, which pip fetches from the package index into TIMM_SOURCE (a folder for temporary files by default).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-pattern=${1:-vim_*}
-shift || true
+patterns=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    patterns+=("$1")
+    shift
+done
+[ $# -eq 0 ] || shift
 
 version=$(python -c 'import timm; print(timm.__version__)')
 folder=${TIMM_SOURCE:-${TMPDIR:-/tmp}/timm-source-$version}
-if [ ! -f "$folder/timm-$version/tests/test_models.py" ]; then
+tests=$folder/timm-$version/tests
+if [ ! -f "$tests/test_models.py" ]; then
     mkdir -p "$folder"
-    pip download --quiet --no-deps --no-binary timm -d "$folder" "timm==$version"
-    tar -xzf "$folder/timm-$version.tar.gz" -C "$folder"
+    draft=$(mktemp -d "$folder/draft.XXXXXX")
+    trap 'rm -rf "$draft"' EXIT
+    if ! pip download --quiet --no-deps --no-binary timm -d "$draft" "timm==$version"; then
+        echo "timm_suite: the source distribution of timm $version, which has timm's tests, could not be fetched:" \
+            "no test was run. Put it, unpacked, into $folder/timm-$version, or name its folder in TIMM_SOURCE." >&2
+        exit 1
+    fi
+    tar -xzf "$draft/timm-$version.tar.gz" -C "$draft"
+    # The installed timm is tested against, not the sources beside the tests.
+    rm -rf "$draft/timm-$version/timm" "$folder/timm-$version"
+    mv "$draft/timm-$version" "$folder/"
+    rm -rf "$draft"
+    trap - EXIT
 fi
 cd "$folder/timm-$version"
-# The installed timm is tested against, not the sources beside the tests.
-rm -rf timm
-export VIM_TIMM_SUITE=$pattern PYTHONPATH="$root/tests/timm_suite:$root${PYTHONPATH:+:$PYTHONPATH}"
+export VIM_TIMM_SUITE=${patterns[*]:-vim_*} PYTHONPATH="$root/tests/timm_suite:$root${PYTHONPATH:+:$PYTHONPATH}"
 exec python -m pytest -q -o addopts="" -p vim_models_only tests/test_models.py "$@"

@@ -99,56 +99,6 @@ def test_create_model_as_in_the_originals_examples():
     assert not any(isinstance(m, timm.layers.DropPath) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["if_cls_token", "img_sise", "qkv_bias"])
-def test_a_misspelt_argument_is_an_error(name):
-    with pytest.raises(TypeError, match=name):
-        small(**{name: True})
-    with pytest.raises(TypeError, match=name):
-        timm.create_model("vim_tiny_patch16_224", **{name: True})
-
-
-BAD_ARGUMENTS = {
-    "cls_position": ("end", r"cls_position must be one of \['none', 'head', 'middle', 'double', 'random'\], got 'end'"),
-    "pos_embed": ("sin", "pos_embed must be one of .*'sin'"),
-    "rotary": ("both", "rotary must be one of .*'both'"),
-    "norm": ("batch", "norm must be one of .*'batch'"),
-    "directions": ("four", "directions must be .*'four'"),
-    "merge": ("max", "merge must be .*'max'"),
-    "num_classes": (-1, "num_classes must be an integer >= 0, got -1"),
-    "depth": (0, "depth must be an integer >= 1, got 0"),
-    "embed_dim": (0, "embed_dim must be an integer >= 1, got 0"),
-    "drop_path_rate": (1.5, "drop_path_rate must be between 0 and 1, got 1.5"),
-    "flip_ratio": (-1, "flip_ratio must be between 0 and 1, got -1"),
-    "patch_size": (64, r"img_size must be at least patch_size = \(64, 64\), got \(32, 32\)"),
-    "patch_stride": (0, "patch_stride must be a positive integer.*0"),
-    "global_pool": ("max", r"global_pool must be one of \['token', 'avg', ''\] with cls_position='middle', got 'max'"),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD_ARGUMENTS))
-def test_bad_arguments(name):
-    value, message = BAD_ARGUMENTS[name]
-    with pytest.raises(ValueError, match=message):
-        small(**{name: value})
-
-
-def test_combinations_that_cannot_be():
-    with pytest.raises(ValueError, match="rotary tables do not fit cls_position='double'"):
-        small(rotary="hidden", cls_position="double")
-    with pytest.raises(ValueError, match=r"even number of patches, got the grid \(3, 3\)"):
-        small(rotary="hidden", img_size=24)
-    with pytest.raises(ValueError, match="multiple of 4"):
-        small(rotary="hidden", embed_dim=30)
-    with pytest.raises(ValueError, match=r"global_pool must be one of \['avg', 'max', 'last', ''\]"):
-        small(cls_position="none", global_pool="token")
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 1, 32, 32), (3, 32, 32)])
-def test_images_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match="x must be"):
-        small()(torch.zeros(shape))
-
-
 @pytest.mark.parametrize("position", ["none", "head", "middle", "double", "random"])
 def test_forward_features_puts_class_tokens_first(position):
     model = small(cls_position=position).eval()
@@ -187,8 +137,6 @@ def test_classifier():
     assert (model.num_classes, model.global_pool) == (7, "avg")
     model.reset_classifier(0, "")
     assert model(images()).shape == (2, 17, 32)
-    with pytest.raises(ValueError, match="num_classes must be"):
-        model.reset_classifier(-2)
 
 
 def test_double_class_token_reads_both_ends():
@@ -304,10 +252,11 @@ def test_any_size_at_call_time():
 
 
 def test_rotary_tables_follow_the_size():
-    model = small(rotary="residual").eval()
-    model.set_input_size(64)
-    assert model.rope.freqs_cos.shape == (64, 32)
-    assert model(images(64, 64)).shape == (2, 10)
+    model = small(rotary="residual", dynamic_img_size=True).eval()
+    dynamic = model(images(48, 64))
+    model.set_input_size((48, 64))
+    assert model.rope.freqs_cos.shape == (48, 32)
+    assert_close(dynamic, model(images(48, 64)), 1e-5)
 
 
 def test_gradient_checkpointing_changes_no_number():

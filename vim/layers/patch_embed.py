@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vim.layers.convolution import Conv2d
 
 Size = int | tuple[int, int]
+_Pair = tuple[int, int]
 
 
 class PatchEmbed(nn.Module):
@@ -69,22 +70,33 @@ class PatchEmbed(nn.Module):
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
+    def resized(self, img_size: Size | None = None, patch_size: Size | None = None) -> tuple[tuple[int, int], ...]:
+        """What `set_input_size` would make of (img_size, patch_size, stride, grid_size); the stride scales along.
+
+        Raises:
+            ValueError: A size is not positive, the stride would be fractional, or a patch is larger than the image.
+        """
+        patch = self.patch_size if patch_size is None else as_size("patch_size", patch_size)
+        size = self.img_size if img_size is None else as_size("img_size", img_size)
+        scaled = tuple(s * new / old for s, new, old in zip(self.stride, patch, self.patch_size, strict=True))
+        if any(s != int(s) for s in scaled):
+            raise ValueError(f"patch_size {patch} would make a fractional stride {scaled}")
+        stride = (int(scaled[0]), int(scaled[1]))
+        return size, patch, stride, self._count(size, patch, stride)
+
     @torch.no_grad()
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image size, and the patch size by resampling the filters (the stride scales with them)."""
-        new_patch = self.patch_size if patch_size is None else as_size("patch_size", patch_size)
-        if new_patch != self.patch_size:
-            scaled = [s * new / old for s, new, old in zip(self.stride, new_patch, self.patch_size, strict=True)]
-            if any(s != int(s) for s in scaled):
-                raise ValueError(f"patch_size {new_patch} would make a fractional stride {tuple(scaled)}")
-            old, self.patch_size, self.stride = self.proj, new_patch, (int(scaled[0]), int(scaled[1]))
+        size, patch, stride, _ = self.resized(img_size, patch_size)
+        if patch != self.patch_size:
+            old, self.patch_size, self.stride = self.proj, patch, stride
             channels = old.in_channels, old.out_channels
-            proj = Conv2d(*channels, new_patch, self.stride, bias=old.bias is not None).to(old.weight)
-            proj.weight.copy_(resample_patch_embed(old.weight, list(new_patch), verbose=True))
+            proj = Conv2d(*channels, patch, stride, bias=old.bias is not None).to(old.weight)
+            proj.weight.copy_(resample_patch_embed(old.weight, list(patch), verbose=True))
             proj.weight.requires_grad_(old.weight.requires_grad)
             proj.bias = old.bias
             self.proj = proj.train(old.training)
-        self._set_img_size(self.img_size if img_size is None else img_size)
+        self._set_img_size(size)
 
     def feat_ratio(self, as_scalar: bool = True) -> Size:
         """Pixels from one token to the next, the larger of the two axes or both."""
@@ -92,28 +104,24 @@ class PatchEmbed(nn.Module):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Patches along (height, width) of an image of `img_size`, after padding where that is on."""
-        if not self.dynamic_img_pad and (img_size[0] < self.patch_size[0] or img_size[1] < self.patch_size[1]):
-            raise ValueError(f"img_size must be at least patch_size = {self.patch_size}, got {tuple(img_size)}")
+        return self._count(img_size, self.patch_size, self.stride)
+
+    def _count(
+        self, img_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]
+    ) -> tuple[int, int]:
+        if not self.dynamic_img_pad and (img_size[0] < patch_size[0] or img_size[1] < patch_size[1]):
+            raise ValueError(f"img_size must be at least patch_size = {patch_size}, got {tuple(img_size)}")
         rows, columns = (
-            (size + pad - patch) // stride + 1
-            for size, pad, patch, stride in zip(
-                img_size, self._padding(img_size), self.patch_size, self.stride, strict=True
-            )
+            (math.ceil((max(size - patch, 0)) / step) if self.dynamic_img_pad else (size - patch) // step) + 1
+            for size, patch, step in zip(img_size, patch_size, stride, strict=True)
         )
         return rows, columns
 
-    def _padding(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Pixels to add at the (bottom, right)."""
-        if not self.dynamic_img_pad:
-            return 0, 0
-        bottom, right = (
-            max(math.ceil((size - patch) / stride), 0) * stride + patch - size
-            for size, patch, stride in zip(img_size, self.patch_size, self.stride, strict=True)
-        )
-        return bottom, right
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the tokens, (batch, patches, embed_dim)."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a tensor of normalised floating images, got {got}")
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
             shape = tuple(x.shape)
             raise ValueError(
@@ -126,8 +134,12 @@ class PatchEmbed(nn.Module):
                 "see set_input_size and dynamic_img_size for other sizes"
             )
         if self.dynamic_img_pad:
-            bottom, right = self._padding((height, width))
+            rows, columns = self.dynamic_feat_size((height, width))
+            bottom = (rows - 1) * self.stride[0] + self.patch_size[0] - height
+            right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
             x = F.pad(x, (0, right, 0, bottom))
+        else:
+            self.dynamic_feat_size((height, width))  # at least a patch
         return self.norm(self.proj(x).flatten(2).mT)
 
 

@@ -19,8 +19,9 @@ class GridRotary(nn.Module):
         pretrained_side: Side of the grid on which the frequencies are defined.
 
     Shape:
-        (batch, len, dim) -> the same. With an odd `len` the first token is left as it is: the class token where it
-        stands first. (The original does so too where it stands in the middle.)
+        (batch, len, dim), and `tables` where the patches lie on another grid -> the same. With an odd `len` the first
+        token is left as it is: the class token where it stands first. (The original does so too where it stands in the
+        middle.)
 
     Raises:
         ValueError: `dim` is not a multiple of 4, or the number of patches is odd.
@@ -42,8 +43,7 @@ class GridRotary(nn.Module):
         super().__init__()
         if dim % 4:
             raise ValueError(f"embed_dim must be a multiple of 4 for rotary tables, got {dim}")
-        if grid_size[0] * grid_size[1] % 2:
-            raise ValueError(f"rotary tables need an even number of patches, got the grid {grid_size}")
+        _check_grid(grid_size)
         self.dim, self.grid_size, self.pretrained_side = dim, grid_size, pretrained_side
         cells = grid_size[0] * grid_size[1]
         for name in ("freqs_cos", "freqs_sin"):
@@ -53,19 +53,35 @@ class GridRotary(nn.Module):
     @torch.no_grad()
     def init_tables(self) -> None:
         """Fill the tables, (patches, dim)."""
+        cos, sin = self._make_tables(self.grid_size)
+        self.freqs_cos.copy_(cos)
+        self.freqs_sin.copy_(sin)
+
+    def tables(self, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for patches on `grid_size`, (patches, dim) each."""
+        if not any(isinstance(side, torch.SymInt) for side in grid_size) and grid_size == self.grid_size:
+            return self.freqs_cos, self.freqs_sin
+        _check_grid(grid_size)
+        cos, sin = self._make_tables(grid_size)
+        return cos.to(self.freqs_cos), sin.to(self.freqs_sin)
+
+    def _make_tables(self, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         half = self.dim // 2
         frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
-        rows, columns = (
-            torch.arange(side, dtype=torch.float32) / side * self.pretrained_side for side in self.grid_size
-        )
+        rows, columns = (torch.arange(side, dtype=torch.float32) / side * self.pretrained_side for side in grid_size)
         angles = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (rows, columns, 2)
         angles = (angles[..., None] * frequencies).repeat_interleave(2, dim=-1).flatten(2).flatten(0, 1)
-        self.freqs_cos.copy_(angles.cos())
-        self.freqs_sin.copy_(angles.sin())
+        return angles.cos(), angles.sin()
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Rotate the patch tokens."""
+        cos, sin = (self.freqs_cos, self.freqs_sin) if tables is None else tables
         first, rest = tokens.split([tokens.shape[1] % 2, tokens.shape[1] - tokens.shape[1] % 2], dim=1)
         pairs = rest.unflatten(-1, (-1, 2))
         swapped = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-        return torch.cat((first, rest * self.freqs_cos + swapped * self.freqs_sin), dim=1).to(tokens.dtype)
+        return torch.cat((first, rest * cos + swapped * sin), dim=1).to(tokens.dtype)
+
+
+def _check_grid(grid_size: tuple[int, int]) -> None:
+    if grid_size[0] * grid_size[1] % 2:
+        raise ValueError(f"rotary tables need an even number of patches, got the grid {tuple(grid_size)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
 
+from vim.models.checks import check_kind
 from vim.models.pretrained import (
     Resampling,
     Weights,
@@ -86,6 +87,8 @@ def _create_vim(
     **kwargs: Any,
 ) -> VisionMamba:
     """Build a variant; the two `pretrained_*` arguments are `weights` and `resampling` of `checkpoint_filter_fn`."""
+    check_kind("pretrained_weights", pretrained_weights, get_args(Weights))
+    check_kind("pretrained_resampling", pretrained_resampling, get_args(Resampling))
     weights: Weights = pretrained_weights
     if pretrained:
         overlay = kwargs.get("pretrained_cfg_overlay") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -9,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint, register_notrace_module
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
@@ -17,12 +17,17 @@ from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEm
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
-from vim.layers.pos_embed import (
-    CLS_POSITIONS,
-    cls_indices,
-    resample_pos_embed,
-)
+from vim.layers.pos_embed import CLS_POSITIONS, cls_indices, resample_pos_embed
 from vim.layers.token_sequence import TokenSequence, class_tokens_first, extract_tokens, insert_tokens
+from vim.models.checks import (
+    check_blocks,
+    check_counts,
+    check_dtype,
+    check_kind,
+    check_numbers,
+    check_order,
+    check_rates,
+)
 
 ClsPosition = Literal["none", "head", "middle", "double", "random"]
 GlobalPool = Literal["token", "avg", "max", "last", ""]
@@ -114,11 +119,18 @@ class VisionMamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_kinds(cls_position=cls_position, pos_embed=pos_embed, rotary=rotary, norm=norm)
-        _check_rates(
+        check_kind("cls_position", cls_position, CLS_POSITIONS)
+        check_kind("pos_embed", pos_embed, ("learn", "none"))
+        check_kind("rotary", rotary, ("none", "hidden", "residual"))
+        check_kind("norm", norm, tuple(_NORMS))
+        check_rates(
             flip_ratio=flip_ratio, drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, drop_path_rate=drop_path_rate
         )
-        _check_counts(num_classes=num_classes, depth=depth)
+        check_counts(0, num_classes=num_classes)
+        check_counts(1, depth=depth, embed_dim=embed_dim, rotary_side=rotary_side)
+        check_numbers(0.0, expand=expand, norm_eps=norm_eps)
+        check_numbers(-math.inf, layer_scale=0.0 if layer_scale is None else layer_scale)
+        check_dtype(dtype)
         if rotary != "none" and cls_position == "double":
             raise ValueError("rotary tables do not fit cls_position='double': the tokens at both ends have no cell")
         self.cls_position, self.rotary = cls_position, rotary
@@ -197,9 +209,7 @@ class VisionMamba(nn.Module):
         if global_pool is None:
             return "token" if has_token else "avg"
         allowed = ("token", "avg", "") if has_token else ("avg", "max", "last", "")
-        if global_pool not in allowed:
-            place = f"with cls_position={self.cls_position!r}"
-            raise ValueError(f"global_pool must be one of {list(allowed)} {place}, got {global_pool!r}")
+        check_kind("global_pool", global_pool, allowed, f" with cls_position={self.cls_position!r}")
         return global_pool
 
     @torch.no_grad()
@@ -258,7 +268,7 @@ class VisionMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
         """Put a new head of `num_classes` outputs in place (0: none), and change the pooling unless `None`."""
-        _check_counts(num_classes=num_classes, depth=self.depth)
+        check_counts(0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = self._check_pool(global_pool)
             update_model_args(self, global_pool=global_pool)
@@ -271,31 +281,31 @@ class VisionMamba(nn.Module):
     @torch.no_grad()
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image size, and the patch size; position embedding, tables and filters are resampled."""
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size, patch_size)
-        new_grid = self.patch_embed.grid_size
-        embed = self.patch_embed
-        update_model_input_size(self, embed.img_size, patch_size=embed.patch_size, patch_stride=embed.stride)
-        if self.pos_embed is not None and new_grid != old_grid:
-            resampled = resample_pos_embed(self.pos_embed, old_grid, new_grid, self.cls_position)
-            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-        if self.rotary != "none" and new_grid != old_grid:
+        embed, old_grid = self.patch_embed, self.patch_embed.grid_size
+        *_, new_grid = embed.resized(img_size, patch_size)
+        if self.rotary != "none" and new_grid != old_grid:  # first, for it may refuse the grid
             table = self.rope.freqs_cos
             self.rope = GridRotary(
                 self.embed_dim, new_grid, self.rope.pretrained_side, device=table.device, dtype=table.dtype
             )
+        embed.set_input_size(img_size, patch_size)
+        update_model_input_size(self, embed.img_size, patch_size=embed.patch_size, patch_stride=embed.stride)
+        if self.pos_embed is not None and new_grid != old_grid:
+            resampled = resample_pos_embed(self.pos_embed, old_grid, new_grid, self.cls_position)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
 
     def _embed(self, x: Tensor, cls_index: int | None, token_order: Tensor | None) -> tuple[Tensor, TokenSequence]:
         """Tokens in scan order, (batch, len, embed_dim), and how they came to stand in it."""
-        grid, size = self.patch_embed.grid_size, x.shape
-        x = self.patch_embed(x)
+        images, grid = x, self.patch_embed.grid_size
+        x = self.patch_embed(images)
         if self.dynamic_img_size:
-            grid = self.patch_embed.dynamic_feat_size((size[-2], size[-1]))
+            grid = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
         num_patches = grid[0] * grid[1]
         places = cls_indices(self.cls_position, num_patches)
         if self.cls_position == "random":
             places = (int(torch.randint(num_patches + 1, ())) if cls_index is None else cls_index,)
-        x = insert_tokens(x, [getattr(self, name).expand(size[0], -1, -1) for name in self._cls_names()], places)
+            check_kind("cls_index", places[0], range(num_patches + 1))
+        x = insert_tokens(x, [getattr(self, name).expand(x.shape[0], -1, -1) for name in self._cls_names()], places)
         if self.pos_embed is not None:
             x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
         x = self.pos_drop(x)
@@ -303,25 +313,27 @@ class VisionMamba(nn.Module):
         if self.token_shuffle and order is None:
             order = torch.randperm(x.shape[1], device=x.device)
         if order is not None:
+            check_order("token_order", order, x.shape[1])
             x = x[:, order]
         flipped = self.flip_ratio > 0 and (self.flip_ratio == 1 or float(torch.rand(())) < self.flip_ratio)
         return x.flip(1) if flipped else x, TokenSequence(grid, places, order, flipped)
 
-    def _rotate(self, tokens: Tensor, flipped: bool) -> Tensor:
-        return self.rope(tokens.flip(1)).flip(1) if flipped else self.rope(tokens)
+    def _rotate(self, tokens: Tensor, flipped: bool, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return self.rope(tokens.flip(1), tables).flip(1) if flipped else self.rope(tokens, tables)
 
     def _run_layers(
-        self, x: Tensor, flipped: bool, depth: int, take: Collection[int] = ()
+        self, x: Tensor, sequence: TokenSequence, depth: int, take: Collection[int] = ()
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """Hidden state and residual after `depth` blocks, and after each block in `take`; (batch, len, dim) each."""
         residual: Tensor | None = None
         taken: list[tuple[Tensor, Tensor]] = []
         step = 2 if self.pairwise_layers else 1
+        tables = None if self.rotary == "none" else self.rope.tables(sequence.grid)
         for i in range(0, depth - depth % step, step):
-            if self.rotary != "none":
-                x = self._rotate(x, flipped)
+            if tables is not None:
+                x = self._rotate(x, sequence.flipped, tables)
                 if residual is not None and self.rotary == "residual":
-                    residual = self._rotate(residual, flipped)
+                    residual = self._rotate(residual, sequence.flipped, tables)
             if self.pairwise_layers:
                 reversed_residual = None if residual is None else residual.flip(1)
                 x_b, residual_b = self._run_layer(i + 1, x.flip(1), reversed_residual)
@@ -346,7 +358,7 @@ class VisionMamba(nn.Module):
             token_order: Permutation of the tokens to apply, (len,), instead of a drawn one.
         """
         x, sequence = self._embed(x, cls_index, token_order)
-        x, residual, _ = self._run_layers(x, sequence.flipped, self.depth)
+        x, residual, _ = self._run_layers(x, sequence, self.depth)
         x, _ = self.norm_f(self.drop_path(x), residual)
         return class_tokens_first(x, sequence.read_out())
 
@@ -383,11 +395,11 @@ class VisionMamba(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        take, last = feature_take_indices(self.depth, indices)
+        take, last = check_blocks(indices, self.depth)
         x, sequence = self._embed(x, None, None)
         step = 2 if self.pairwise_layers else 1
         depth = min(-(-(last + 1) // step) * step, self.depth) if stop_early else self.depth
-        x, residual, taken = self._run_layers(x, sequence.flipped, depth, take)
+        x, residual, taken = self._run_layers(x, sequence, depth, take)
         prefixes, maps = [], []
         for hidden, total in taken:
             tap = self.norm_f(hidden, total)[0] if norm else (total + hidden).to(hidden.dtype)
@@ -406,11 +418,24 @@ class VisionMamba(nn.Module):
         intermediates = list(zip(maps, prefixes, strict=True)) if pairs else maps
         return intermediates if intermediates_only else (result["image_features"], intermediates)
 
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """`forward_intermediates` in the words of DINO: the last `n` blocks, or those in a list, as tokens or maps."""
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+        )
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what is not needed for the blocks that are asked for; return their indices."""
-        take, last = feature_take_indices(self.depth, indices)
+        take, last = check_blocks(indices, self.depth)
         step = 2 if self.pairwise_layers else 1
         self.depth = min(-(-(last + 1) // step) * step, self.depth)
         self.layers = self.layers[: self.depth]
@@ -440,28 +465,3 @@ class VisionMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits, (batch, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-
-def _check_kinds(**kinds: str) -> None:
-    known = {
-        "cls_position": CLS_POSITIONS,
-        "pos_embed": ("learn", "none"),
-        "rotary": ("none", "hidden", "residual"),
-        "norm": tuple(_NORMS),
-    }
-    for name, kind in kinds.items():
-        if kind not in known[name]:
-            raise ValueError(f"{name} must be one of {list(known[name])}, got {kind!r}")
-
-
-def _check_rates(**rates: float) -> None:
-    for name, rate in rates.items():
-        if not 0 <= rate <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {rate}")
-
-
-def _check_counts(num_classes: int, depth: int) -> None:
-    if not isinstance(num_classes, int) or num_classes < 0:
-        raise ValueError(f"num_classes must be an integer >= 0, got {num_classes!r}")
-    if not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"depth must be an integer >= 1, got {depth!r}")
