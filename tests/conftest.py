@@ -7,9 +7,14 @@ from collections.abc import Generator
 
 import pytest
 
+from tests import emulated
+
 # Two workers on two cores: a thread each. Spinning OpenMP threads on shared cores cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The CUDA kernels without a GPU: one more backend for whatever runs over all backends.
+emulated.register()
 
 # CI installs everything that tests need, so there a test may be skipped only for what no CI machine has.
 _MAY_BE_SKIPPED = ("no GPU",)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
+from tests.ops.kernel_checks import FLOATS, KernelChecks, noise
 from vim.ops import _native, _native_build
 from vim.ops._backends import Inapplicable
 
@@ -22,50 +22,9 @@ if REASON is not None and not isinstance(REASON, Inapplicable) and _native_build
     raise RuntimeError(f"there is a compiler, but there are no native kernels: {REASON}")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 
-# Largest difference relative to the largest magnitude. Half: one unit in the last place of the result.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-12}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _run(op: str, *args: object) -> tuple[torch.Tensor, ...]:
-    result = getattr(torch.ops.vim, op)(*args)
-    return result if isinstance(result, tuple) else (result,)
-
-
-def check(op: str, *args: object) -> tuple[torch.Tensor, ...]:
-    """The kernel's results must agree with the reference's; returns the reference's."""
-    with torch.no_grad():
-        actual, expected = _run(op, *args), _run(f"{op}_reference", *args)
-    for i, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
-        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), f"{op} output {i}"
-        if wanted.numel():
-            error = (got.double() - wanted.double()).abs().max().item()
-            bound = TOLERANCE[wanted.dtype] * wanted.abs().max().item() + 1e-7
-            assert error <= bound, f"{op} output {i}: error {error:.3g} > {bound:.3g}"
-    return expected
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 9) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def check_bidirectional_scan(tensors: Sequence[torch.Tensor], every: int) -> None:
-    checkpoints = check("bidirectional_scan", *tensors, 0.5, every)[1]
-    dy = noise(*tensors[0].shape, dtype=tensors[0].dtype)
-    check("bidirectional_scan_backward", dy, *tensors, checkpoints, 0.5, every)
-    check("bidirectional_scan", *tensors, 1.0, 0)
-
-
-def check_selective_scan(inputs: dict[str, torch.Tensor | None], reverse: bool, softplus: bool, every: int) -> None:
-    if not softplus:  # steps must be positive, or states grow without bound
-        inputs = {k: v if v is None or "delta" not in k else v.abs() / 8 for k, v in inputs.items()}
-    tensors = list(inputs.values())
-    settings_ = (softplus, reverse, every)
-    _, state, checkpoints = check("selective_scan", *tensors, *settings_)
-    u = tensors[0]
-    for dlast in (None, noise(*state.shape)):
-        dout = noise(*u.shape, dtype=u.dtype)
-        check("selective_scan_backward", dout, dlast, *tensors, checkpoints, *settings_)
+_checks = KernelChecks("")
+check = _checks.check
+check_bidirectional_scan, check_selective_scan = _checks.bidirectional_scan, _checks.selective_scan
 
 
 def check_exponential() -> None:

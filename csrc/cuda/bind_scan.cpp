@@ -1,0 +1,51 @@
+// The scans for a GPU.
+#include "../common/bind_scan.h"
+
+#include "binding.h"
+#include "scan.h"
+
+namespace vim {
+namespace {
+
+void run_forward(const Scan& scan, const Tensor& like) {
+  const OnDeviceOf device(like);
+  const Tensor workspace = allocate(like, {cuda::scan_forward_workspace(scan)}, ScalarType::Float);
+  cuda::scan_forward(scan, mutable_floats(workspace), device.stream());
+}
+
+void run_backward(const ScanBackward& backward, const Tensor& like) {
+  const OnDeviceOf device(like);
+  const Scan& scan = backward.scan;
+  cuda::ScanBackwardPasses passes;
+  passes.k = backward;
+  passes.sizes = cuda::scan_backward_sizes(backward);
+  const auto floats_of = [&](const Sizes& sizes) { return allocate(like, sizes, ScalarType::Float); };
+  const Tensor sums = floats_of({passes.sizes.sums}), maps = floats_of({passes.sizes.maps});
+  const Tensor weights = floats_of({passes.sizes.weights});
+  passes.sums = mutable_floats(sums);
+  passes.maps = mutable_floats(maps);
+  passes.weights = mutable_floats(weights);
+  if (scan.direction[0].dt_weight == nullptr) {
+    cuda::scan_backward(passes, device.stream());
+    cuda::scan_backward_sums(passes, device.stream());
+    return;
+  }
+  const int64_t tokens = scan.batch * scan.length;
+  const Tensor steps = floats_of({scan.directions, tokens, scan.dim});
+  const Tensor dt = floats_of({scan.directions, tokens, scan.dt_rank});
+  const Tensor dt_weight = floats_of({scan.directions, scan.dim, scan.dt_rank});
+  passes.steps = mutable_floats(steps);
+  passes.dt = mutable_floats(dt);
+  passes.dt_weight = mutable_floats(dt_weight);
+  cuda::scan_backward(passes, device.stream());
+  const Tensor ddt = torch::stable::matmul(steps, dt_weight);
+  const Tensor ddt_weight = torch::stable::matmul(torch::stable::transpose(steps, 1, 2), dt);
+  passes.ddt = floats(ddt);
+  passes.ddt_weight = floats(ddt_weight);
+  cuda::scan_backward_sums(passes, device.stream());
+}
+
+}  // namespace
+}  // namespace vim
+
+VIM_DEVICE_IMPL(m) { vim::implement_scans(m, vim::kFamily); }

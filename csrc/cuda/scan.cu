@@ -1,0 +1,40 @@
+// Puts the passes of a scan together.
+#include "scan.h"
+
+#include "scan_math.h"
+#include "scan_passes.h"
+
+namespace vim {
+namespace VIM_ISA {
+
+int64_t scan_forward_workspace(const Scan& scan) {
+  const bool at_once = scan.directions == 1 && scan.d_state <= 16;
+  return at_once ? 0 : scan.batch * scan.length * scan.dim;
+}
+
+void scan_forward(const Scan& scan, float* workspace, Stream stream) { scan_general_forward(scan, workspace, stream); }
+
+ScanBackwardSizes scan_backward_sizes(const ScanBackward& k) {
+  const Scan& scan = k.scan;
+  const int64_t tokens = scan.batch * scan.length, projected = scan.direction[0].delta.data == nullptr;
+  ScanBackwardSizes sizes;
+  sizes.blocks = ChannelBlocks(scan, kWarp).count;
+  sizes.steps = projected * scan.directions * tokens * scan.dim;
+  sizes.sums = 3 * tokens * scan.dim;
+  sizes.maps = sizes.blocks * scan.directions * tokens * 2 * scan.d_state;
+  sizes.weights = scan.directions * scan.batch * WeightRows(scan).count * scan.dim;
+  return sizes;
+}
+
+void scan_backward(const ScanBackwardPasses& passes, Stream stream) {
+  scan_general_backward(passes, stream);
+  if (passes.sizes.steps > 0) scan_widen_dt(passes, stream);
+}
+
+void scan_backward_sums(const ScanBackwardPasses& passes, Stream stream) {
+  scan_sum_weights(passes, stream);
+  scan_sum_maps(passes, stream);
+}
+
+}  // namespace VIM_ISA
+}  // namespace vim

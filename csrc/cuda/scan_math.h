@@ -1,0 +1,99 @@
+// The arithmetic of one step of a scan, and what of it weights decide beforehand.
+#pragma once
+
+#include "device.h"
+
+namespace vim {
+namespace VIM_ISA {
+
+constexpr float kLog2e = 1.44269504f;
+
+// log(1 + e^x), to 2 units in the last place also where it is tiny, and its derivative where `slope` is given. The
+// logarithm is a polynomial: one special function less per step, and those are what limits a scan.
+VIM_DEVICE float softplus(float x, float* slope = nullptr) {
+  const float e = exp2_approx(-kLog2e * fabsf(x));
+  float p = 0.00523269083f;
+  p = fmaf(p, e, -0.0295052286f);
+  p = fmaf(p, e, 0.0782259479f);
+  p = fmaf(p, e, -0.136632457f);
+  p = fmaf(p, e, 0.191060081f);
+  p = fmaf(p, e, -0.24842982f);
+  p = fmaf(p, e, 0.333190978f);
+  p = fmaf(p, e, -0.499994934f);
+  p = fmaf(p, e, 0.99999994f);
+  if (slope != nullptr) *slope = (x < 0.0f ? e : 1.0f) * reciprocal_approx(1.0f + e);
+  return fmaf(p, e, fmaxf(x, 0.0f));
+}
+
+VIM_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-kLog2e * x)); }
+
+VIM_DEVICE float silu(float x) { return x * sigmoid(x); }
+
+// The derivative of silu
+VIM_DEVICE float silu_slope(float x) {
+  const float gate = sigmoid(x);
+  return gate * fmaf(x, 1.0f - gate, 1.0f);
+}
+
+// A of a channel and state, for any form in which it is given.
+VIM_DEVICE float decay_rate(const Scan& scan, const ScanDirection& side, int64_t channel, int64_t n) {
+  const float A = side.A[channel * scan.d_state + n];
+  return scan.A_is_log ? -expf(A) : A;
+}
+
+template <class T>
+VIM_DEVICE float read(const Activation& x, int64_t b, int64_t token, int64_t channel) {
+  return to_float(static_cast<const T*>(x.data)[b * x.batch + token * x.token + channel * x.channel]);
+}
+
+template <class T>
+VIM_DEVICE void write(const Activation& x, int64_t b, int64_t token, int64_t channel, float value) {
+  from_float(value, static_cast<T*>(x.data) + b * x.batch + token * x.token + channel * x.channel);
+}
+
+// B or C of one state, token and channel.
+template <class T>
+VIM_DEVICE float read(const Scan& scan, const StateMap& map, int64_t b, int64_t token, int64_t channel, int64_t n) {
+  if (map.constant != nullptr) return map.constant[channel * scan.d_state + n];
+  const int64_t group = channel / map.channels_per_group;
+  return to_float(
+      static_cast<const T*>(map.data)[b * map.batch + group * map.group + n * map.state + token * map.token]);
+}
+
+// delta before softplus
+template <class T>
+VIM_DEVICE float raw_step(const Scan& scan, const ScanDirection& side, int64_t b, int64_t token, int64_t channel) {
+  float sum = side.bias == nullptr ? 0.0f : side.bias[channel];
+  if (side.delta.data != nullptr) return sum + read<T>(side.delta, b, token, channel);
+  for (int64_t r = 0; r < scan.dt_rank; ++r) {
+    sum = fmaf(read<T>(side.dt, b, token, r), side.dt_weight[channel * scan.dt_rank + r], sum);
+  }
+  return sum;
+}
+
+// Blocks of at most `lanes` channels that do not cross a border between groups of B or C.
+struct ChannelBlocks {
+  int64_t segment, per_segment, count;
+
+  VIM_INLINE ChannelBlocks(const Scan& scan, int64_t lanes) {
+    int64_t a = scan.direction[0].B.channels_per_group, b = scan.direction[0].C.channels_per_group;
+    while (b != 0) {
+      const int64_t rest = a % b;
+      a = b;
+      b = rest;
+    }
+    segment = larger(a, 1);
+    per_segment = blocks_in(segment, lanes);
+    count = scan.dim / segment * per_segment;
+  }
+  VIM_INLINE int64_t first(int64_t block, int64_t lanes) const {
+    return block / per_segment * segment + block % per_segment * lanes;
+  }
+  // The first channel of the next block
+  VIM_INLINE int64_t end(int64_t block, int64_t lanes) const {
+    return smaller(first(block, lanes) + lanes, (block / per_segment + 1) * segment);
+  }
+};
+
+}  // namespace VIM_ISA
+}  // namespace vim

@@ -1,0 +1,53 @@
+// The passes that scan.cu puts together.
+#pragma once
+
+#include "scan.h"
+
+namespace vim {
+namespace VIM_ISA {
+
+// `partial` is (batch, length, dim); it is not used where one direction and one group of states do it all.
+void scan_general_forward(const Scan& scan, float* partial, Stream stream);
+
+// Fills steps, maps and weights, and writes du, ddelta and dz. `sums` is (3, batch, length, dim).
+void scan_general_backward(const ScanBackwardPasses& passes, Stream stream);
+
+// Brings dt and dt_weight of both directions into the form that matrix products need.
+void scan_widen_dt(const ScanBackwardPasses& passes, Stream stream);
+
+void scan_sum_weights(const ScanBackwardPasses& passes, Stream stream);
+void scan_sum_maps(const ScanBackwardPasses& passes, Stream stream);
+
+// Rows of a batch element's partial of the weights' gradients, each of `dim` numbers.
+struct WeightRows {
+  int64_t A, bias, D, B, C, count;
+
+  explicit VIM_INLINE WeightRows(const Scan& scan) {
+    A = 0;
+    bias = A + scan.d_state;
+    D = bias + 1;
+    B = D + 1;
+    C = B + (scan.direction[0].B.constant != nullptr ? scan.d_state : 0);
+    count = C + (scan.direction[0].C.constant != nullptr ? scan.d_state : 0);
+  }
+};
+
+VIM_INLINE float* weight_row(const ScanBackwardPasses& passes, int d, int64_t b, int64_t row) {
+  const Scan& scan = passes.k.scan;
+  return passes.weights + ((d * scan.batch + b) * WeightRows(scan).count + row) * scan.dim;
+}
+
+// A block's dB of one token; its dC follows.
+VIM_INLINE float* map_row(const ScanBackwardPasses& passes, int64_t block, int d, int64_t b, int64_t token) {
+  const Scan& scan = passes.k.scan;
+  const int64_t index = ((block * scan.directions + d) * scan.batch + b) * scan.length + token;
+  return passes.maps + index * 2 * scan.d_state;
+}
+
+VIM_INLINE float* step_row(const ScanBackwardPasses& passes, int d, int64_t b, int64_t token) {
+  const Scan& scan = passes.k.scan;
+  return passes.steps + ((d * scan.batch + b) * scan.length + token) * scan.dim;
+}
+
+}  // namespace VIM_ISA
+}  // namespace vim
