@@ -28,7 +28,7 @@ class _BuildWithKernels(build_py):
             sys.modules[spec.name] = native_build
             spec.loader.exec_module(native_build)
             (package / "_lib").mkdir(exist_ok=True)
-            shutil.copy(native_build.build(print), package / "_lib")
+            shutil.copy(native_build.build(native_build.cpu_recipe(), print), package / "_lib")
 
 
 class _WithLibrary(Distribution):

@@ -31,8 +31,8 @@ def test_products_are_reported_with_their_reason(capsys):
 
 
 def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):
-    monkeypatch.setattr(_native, "_library", None)
-    monkeypatch.setattr(_native, "_reason", "no compiler was found")
+    monkeypatch.setattr(_native.cpu, "path", None)
+    monkeypatch.setattr(_native.cpu, "reason", "no compiler was found")
     assert doctor.main() == 0
     report = capsys.readouterr().out
     assert "not in use: no compiler was found" in report

@@ -1,27 +1,55 @@
-"""Build the native CPU kernels ahead of their first use: `python -m vim.build [--force]`."""
+"""Build the native kernels ahead of their first use: `python -m vim.build [--force] [--cuda [ARCHITECTURE ...]]`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from vim.ops import _native_build
+from vim.ops import _native_build, _native_cuda
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build the library where there is none yet, and print where it is."""
+    """Build the libraries where there are none yet, and print where they are."""
     parser = argparse.ArgumentParser(prog="python -m vim.build", description=__doc__)
     parser.add_argument("--force", action="store_true", help="build even where there is a library already")
+    parser.add_argument(
+        "--cuda",
+        nargs="*",
+        metavar="ARCHITECTURE",
+        help="the CUDA kernels too, for these architectures (such as 8.0 9.0); default: those of the GPUs here, or "
+        "without any 8.0 and 9.0. GPUs newer than the last run its PTX",
+    )
     options = parser.parse_args(arguments)
     try:
-        path = None if options.force else _native_build.find_library()
-        if path is None:
-            path = _native_build.build(lambda line: print(line, flush=True), force=options.force)
+        architectures = [_native_cuda.parse_architecture(text) for text in options.cuda or ()]
+    except ValueError as error:
+        parser.error(f"--cuda: {error}")
+    try:
+        print(_cpu(options.force))
+        if options.cuda is not None:
+            print(_cuda(architectures, options.force))
     except _native_build.BuildError as error:
         print(f"vim.build: {error}", file=sys.stderr)
         return 1
-    print(path)
     return 0
+
+
+def _cpu(force: bool) -> Path:
+    recipe = _native_build.cpu_recipe()
+    found = None if force else _native_build.find_library(recipe)
+    return found or _native_build.build(recipe, _report, force)
+
+
+def _cuda(wanted: list[_native_cuda.Architecture], force: bool) -> Path:
+    chosen = wanted or _native_cuda.visible_architectures() or _native_cuda.DEFAULT_ARCHITECTURES
+    recipe = _native_cuda.recipe(chosen)
+    found = None if force else _native_build.find_library(recipe)
+    return found or _native_build.build(recipe, _report, force)
+
+
+def _report(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vim.ops import _native, _native_build, available_backends, unavailable_backends
+from vim.ops import _native, _native_build, _native_cuda, available_backends, unavailable_backends
 from vim.ops._packed_weights import multiplies_in
 from vim.ops.linear import onednn_reason
 from vim.version import __version__
@@ -29,7 +29,8 @@ def main() -> int:
     for title, lines in (
         ("versions", _versions()),
         ("processor", _processor()),
-        ("native kernels", _library()),
+        ("native kernels for the CPU", _library()),
+        ("native kernels for NVIDIA's GPUs", _cuda_library()),
         ("backends, the preferred one first", _backends()),
         ("matrix products on the CPU", _products()),
     ):
@@ -61,7 +62,8 @@ def _processor() -> Iterator[str]:
     yield f"{model}, {os.cpu_count()} cores, {platform.machine()}: {' '.join(found) or 'no vector extensions known'}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            yield f"cuda:{i} {torch.cuda.get_device_name(i)}"
+            major, minor = torch.cuda.get_device_capability(i)
+            yield f"cuda:{i} {torch.cuda.get_device_name(i)}, architecture {major}.{minor}"
     else:
         yield "no GPU that torch can use"
 
@@ -74,9 +76,22 @@ def _library() -> Iterator[str]:
         yield f"cache: {folder} ({'exists' if folder.is_dir() else 'does not exist'})"
     reason = _native.load()
     if reason is None:
-        yield f"library: {_native.library_path()}, using {_native.capability()}"
+        yield f"library: {_native.cpu.path}, using {_native.capability()}"
     else:
         yield f"not in use: {reason}"
+
+
+def _cuda_library() -> Iterator[str]:
+    nvcc = _native_cuda.find_nvcc()
+    yield f"compiler: {_compiler_version([str(nvcc)]) if nvcc else 'none'}"
+    if torch.version.cuda is None:
+        yield "not in use: this PyTorch was built without CUDA"
+    elif torch.cuda.is_available():
+        reason = _native.cuda.load()
+        yield f"library: {_native.cuda.path}" if reason is None else f"not in use: {reason}"
+    else:
+        found = _native_cuda.find_library(_native_cuda.DEFAULT_ARCHITECTURES)
+        yield f"not in use: torch finds no GPU ({f'{found} is built' if found else 'none is built'})"
 
 
 def _compiler_version(compiler: list[str]) -> str:
@@ -86,7 +101,9 @@ def _compiler_version(compiler: list[str]) -> str:
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{compiler[0]} does not run: {error}"
-    return f"{compiler[0]}: {output.splitlines()[0] if output else 'says no version'}"
+    # nvcc names its release in the line before the last.
+    lines = [line for line in output.splitlines() if "release" in line] or output.splitlines()
+    return f"{compiler[0]}: {lines[0] if lines else 'says no version'}"
 
 
 def _backends() -> Iterator[str]:

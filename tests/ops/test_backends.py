@@ -72,18 +72,6 @@ def test_default_backend_for_a_block(monkeypatch):
         pass
 
 
-def test_a_gpu_without_kernels_is_told_so_once(caplog):
-    _backends._choose.cache_clear()
-    _backends._warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "vim"):
-        for op in OPS:
-            assert _backends._choose(op, None, "cuda", torch.float32) == ""
-            assert _backends._choose(op, None, "meta", torch.float32) == ""
-    assert [r.getMessage() for r in caplog.records] == [
-        "backend 'native' is not used on cuda: its kernels are for the CPU; on cuda the reference runs, which is slow"
-    ]
-
-
 def test_import_is_light():
     """Importing vim compiles nothing, starts no CUDA and needs no triton."""
     code = (

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 
 import vim.ops
 from vim.ops import _backends, _native, _native_build
-from vim.ops._native_build import LIBRARY, BuildError, build, find_library
+from vim.ops._native_build import LIBRARY, BuildError, cpu_recipe
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
 
@@ -54,6 +55,14 @@ def compiler(tmp_path, monkeypatch):
     return make
 
 
+def build(report: _native_build.Report, force: bool = False) -> Path:
+    return _native_build.build(cpu_recipe(), report, force)
+
+
+def find_library() -> Path | None:
+    return _native_build.find_library(cpu_recipe())
+
+
 def _links(tmp_path: Path) -> int:
     log = tmp_path / "log"
     return len(log.read_text().splitlines()) if log.exists() else 0
@@ -76,7 +85,7 @@ def _python(code: str, **environment: str) -> subprocess.Popen[str]:
 
 
 # Runs a build without the rest of the package.
-BUILD = "from vim.ops import _native_build; print(_native_build.build(print))"
+BUILD = "from vim.ops import _native_build; print(_native_build.build(_native_build.cpu_recipe(), print))"
 # Calls an op and says what it ran on.
 CALL = (
     "import logging, sys; logging.basicConfig(stream=sys.stderr, format='LOG %(levelname)s %(message)s')\n"
@@ -84,7 +93,7 @@ CALL = (
     "from vim.ops import _native\n"
     "y = vim.ops.causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 4))\n"
     "y = vim.ops.add_rms_norm(torch.ones(1, 3), None, torch.ones(3))\n"
-    "print('native' if _native._library else 'reference')\n"
+    "print('native' if _native.cpu.path else 'reference')\n"
 )
 
 
@@ -188,7 +197,7 @@ def test_two_threads_build_once(cache, compiler, tmp_path):
 
 def test_a_lock_left_behind_is_no_lock(cache, compiler):
     compiler()
-    folder = cache / _native_build.source_key(_native_build.find_sources())
+    folder = cache / _native_build.source_key(_native_build.find_sources(), cpu_recipe())
     folder.mkdir(parents=True)
     (folder / "lock").write_text("12345")
     assert build(_quiet).is_file()
@@ -196,7 +205,7 @@ def test_a_lock_left_behind_is_no_lock(cache, compiler):
 
 def test_waiting_ends(cache, compiler, monkeypatch):
     compiler()
-    folder = cache / _native_build.source_key(_native_build.find_sources())
+    folder = cache / _native_build.source_key(_native_build.find_sources(), cpu_recipe())
     folder.mkdir(parents=True)
     monkeypatch.setattr(_native_build, "LOCK_TIMEOUT", 0.3)
     with open(folder / "lock", "w") as file:
@@ -274,9 +283,9 @@ def test_a_broken_source(cache, tmp_path, monkeypatch):
     (tmp_path / "csrc" / "common").mkdir()
     (tmp_path / "csrc" / "cpu" / "dispatch.cpp").write_text("int broken( {}\n")
     monkeypatch.setattr(_native_build, "find_sources", lambda: tmp_path / "csrc")
-    monkeypatch.setattr(_native_build, "units", lambda: [_native_build.Unit("dispatch", "cpu/dispatch.cpp", ("-O1",))])
+    recipe = replace(cpu_recipe(), units=(_native_build.Unit("dispatch", "cpu/dispatch.cpp", ("-O1",)),))
     with pytest.raises(BuildError, match=r"dispatch\.cpp:1:.*error"):
-        build(_quiet)
+        _native_build.build(recipe, _quiet)
 
 
 def test_a_full_disk(cache, compiler, monkeypatch):
@@ -295,8 +304,7 @@ def test_a_full_disk(cache, compiler, monkeypatch):
 @pytest.fixture
 def fresh(monkeypatch):
     """The native backend as in a new process."""
-    monkeypatch.setattr(_native, "_library", None)
-    monkeypatch.setattr(_native, "_reason", None)
+    monkeypatch.setattr(_native, "cpu", _native.NativeLibrary())
     _backends._choose.cache_clear()
     _backends._warn_once.cache_clear()
     yield

@@ -51,6 +51,8 @@ _backends: list[Backend] = []
 functions: dict[str, Callable[..., Any]] | None = None
 # What `backend=None` means at the moment; `None` is the first that can run.
 _default: str | None = None
+# Kinds of devices whose portable ops hold kernels that turned out not to run.
+_pinned: set[str] = set()
 
 
 def register_reference(op: str, reference: Callable[..., Any]) -> None:
@@ -61,6 +63,12 @@ def register_reference(op: str, reference: Callable[..., Any]) -> None:
 def register_backend(backend: Backend) -> None:
     """Add a backend in front of those registered before: the newest is preferred."""
     _backends.insert(0, backend)
+    _choose.cache_clear()
+
+
+def pin_to_reference(device_type: str) -> None:
+    """Have the reference backend bypass the kernels that are attached to the portable ops of this kind of device."""
+    _pinned.add(device_type)
     _choose.cache_clear()
 
 
@@ -151,7 +159,7 @@ def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
         reason = record.why_not(op, device, dtype)
         if reason is None:
             # The portable family also holds the reference, so that graphs saved here run fast elsewhere.
-            return "" if record.name == "reference" else record.suffix
+            return "" if record.name == "reference" and device_type not in _pinned else record.suffix
         if not isinstance(reason, Inapplicable):
             _warn_once(record.name, device_type, reason)
     raise AssertionError("the reference backend runs everywhere")

@@ -1,6 +1,6 @@
-"""The native backend: C++ kernels for the CPU, found or built at first use and attached to the ops of `vim`.
+"""The native backend: compiled kernels, found or built at first use and attached to the ops of `vim`.
 
-Importing this module loads and builds nothing.
+C++ for the CPU and CUDA for NVIDIA's GPUs, a library each. Importing this module loads and builds nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import ctypes
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from vim.ops import _native_build
-from vim.ops._backends import Backend, Inapplicable, register_backend
+from vim.ops import _native_build, _native_cuda
+from vim.ops._backends import Backend, Inapplicable, pin_to_reference, register_backend
 
 _logger = logging.getLogger(__name__)
 
@@ -26,81 +27,135 @@ class SwitchedOff(RuntimeError):
     """The user wants no native kernels."""
 
 
-_lock = threading.Lock()
-_library: Path | None = None
-_reason: str | None = None  # why there is none, once it was tried
+class NativeLibrary:
+    """The kernels for the CPU: loaded, and built first if need be, once per process.
+
+    Attributes:
+        path: The library that is loaded.
+        reason: Why there is none, once it was tried.
+    """
+
+    dispatch_key = "CPU"
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+
+    def load(self) -> str | None:
+        """Return `None` when the kernels are attached, otherwise the reason in words."""
+        with self._lock:
+            if self.path is None and self.reason is None:
+                try:
+                    self.path = self._load()
+                except SwitchedOff as error:
+                    self.reason = Inapplicable(error)
+                except (_native_build.BuildError, OSError) as error:
+                    self.reason = str(error)
+            return self.reason
+
+    def found(self) -> Iterator[Path]:
+        """What there is without building, the preferred library first."""
+        packaged = Path(__file__).parents[1] / "_lib" / _native_build.LIBRARY  # of a wheel built where torch was
+        if _native_build.is_complete(packaged):
+            yield packaged
+        cached = _native_build.find_library(_native_build.cpu_recipe())
+        if cached is not None:
+            yield cached
+
+    def build(self, force: bool) -> Path:
+        """Build the library and return where it is."""
+        _logger.info("building the CPU kernels, once; this takes about ten seconds")
+        return _native_build.build(_native_build.cpu_recipe(), _logger.debug, force)
+
+    def _load(self) -> Path:
+        if os.environ.get("VIM_NATIVE", "").lower() in _OFF:
+            raise SwitchedOff("switched off by VIM_NATIVE")
+        failed = False
+        for path in self.found():
+            try:
+                return self._attach(path)
+            except OSError as error:  # made for another torch or C library: build one that fits
+                _logger.info("cannot load %s: %s; building it again", path, error)
+                failed = True
+        return self._attach(self.build(force=failed))
+
+    def _attach(self, path: Path) -> Path:
+        torch.ops.load_library(path)
+        if not self.runs("bidirectional_scan"):
+            raise OSError(f"{path} holds no kernels")
+        return path
+
+    def runs(self, op: str) -> bool:
+        """Whether the library that was loaded has a kernel for this op."""
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"vim::{op}", self.dispatch_key)
 
 
-def library_path() -> Path | None:
-    """The library that is loaded, or that would be without building; `None` where there is none."""
-    return _library or _packaged_library() or _native_build.find_library()
+class CUDALibrary(NativeLibrary):
+    """The kernels for the GPUs that torch sees."""
+
+    dispatch_key = "CUDA"
+
+    def found(self) -> Iterator[Path]:
+        """A library for all these GPUs that was built before."""
+        cached = _native_cuda.find_library(_native_cuda.visible_architectures())
+        if cached is not None:
+            yield cached
+
+    def build(self, force: bool) -> Path:
+        """Build one for all these GPUs and return where it is."""
+        recipe = _native_cuda.recipe(_native_cuda.visible_architectures())
+        if recipe.compilers:
+            _logger.warning("building the CUDA kernels, once; this takes a minute or two")
+        return _native_build.build(recipe, _logger.info, force)
+
+    def _attach(self, path: Path) -> Path:
+        super()._attach(path)
+        problem = _native_cuda.problem(path)
+        if problem is not None:
+            # Kernels cannot be detached: the ops that would run them are bypassed.
+            pin_to_reference("cuda")
+            raise _native_build.BuildError(f"{path} cannot run here: {problem}")
+        return path
 
 
-def capability() -> str:
-    """Instruction set that the loaded kernels use: "baseline", "avx2" or "avx512"."""
-    name = ctypes.CDLL(str(_library)).vim_cpu_capability
-    name.restype = ctypes.c_char_p
-    return name().decode()
+cpu = NativeLibrary()
+cuda = CUDALibrary()
 
 
 def load() -> str | None:
-    """Load the library, building it first if it has to be, once per process.
-
-    Returns:
-        `None` when the kernels are attached, otherwise the reason in words.
-    """
-    global _library, _reason
-    with _lock:
-        if _library is None and _reason is None:
-            try:
-                _library = _load()
-            except SwitchedOff as error:
-                _reason = Inapplicable(error)
-            except (_native_build.BuildError, OSError) as error:
-                _reason = str(error)
-        return _reason
+    """Load the CPU's library; `None`, or the reason in words why there is none."""
+    return cpu.load()
 
 
-def _load() -> Path:
-    if os.environ.get("VIM_NATIVE", "").lower() in _OFF:
-        raise SwitchedOff("switched off by VIM_NATIVE")
-    packaged = _packaged_library()
-    if packaged is not None:
-        try:
-            return _attach(packaged)
-        except OSError as error:  # made for another torch or C library: build one that fits
-            _logger.info("cannot load %s: %s", packaged, error)
-    found = _native_build.find_library()
-    if found is not None:
-        try:
-            return _attach(found)
-        except OSError as error:
-            _logger.info("cannot load %s: %s; building it again", found, error)
-    _logger.info("building the CPU kernels, once; this takes about ten seconds")
-    return _attach(_native_build.build(_logger.debug, force=found is not None))
+def library_path() -> Path | None:
+    """The CPU's library that is loaded, or that would be without building; `None` where there is none."""
+    return cpu.path or next(cpu.found(), None)
 
 
-def _attach(path: Path) -> Path:
-    torch.ops.load_library(path)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("vim::bidirectional_scan", "CPU"):
-        raise OSError(f"{path} holds no kernels")
-    return path
-
-
-def _packaged_library() -> Path | None:
-    """The library of a wheel that was built where torch was installed."""
-    path = Path(__file__).parents[1] / "_lib" / _native_build.LIBRARY
-    return path if _native_build.is_complete(path) else None
+def capability() -> str:
+    """Instruction set that the loaded CPU kernels use: "baseline", "avx2" or "avx512"."""
+    name = ctypes.CDLL(str(cpu.path)).vim_cpu_capability
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "meta":
         return Inapplicable("meta tensors have nothing to compute")
-    if device.type != "cpu":
-        return f"its kernels are for the CPU; on {device.type} the reference runs, which is slow"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return Inapplicable("torch finds no GPU")
+    if device.type == "cuda" and torch.version.cuda is None:
+        return Inapplicable("its GPU kernels are for NVIDIA's")
+    if device.type not in ("cpu", "cuda"):
+        return f"its kernels are for the CPU and for NVIDIA's GPUs; on {device.type} the reference runs, which is slow"
     if dtype not in _DTYPES:
         return Inapplicable(f"{str(dtype).removeprefix('torch.')} runs on the reference")
-    return load()
+    library = cuda if device.type == "cuda" else cpu
+    reason = library.load()
+    if reason is None and not library.runs(op):
+        return f"it has no kernel for {op} on {device.type}"
+    return reason
 
 
 register_backend(Backend("native", "", _why_not))

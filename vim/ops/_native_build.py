@@ -1,6 +1,6 @@
-"""Compiles the kernels of `csrc/` into one library that serves every processor of its architecture.
+"""Compiles kernels of `csrc/` into a library; here also what the CPU's is made of, one for every processor of its kind.
 
-A library lies in `<cache>/<sources, flags, torch and architecture>/<compiler>/`. It is built in a folder of its own
+A library lies in `<cache>/<sources, flags, torch and architecture>/<compilers>/`. It is built in a folder of its own
 and moved into place, so whatever lies there is complete. One process builds at a time: the others wait for a lock that
 the operating system releases when its holder ends, however that happens.
 """
@@ -32,14 +32,14 @@ _SEAL = b"\0vimamba: complete"
 # Seconds after which a compiler is taken for stuck, and a process that waits for another's build goes without.
 COMPILE_TIMEOUT = 300.0
 LOCK_TIMEOUT = 600.0
-# Two compilers at a time: one takes up to half a gigabyte.
-_COMPILERS = 2
+# Compilers at a time: one takes up to half a gigabyte.
+_COMPILERS = max(2, min(8, (os.cpu_count() or 2) // 2))
 
 # -ffast-math is wrong here: it cancels the rounding that range reduction relies on.
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 _KERNEL_FLAGS = (*_FLAGS, "-O3", "-fno-math-errno", "-ffp-contract=fast")
 # The stable ABI from torch 2.10 on.
-_BINDING_FLAGS = (*_FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+BINDING_FLAGS = (*_FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _INSTRUCTION_SETS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -62,6 +62,29 @@ class Unit:
     flags: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one library is made of.
+
+    Attributes:
+        library: Its file name.
+        folders: Folders of `csrc/` whose files decide what it is.
+        units: Its object files.
+        compilers: Command for each kind of source, by suffix; empty where one is missing.
+        missing: What to say then.
+        link: Libraries to link with, beyond those of torch that every library needs.
+        target_flags: Flags of ".cu" sources that the library's name tells and its folder does not.
+    """
+
+    library: str
+    folders: tuple[str, ...]
+    units: tuple[Unit, ...]
+    compilers: dict[str, list[str]]
+    missing: str = ""
+    link: tuple[str, ...] = ()
+    target_flags: tuple[str, ...] = ()
+
+
 def find_sources() -> Path | None:
     """`csrc/`: inside the package in a wheel, beside it in a repository."""
     package = Path(__file__).resolve().parents[1]
@@ -81,34 +104,50 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def units() -> list[Unit]:
-    """What is compiled. The kernels once per instruction set, each in a namespace of its own."""
+def cpu_recipe() -> Recipe:
+    """The kernels once per instruction set, each in a namespace of its own, and their bindings."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = _INSTRUCTION_SETS if x86 else {"baseline": ()}
     kernels = [
         Unit(f"kernels_{name}", "cpu/kernels.cpp", (*_KERNEL_FLAGS, f"-DVIM_ISA={name}", *flags))
         for name, flags in sets.items()
     ]
-    bindings = [Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", _BINDING_FLAGS) for name in ("scan", "conv", "norm")]
-    return [*kernels, *bindings, Unit("dispatch", "cpu/dispatch.cpp", (*_FLAGS, "-O1"))]
+    bindings = [Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", BINDING_FLAGS) for name in ("scan", "conv", "norm")]
+    compiler = find_compiler()
+    return Recipe(
+        library=LIBRARY,
+        folders=("common", "cpu"),
+        units=(*kernels, *bindings, Unit("dispatch", "cpu/dispatch.cpp", (*_FLAGS, "-O1"))),
+        compilers={} if compiler is None else {".cpp": compiler},
+        missing=no_compiler(),
+    )
 
 
-def source_key(sources: Path) -> str:
-    """Hash of everything that decides what the library is, except the compiler."""
+def no_compiler() -> str:
+    """What to say where there is no C++ compiler."""
+    wanted = os.environ.get("CXX")
+    what = f"the compiler CXX={wanted} does not exist" if wanted else "there is no C++ compiler"
+    return f"{what}; install one (for example `apt install g++`), then run `python -m vim.build`"
+
+
+def source_key(sources: Path, recipe: Recipe) -> str:
+    """Hash of everything that decides what the library is, except the compilers and what its name tells."""
     digest = hashlib.sha256()
-    for path in sorted(p for folder in ("common", "cpu") for p in (sources / folder).iterdir() if p.is_file()):
+    for path in sorted(p for folder in recipe.folders for p in (sources / folder).iterdir() if p.is_file()):
         digest.update(f"{path.relative_to(sources)}\0".encode() + path.read_bytes() + b"\0")
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    for part in (repr(units()), version, platform.machine(), sys.platform):
+    for part in (repr(recipe.units), repr(recipe.link), version, platform.machine(), sys.platform):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 
 
-def compiler_key(compiler: list[str]) -> str:
-    """Hash of the compiler's file and arguments. Asking it for its version would take longer than loading a library."""
-    path = Path(compiler[0]).resolve()
-    status = path.stat()
-    identity = (str(path), status.st_size, status.st_mtime_ns, compiler[1:])
+def compiler_key(compilers: dict[str, list[str]]) -> str:
+    """Hash of the compilers' files and arguments. Asking for versions would take longer than loading a library."""
+    identity = []
+    for suffix, command in sorted(compilers.items()):
+        path = Path(command[0]).resolve()
+        status = path.stat()
+        identity.append((suffix, str(path), status.st_size, status.st_mtime_ns, command[1:]))
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
 
 
@@ -125,27 +164,30 @@ def cache_folders() -> list[Path]:
     return [first, Path(tempfile.gettempdir()) / f"vimamba-{user}"]
 
 
-def find_library() -> Path | None:
-    """A library that is built already, by today's compiler or, where there is none, by whichever built one."""
+def find_library(recipe: Recipe) -> Path | None:
+    """A library that is built already, by today's compilers or, where there are none, by whichever built one."""
+    return next(find_libraries(recipe, recipe.library), None)
+
+
+def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
+    """The libraries of this recipe's sources whose file names match, those in the preferred cache first."""
     sources = find_sources()
     if sources is None:
-        return None
-    compiler, key = find_compiler(), source_key(sources)
+        return
+    key = source_key(sources, recipe)
+    name = compiler_key(recipe.compilers) if recipe.compilers else "*"
     for folder in cache_folders():
-        name = "*" if compiler is None else compiler_key(compiler)
         with contextlib.suppress(OSError):
-            found = [
-                p for p in sorted((folder / key).glob(f"{name}/{LIBRARY}")) if is_complete(p) and _is_ours(p.parent)
-            ]
-            if found:
-                return found[0]
-    return None
+            yield from (
+                p for p in sorted((folder / key).glob(f"{name}/{pattern}")) if is_complete(p) and _is_ours(p.parent)
+            )
 
 
-def build(report: Report, force: bool = False) -> Path:
+def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
     """Build the library, unless another process has done so meanwhile, and return where it is.
 
     Args:
+        recipe: What it is made of.
         report: Takes lines about the progress.
         force: Build even where there is a library.
 
@@ -154,40 +196,44 @@ def build(report: Report, force: bool = False) -> Path:
     """
     if sys.platform == "win32":
         raise BuildError("the kernels are not built on Windows; use WSL")
-    sources, compiler = find_sources(), find_compiler()
+    sources = find_sources()
     if sources is None:
         raise BuildError("the sources of the kernels, csrc/, were not installed; reinstall vimamba")
-    if compiler is None:
-        wanted = os.environ.get("CXX")
-        what = f"the compiler CXX={wanted} does not exist" if wanted else "there is no C++ compiler"
-        raise BuildError(f"{what}; install one (for example `apt install g++`), then run `python -m vim.build`")
-    folder = _writable_folder(source_key(sources))
-    target = folder / compiler_key(compiler) / LIBRARY
+    if not recipe.compilers:
+        raise BuildError(recipe.missing)
+    folder = _writable_folder(source_key(sources, recipe))
+    target = folder / compiler_key(recipe.compilers) / recipe.library
     with _locked(folder / "lock", report):
         if force or not is_complete(target):
-            _build_aside(sources, compiler, target, report)
+            _build_aside(sources, recipe, target, report)
     return target
 
 
-def compile_library(sources: Path, compiler: list[str], folder: Path, report: Report) -> Path:
+def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report) -> Path:
     """Compile and link in `folder`.
 
     Raises:
-        BuildError: The compiler failed; the message holds the first lines of what it said.
+        BuildError: A compiler failed; the message holds the first lines of what it said.
     """
-    include = [f"-isystem{Path(torch.__file__).parent / 'include'}"]
+    torch_folder = Path(torch.__file__).parent
 
     def compile_unit(unit: Unit) -> str:
-        target = str(folder / f"{unit.name}.o")
-        _run([*compiler, *unit.flags, *include, "-c", str(sources / unit.source), "-o", target], folder)
+        suffix, target = Path(unit.source).suffix, str(folder / f"{unit.name}.o")
+        flags = recipe.target_flags if suffix == ".cu" else (f"-isystem{torch_folder / 'include'}",)
+        _run(
+            [*recipe.compilers[suffix], *unit.flags, *flags, "-c", str(sources / unit.source), "-o", target],
+            folder,
+        )
         report(f"compiled {unit.name}")
         return target
 
     with ThreadPoolExecutor(_COMPILERS) as pool:
-        objects = list(pool.map(compile_unit, units()))
-    library = folder / LIBRARY
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-    _run([*compiler, "-shared", "-o", str(library), *objects, *libraries], folder)
+        objects = list(pool.map(compile_unit, recipe.units))
+    library = folder / recipe.library
+    libraries = [f"-L{torch_folder / 'lib'}", *recipe.link, "-ltorch_cpu", "-lc10"]
+    # nvcc, where there is one, knows its own libraries.
+    linker = recipe.compilers.get(".cu", recipe.compilers[".cpp"])
+    _run([*linker, "-shared", "-o", str(library), *objects, *libraries], folder)
     with open(library, "ab") as file:
         file.write(_SEAL)
         file.flush()
@@ -205,14 +251,14 @@ def is_complete(library: Path) -> bool:
         return False
 
 
-def _build_aside(sources: Path, compiler: list[str], target: Path, report: Report) -> None:
+def _build_aside(sources: Path, recipe: Recipe, target: Path, report: Report) -> None:
     folder = target.parent.parent
     for leftover in folder.glob("build-*"):  # of builds that were killed: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
     start = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as aside:
-            library = compile_library(sources, compiler, Path(aside), report)
+            library = compile_library(sources, recipe, Path(aside), report)
             target.parent.mkdir(mode=0o700, exist_ok=True)
             os.replace(library, target)
     except OSError as error:

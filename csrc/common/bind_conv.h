@@ -1,0 +1,171 @@
+// vim::causal_conv1d and vim::bidirectional_conv1d, forward and backward, for any device: checks, outputs, and the struct
+// that kernels read. Float64 and mixed dtypes go to the reference, which is registered under a name of its own. Included
+// once per library.
+#pragma once
+
+#include <string>
+
+#include "binding.h"
+
+namespace vim {
+namespace {
+
+struct Filter {
+  Tensor weight;
+  OptionalTensor bias;
+
+  bool supported() const { return is_float(weight) && is_float(bias) && weight.size(1) > 0; }
+
+  void check(int64_t dim) const {
+    STD_TORCH_CHECK(weight.dim() == 2, "vim: weight must be (dim, width)");
+    check_sizes("weight", weight, {dim, weight.size(1)});
+    check_sizes("bias", bias, {dim});
+  }
+
+  void make_dense() {
+    weight = dense(weight);
+    bias = dense(bias);
+  }
+
+  ConvDirection direction(bool reverse) const {
+    ConvDirection side;
+    side.weight = floats(weight);
+    side.bias = floats(bias);
+    side.width = weight.size(1);
+    side.reverse = reverse;
+    return side;
+  }
+};
+
+// What each device supplies: both run a convolution whose arguments are known to fit. `like` is where workspace is
+// allocated.
+void run_forward(const Conv& conv, const Tensor& like);
+void run_backward(Conv& conv, const Tensor& like);
+
+// ---- causal_conv1d: (batch, dim, len) ---------------------------------------------------------------------------
+
+Conv causal(const Tensor& x, const Filter& filter, bool silu, bool reverse) {
+  Conv conv;
+  conv.element = *element_of(x);
+  conv.batch = x.size(0);
+  conv.dim = x.size(1);
+  conv.length = x.size(2);
+  conv.silu = silu;
+  conv.x = input(x, 0, 2, 1);
+  conv.direction[0] = filter.direction(reverse);
+  return conv;
+}
+
+Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu, bool reverse) {
+  Filter filter{weight, bias};
+  if (!element_of(x).has_value() || !filter.supported()) {
+    return std::get<0>(call_op<Tensor>("vim::causal_conv1d_reference", x, weight, bias, silu, reverse));
+  }
+  STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
+  filter.check(x.size(1));
+  filter.make_dense();
+  Conv conv = causal(x, filter, silu, reverse);
+  const Tensor out = allocate_like_layout(x);
+  conv.direction[0].out = output(out, 0, 2, 1);
+  run_forward(conv, x);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                                              const OptionalTensor& bias, bool silu, bool reverse) {
+  Filter filter{weight, bias};
+  if (!element_of(x).has_value() || !filter.supported() || !same_type(dout, x)) {
+    return call_op<Tensor, Tensor, Tensor>("vim::causal_conv1d_backward_reference", dout, x, weight, bias, silu, reverse);
+  }
+  STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
+  check_sizes("dout", dout, sizes_of(x));
+  filter.check(x.size(1));
+  filter.make_dense();
+  Conv conv = causal(x, filter, silu, reverse);
+  const Tensor dx = allocate_like_layout(x), dweight = allocate_like(weight);
+  const Tensor dbias = bias.has_value() ? allocate_like(*bias) : absent(x, ScalarType::Float);
+  ConvDirection& side = conv.direction[0];
+  conv.dx = output(dx, 0, 2, 1);
+  side.dout = input(dout, 0, 2, 1);
+  side.dweight = mutable_floats(dweight);
+  if (bias.has_value()) side.dbias = mutable_floats(dbias);
+  run_backward(conv, x);
+  return {dx, dweight, dbias};
+}
+
+// ---- bidirectional_conv1d: (batch, len, dim) --------------------------------------------------------------------
+
+Conv bidirectional(const Tensor& x, const Filter (&filters)[2]) {
+  Conv conv;
+  conv.element = *element_of(x);
+  conv.batch = x.size(0);
+  conv.length = x.size(1);
+  conv.dim = x.size(2);
+  conv.silu = true;
+  conv.directions = 2;
+  conv.x = input(x, 0, 1, 2);
+  for (int d = 0; d < 2; ++d) conv.direction[d] = filters[d].direction(d == 1);
+  return conv;
+}
+
+std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const Tensor& weight_b, const OptionalTensor& bias_b) {
+  Filter filters[2] = {{weight, bias}, {weight_b, bias_b}};
+  if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported()) {
+    return call_op<Tensor, Tensor>("vim::bidirectional_conv1d_reference", x, weight, bias, weight_b, bias_b);
+  }
+  STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, len, dim)");
+  for (Filter& filter : filters) {
+    filter.check(x.size(2));
+    filter.make_dense();
+  }
+  Conv conv = bidirectional(x, filters);
+  const Tensor out = allocate_like(x), out_b = allocate_like(x);
+  conv.direction[0].out = output(out, 0, 1, 2);
+  conv.direction[1].out = output(out_b, 0, 1, 2);
+  run_forward(conv, x);
+  return {out, out_b};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_conv1d_backward(
+    const Tensor& dout, const Tensor& dout_b, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    const Tensor& weight_b, const OptionalTensor& bias_b) {
+  Filter filters[2] = {{weight, bias}, {weight_b, bias_b}};
+  if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported() || !same_type(dout, x) ||
+      !same_type(dout_b, x)) {
+    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor>("vim::bidirectional_conv1d_backward_reference", dout, dout_b,
+                                                           x, weight, bias, weight_b, bias_b);
+  }
+  STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, len, dim)");
+  check_sizes("dout", dout, sizes_of(x));
+  check_sizes("dout_b", dout_b, sizes_of(x));
+  for (Filter& filter : filters) {
+    filter.check(x.size(2));
+    filter.make_dense();
+  }
+  Conv conv = bidirectional(x, filters);
+  const Tensor dx = allocate_like(x), dweight = allocate_like(weight), dweight_b = allocate_like(weight_b);
+  const Tensor dbias = bias.has_value() ? allocate_like(*bias) : absent(x, ScalarType::Float);
+  const Tensor dbias_b = bias_b.has_value() ? allocate_like(*bias_b) : absent(x, ScalarType::Float);
+  conv.dx = output(dx, 0, 1, 2);
+  conv.direction[0].dout = input(dout, 0, 1, 2);
+  conv.direction[1].dout = input(dout_b, 0, 1, 2);
+  conv.direction[0].dweight = mutable_floats(dweight);
+  conv.direction[1].dweight = mutable_floats(dweight_b);
+  if (bias.has_value()) conv.direction[0].dbias = mutable_floats(dbias);
+  if (bias_b.has_value()) conv.direction[1].dbias = mutable_floats(dbias_b);
+  run_backward(conv, x);
+  return {dx, dweight, dbias, dweight_b, dbias_b};
+}
+
+// Attaches the ops of one family of names, those that end in `suffix`.
+template <class Library>
+void implement_convolutions(Library& m, const std::string& suffix) {
+  m.impl(("causal_conv1d" + suffix).c_str(), TORCH_BOX(&causal_conv1d));
+  m.impl(("causal_conv1d_backward" + suffix).c_str(), TORCH_BOX(&causal_conv1d_backward));
+  m.impl(("bidirectional_conv1d" + suffix).c_str(), TORCH_BOX(&bidirectional_conv1d));
+  m.impl(("bidirectional_conv1d_backward" + suffix).c_str(), TORCH_BOX(&bidirectional_conv1d_backward));
+}
+
+}  // namespace
+}  // namespace vim

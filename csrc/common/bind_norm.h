@@ -1,0 +1,91 @@
+// vim::add_rms_norm, forward and backward, for any device: checks, outputs, and the struct that kernels read. Float64 and
+// mixed dtypes go to the reference, which is registered under a name of its own. Included once per library.
+#pragma once
+
+#include <string>
+
+#include "binding.h"
+
+namespace vim {
+namespace {
+
+// Rows of x, (..., dim): x itself where its rows lie at one distance from each other, else a copy.
+Tensor as_rows(const Tensor& x) {
+  if (x.is_contiguous() || (x.dim() == 2 && x.stride(1) == 1)) return x;
+  bool regular = x.stride(x.dim() - 1) == 1;
+  for (int64_t axis = 0; axis + 2 < x.dim(); ++axis) {
+    regular = regular && x.stride(axis) == x.stride(axis + 1) * x.size(axis + 1);
+  }
+  return regular ? x : torch::stable::contiguous(x);
+}
+
+Norm norm_of(const Tensor& x, const Tensor& weight, double eps) {
+  Norm norm;
+  norm.dim = x.size(x.dim() - 1);
+  norm.rows = x.numel() / norm.dim;
+  norm.eps = static_cast<float>(eps);
+  norm.weight = floats(weight);
+  return norm;
+}
+
+// What each device supplies: both run a norm whose arguments are known to fit. `like` is where workspace is allocated.
+void run_forward(const Norm& norm, const Tensor& like);
+void run_backward(Norm& norm, const Tensor& like);
+
+bool has_channels(const Tensor& x) { return x.dim() > 0 && x.size(x.dim() - 1) > 0; }
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
+                                            double eps) {
+  if (!element_of(x).has_value() || !is_float(residual) || !is_float(weight) || !has_channels(x)) {
+    return call_op<Tensor, Tensor>("vim::add_rms_norm_reference", x, residual, weight, eps);
+  }
+  check_sizes("residual", residual, sizes_of(x));
+  check_sizes("weight", weight, {x.size(x.dim() - 1)});
+  const Tensor rows = as_rows(x), scale = dense(weight);
+  const OptionalTensor added = dense(residual);
+  const Tensor y = allocate_like(x), r = allocate(x, sizes_of(x), ScalarType::Float);
+  Norm norm = norm_of(x, scale, eps);
+  norm.element = *element_of(x);
+  norm.x = rows.const_data_ptr();
+  norm.x_row = rows.dim() > 1 ? rows.stride(rows.dim() - 2) : norm.dim;
+  norm.residual = floats(added);
+  norm.y = y.mutable_data_ptr();
+  norm.r = mutable_floats(r);
+  run_forward(norm, x);
+  return {y, r};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& dy, const OptionalTensor& dr, const Tensor& r,
+                                                     const Tensor& weight, double eps) {
+  if (!is_float(r) || !is_float(weight) || !is_float(dr) || (dy.has_value() && !element_of(*dy).has_value()) ||
+      !has_channels(r)) {
+    return call_op<Tensor, Tensor>("vim::add_rms_norm_backward_reference", dy, dr, r, weight, eps);
+  }
+  check_sizes("dy", dy, sizes_of(r));
+  check_sizes("dr", dr, sizes_of(r));
+  check_sizes("weight", weight, {r.size(r.dim() - 1)});
+  const Tensor rows = dense(r), scale = dense(weight);
+  const OptionalTensor gradient = dense(dy), arriving = dense(dr);
+  const Tensor total = allocate_like(r), dweight = allocate_like(weight);
+  Norm norm = norm_of(r, scale, eps);
+  if (gradient.has_value()) {
+    norm.element = *element_of(*gradient);
+    norm.dy = gradient->const_data_ptr();
+  }
+  norm.dr = floats(arriving);
+  norm.r = const_cast<float*>(floats(rows));
+  norm.total = mutable_floats(total);
+  norm.dweight = mutable_floats(dweight);
+  run_backward(norm, r);
+  return {total, dweight};
+}
+
+// Attaches the ops of one family of names, those that end in `suffix`.
+template <class Library>
+void implement_norm(Library& m, const std::string& suffix) {
+  m.impl(("add_rms_norm" + suffix).c_str(), TORCH_BOX(&add_rms_norm));
+  m.impl(("add_rms_norm_backward" + suffix).c_str(), TORCH_BOX(&add_rms_norm_backward));
+}
+
+}  // namespace
+}  // namespace vim

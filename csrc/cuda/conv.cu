@@ -1,0 +1,455 @@
+// Fast kernels for what models use: four taps, neighbouring channels in memory, both directions from one read of x. A
+// thread walks along the tokens with its channels' last few in registers. Everything else takes the general kernels.
+// Sums have an order that depends on sizes alone.
+#include "conv.h"
+
+#include "scan_math.h"
+#include "vector.h"
+
+namespace vim {
+namespace VIM_ISA {
+namespace {
+
+constexpr int kTaps = 4;
+constexpr int kReach = kTaps - 1;
+constexpr int kThreads = 128;
+// Threads that fill the largest GPUs: a sequence is cut until there are as many, or its pieces are short.
+constexpr int64_t kEnoughThreads = 132 * 1024;
+constexpr int64_t kShortest = 8;
+constexpr int64_t kLongest = 64;
+
+// Pieces of a sequence: `segments` in all batch elements together, each of up to `tokens` tokens.
+struct Pieces {
+  int64_t tokens, of_sequence, segments;
+};
+
+Pieces cut(const Conv& conv, int64_t threads_of_token) {
+  const int64_t wanted = conv.batch * conv.length * threads_of_token / kEnoughThreads;
+  Pieces pieces;
+  pieces.tokens = round_up(smaller(larger(wanted, kShortest), kLongest), kShortest);
+  pieces.of_sequence = blocks_in(conv.length, pieces.tokens);
+  pieces.segments = conv.batch * pieces.of_sequence;
+  return pieces;
+}
+
+template <class T>
+VIM_DEVICE T* at(const Activation& x, int64_t b, int64_t token, int64_t channel) {
+  return static_cast<T*>(x.data) + b * x.batch + token * x.token + channel * x.channel;
+}
+
+// The taps of kVector channels, and their biases.
+template <int kVector>
+struct Taps {
+  Floats<kVector> weight[kTaps], bias;
+
+  VIM_DEVICE Taps(const ConvDirection& side, int64_t channel) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) weight[k][i] = side.weight[(channel + i) * kTaps + k];
+      bias[i] = side.bias == nullptr ? 0 : side.bias[channel + i];
+    }
+  }
+
+  // bias + sum_k weight[k] x[k], or with the taps in the other order.
+  template <bool kReverse>
+  VIM_DEVICE Floats<kVector> convolve(const Floats<kVector>* x) const {
+    Floats<kVector> sum = bias;
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum[i] += weight[kReverse ? kReach - k : k][i] * x[k][i];
+    }
+    return sum;
+  }
+};
+
+// Moves a window of tokens on by one.
+template <int kVector, int kSize>
+VIM_DEVICE void push(Floats<kVector> (&window)[kSize], const Floats<kVector>& next) {
+#pragma unroll
+  for (int t = 0; t + 1 < kSize; ++t) window[t] = window[t + 1];
+  window[kSize - 1] = next;
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------
+
+constexpr int kForwardVector = 4;
+
+// Tokens whose loads are on their way: 64 bytes a thread.
+template <class T>
+constexpr int kAhead = 16 / static_cast<int>(sizeof(T));
+
+template <class T, int kVector, bool kSilu>
+VIM_DEVICE void write(const ConvDirection& side, int64_t b, int64_t token, int64_t channel, Floats<kVector> sum) {
+  if (kSilu) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum[i] = silu(sum[i]);
+  }
+  store_floats(sum, at<T>(side.out, b, token, channel));
+}
+
+// kBefore and kAfter say which directions there are: one that looks back, one that looks ahead. The one that looks ahead
+// is the second where there are both.
+template <class T, bool kBefore, bool kAfter, bool kSilu>
+__global__ void __launch_bounds__(kThreads) conv_fwd_kernel(Conv conv, Pieces pieces) {
+  constexpr int kVector = kForwardVector, kLookBack = kBefore ? kReach : 0, kLookAhead = kAfter ? kReach : 0;
+  constexpr int kBatch = kAhead<T>;
+  const int64_t vectors = conv.dim / kVector;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t channel = index % vectors * kVector, segment = index / vectors;
+  if (segment >= pieces.segments) return;
+  const int64_t b = segment / pieces.of_sequence, first = segment % pieces.of_sequence * pieces.tokens;
+  const int64_t last = smaller(first + pieces.tokens, conv.length);
+  const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore ? 1 : 0];
+  const Taps<kVector> taps(before, channel), taps_after(after, channel);
+  const T* x = at<T>(conv.x, b, 0, channel);
+  const auto load = [&](int64_t token) {
+    if (token < 0 || token >= conv.length) return Vector<T, kVector>{};
+    return load_vector<kVector>(x + token * conv.x.token);
+  };
+
+  Floats<kVector> window[kLookBack + 1 + kLookAhead];
+#pragma unroll
+  for (int t = 0; t < kLookBack + kLookAhead; ++t) window[t + 1] = widen<kVector>(load(first - kLookBack + t));
+  Vector<T, kVector> next[kBatch];
+#pragma unroll
+  for (int t = 0; t < kBatch; ++t) next[t] = load(first + kLookAhead + t);
+  for (int64_t tile = first; tile < last; tile += kBatch) {
+    Vector<T, kVector> now[kBatch];
+#pragma unroll
+    for (int t = 0; t < kBatch; ++t) {
+      now[t] = next[t];
+      next[t] = load(tile + kBatch + kLookAhead + t);
+    }
+#pragma unroll
+    for (int t = 0; t < kBatch; ++t) {
+      push(window, widen<kVector>(now[t]));
+      if (tile + t >= last) continue;
+      if (kBefore) write<T, kVector, kSilu>(before, b, tile + t, channel, taps.template convolve<false>(window));
+      if (kAfter) {
+        const Floats<kVector> sum = taps_after.template convolve<true>(window + kLookBack);
+        write<T, kVector, kSilu>(after, b, tile + t, channel, sum);
+      }
+    }
+  }
+}
+
+// An output a thread; `tokens_first` says that neighbouring threads take neighbouring tokens.
+template <class T>
+__global__ void __launch_bounds__(kThreads) conv_fwd_general_kernel(Conv conv, bool tokens_first) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t of_batch = conv.length * conv.dim, b = index / of_batch, rest = index % of_batch;
+  if (b >= conv.batch) return;
+  const int64_t token = tokens_first ? rest % conv.length : rest / conv.dim;
+  const int64_t channel = tokens_first ? rest / conv.length : rest % conv.dim;
+  for (int d = 0; d < conv.directions; ++d) {
+    const ConvDirection& side = conv.direction[d];
+    float sum = side.bias == nullptr ? 0 : side.bias[channel];
+    for (int64_t k = 0; k < side.width; ++k) {
+      const int64_t distance = side.width - 1 - k, source = side.reverse ? token + distance : token - distance;
+      if (source < 0 || source >= conv.length) continue;
+      sum += side.weight[channel * side.width + k] * to_float(*at<T>(conv.x, b, source, channel));
+    }
+    from_float(conv.silu ? silu(sum) : sum, at<T>(side.out, b, token, channel));
+  }
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------
+// g is the gradient before SiLU, of a direction at a token. dx is the convolution of g in the other direction, and
+// dweight[k] sums g with what tap k has seen. g is never stored: it is made again from x where it is needed.
+
+constexpr int kBackwardVector = 2;
+constexpr int kBackwardChannels = kWarp * kBackwardVector;  // of a block; its warps have different pieces
+constexpr int kBackwardWarps = 8;
+constexpr int kRows = kTaps + 1;  // of a direction's partials: the taps and the bias
+
+template <int kVector>
+VIM_DEVICE Floats<kVector> before_silu(Floats<kVector> gradient, const Floats<kVector>& sum, bool applied) {
+  if (applied) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) gradient[i] *= silu_slope(sum[i]);
+  }
+  return gradient;
+}
+
+// Adds what g of a token gives to dweight and dbias; x is what the taps have seen, the first tap first or last.
+template <int kVector, bool kReverse>
+VIM_DEVICE void accumulate(Floats<kVector> (&sums)[kRows], const Floats<kVector>& g, const Floats<kVector>* x) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) sums[k][i] += g[i] * x[kReverse ? kReach - k : k][i];
+    sums[kTaps][i] += g[i];
+  }
+}
+
+// Adds the sums of the block's warps; the first warp writes them, (rows, dim) from `partial` on.
+template <int kVector>
+VIM_DEVICE void write_sums(const Floats<kVector> (&sums)[kRows], int64_t channel, int64_t dim, float* partial) {
+  float* shared = reinterpret_cast<float*>(shared_memory());  // (warps, rows, channels of the block)
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    store_floats(sums[k], shared + (warp * kRows + k) * kBackwardChannels + lane * kVector);
+  }
+  __syncthreads();
+  if (warp != 0 || channel >= dim) return;
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    Floats<kVector> sum = sums[k];
+    for (int w = 1; w < kBackwardWarps; ++w) {
+      const float* other = shared + (w * kRows + k) * kBackwardChannels + lane * kVector;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum[i] += other[i];
+    }
+    store_floats(sum, partial + k * dim + channel);
+  }
+}
+
+// At token l the window of x holds l to l + 3: what g of the direction that looks back needs at l + 3, and g of the one
+// that looks ahead at l. dx[l] takes the former from l to l + 3 and the latter from l - 3 to l.
+template <class T, bool kBefore, bool kAfter>
+__global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_bwd_kernel(Conv conv, Pieces pieces) {
+  constexpr int kVector = kBackwardVector;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t channel = static_cast<int64_t>(blockIdx.y) * kBackwardChannels + lane * kVector;
+  const int64_t segment = static_cast<int64_t>(blockIdx.x) * kBackwardWarps + warp;
+  const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore ? 1 : 0];
+  Floats<kVector> sums[kRows], sums_after[kRows];
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) sums[k] = sums_after[k] = filled<kVector>(0);
+
+  if (segment < pieces.segments && channel < conv.dim) {
+    const int64_t b = segment / pieces.of_sequence, first = segment % pieces.of_sequence * pieces.tokens;
+    const int64_t last = smaller(first + pieces.tokens, conv.length);
+    const Taps<kVector> taps(before, channel), taps_after(after, channel);
+    const auto load = [&](const Activation& from, int64_t token) {
+      if (token < 0 || token >= conv.length) return Vector<T, kVector>{};
+      return load_vector<kVector>(at<T>(from, b, token, channel));
+    };
+    const int64_t start = first - kReach;
+    Floats<kVector> x[kTaps], g[kTaps], g_after[kTaps];
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      g[t] = g_after[t] = filled<kVector>(0);
+      if (t > 0) x[t] = widen<kVector>(load(conv.x, start + t - 1));
+    }
+    Vector<T, kVector> next_x = load(conv.x, start + kReach), next = {}, next_after = {};
+    if (kBefore) next = load(before.dout, start + kReach);
+    if (kAfter) next_after = load(after.dout, start);
+#pragma unroll 4
+    for (int64_t token = start; token < last; ++token) {
+      push(x, widen<kVector>(next_x));
+      const Floats<kVector> dout = widen<kVector>(next), dout_after = widen<kVector>(next_after);
+      next_x = load(conv.x, token + 1 + kReach);
+      if (kBefore) next = load(before.dout, token + 1 + kReach);
+      if (kAfter) next_after = load(after.dout, token + 1);
+      if (kBefore) {
+        push(g, before_silu(dout, taps.template convolve<false>(x), conv.silu));
+        // The tokens before this piece and after it are other threads' to sum.
+        if (token + kReach < last) accumulate<kVector, false>(sums, g[kReach], x);
+      }
+      if (kAfter) {
+        push(g_after, before_silu(dout_after, taps_after.template convolve<true>(x), conv.silu));
+        if (token >= first) accumulate<kVector, true>(sums_after, g_after[kReach], x);
+      }
+      if (token < first) continue;
+      Floats<kVector> dx = filled<kVector>(0);
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          if (kBefore) dx[i] += taps.weight[kReach - k][i] * g[k][i];
+          if (kAfter) dx[i] += taps_after.weight[k][i] * g_after[k][i];
+        }
+      }
+      store_floats(dx, at<T>(conv.dx, b, token, channel));
+    }
+  }
+
+  const int64_t rows = (kBefore && kAfter ? 2 : 1) * kRows;
+  float* partial = conv.partials + static_cast<int64_t>(blockIdx.x) * rows * conv.dim;
+  if (kBefore) write_sums(sums, channel, conv.dim, partial);
+  if (kAfter) write_sums(sums_after, channel, conv.dim, partial + (kBefore ? kRows * conv.dim : 0));
+}
+
+// Adds the partials of `blocks` blocks: a lane has a channel of a row, a warp every kBackwardWarps-th block.
+__global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_reduce_kernel(Conv conv, int64_t blocks) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const int64_t row = blockIdx.y, rows = gridDim.y, k = row % kRows;
+  float sum = 0;
+  for (int64_t block = warp; channel < conv.dim && block < blocks; block += kBackwardWarps) {
+    sum += conv.partials[(block * rows + row) * conv.dim + channel];
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || channel >= conv.dim) return;
+  for (int w = 1; w < kBackwardWarps; ++w) sum += shared[w * kWarp + lane];
+  const ConvDirection& side = conv.direction[row / kRows];
+  if (k < kTaps) {
+    side.dweight[channel * kTaps + k] = sum;
+  } else if (side.dbias != nullptr) {
+    side.dbias[channel] = sum;
+  }
+}
+
+// g of a direction at a token, which may lie outside the sequence.
+template <class T>
+VIM_DEVICE float gradient_before_silu(const Conv& conv, const ConvDirection& side, int64_t b, int64_t token,
+                                      int64_t channel) {
+  if (token < 0 || token >= conv.length) return 0;
+  const float gradient = to_float(*at<T>(side.dout, b, token, channel));
+  if (!conv.silu) return gradient;
+  float sum = side.bias == nullptr ? 0 : side.bias[channel];
+  for (int64_t k = 0; k < side.width; ++k) {
+    const int64_t distance = side.width - 1 - k, source = side.reverse ? token + distance : token - distance;
+    if (source < 0 || source >= conv.length) continue;
+    sum += side.weight[channel * side.width + k] * to_float(*at<T>(conv.x, b, source, channel));
+  }
+  return gradient * silu_slope(sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) conv_bwd_general_kernel(Conv conv, bool tokens_first) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t of_batch = conv.length * conv.dim, b = index / of_batch, rest = index % of_batch;
+  if (b >= conv.batch) return;
+  const int64_t token = tokens_first ? rest % conv.length : rest / conv.dim;
+  const int64_t channel = tokens_first ? rest / conv.length : rest % conv.dim;
+  float dx = 0;
+  for (int d = 0; d < conv.directions; ++d) {
+    const ConvDirection& side = conv.direction[d];
+    for (int64_t k = 0; k < side.width; ++k) {
+      const int64_t distance = side.width - 1 - k, seen_by = side.reverse ? token - distance : token + distance;
+      dx += side.weight[channel * side.width + k] * gradient_before_silu<T>(conv, side, b, seen_by, channel);
+    }
+  }
+  from_float(dx, at<T>(conv.dx, b, token, channel));
+}
+
+// A block sums one tap of one channel, or its bias (blockIdx.y beyond the taps), over all tokens.
+template <class T>
+__global__ void __launch_bounds__(kThreads) conv_weight_general_kernel(Conv conv, int d) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const ConvDirection& side = conv.direction[d];
+  const int64_t channel = blockIdx.x, k = blockIdx.y, distance = side.width - 1 - k;
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < conv.batch * conv.length; i += kThreads) {
+    const int64_t b = i / conv.length, token = i % conv.length;
+    const int64_t source = side.reverse ? token + distance : token - distance;
+    const bool is_bias = k == side.width;
+    if (!is_bias && (source < 0 || source >= conv.length)) continue;
+    const float g = gradient_before_silu<T>(conv, side, b, token, channel);
+    sum += is_bias ? g : g * to_float(*at<T>(conv.x, b, source, channel));
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int t = 1; t < kThreads; ++t) sum += shared[t];
+  if (k < side.width) {
+    side.dweight[channel * side.width + k] = sum;
+  } else if (side.dbias != nullptr) {
+    side.dbias[channel] = sum;
+  }
+}
+
+// ---- which kernels ---------------------------------------------------------------------------------------------
+
+template <int kVector>
+bool has_vectors(Element element, const Activation& x) {
+  bool aligned = false;
+  with_element(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    aligned = x.channel == 1 && is_aligned<kVector, T>(x.data, x.batch) && x.token % kVector == 0;
+  });
+  return aligned;
+}
+
+template <int kVector>
+bool is_fast(const Conv& conv, bool backward) {
+  bool fast = conv.dim % kVector == 0 && has_vectors<kVector>(conv.element, conv.x);
+  if (backward) fast = fast && has_vectors<kVector>(conv.element, conv.dx);
+  for (int d = 0; d < conv.directions; ++d) {
+    const ConvDirection& side = conv.direction[d];
+    fast = fast && side.width == kTaps && has_vectors<kVector>(conv.element, backward ? side.dout : side.out);
+  }
+  // Two directions are one of each kind, the one that looks back first.
+  return fast && (conv.directions == 1 || (!conv.direction[0].reverse && conv.direction[1].reverse));
+}
+
+bool tokens_first(const Conv& conv) { return conv.x.token == 1 && conv.x.channel != 1; }
+
+unsigned blocks_of(int64_t threads, int64_t size) { return static_cast<unsigned>(blocks_in(threads, size)); }
+
+// Calls function(before, after) with constants that say which directions there are.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+template <class Function>
+void with_directions(const Conv& conv, const Function& function) {
+  if (conv.directions == 2) return function(Flag<true>{}, Flag<true>{});
+  if (conv.direction[0].reverse) return function(Flag<false>{}, Flag<true>{});
+  return function(Flag<true>{}, Flag<false>{});
+}
+
+Pieces backward_pieces(const Conv& conv) { return cut(conv, conv.dim / kBackwardVector); }
+
+int64_t backward_blocks(const Conv& conv) { return blocks_in(backward_pieces(conv).segments, kBackwardWarps); }
+
+}  // namespace
+
+void conv_forward(const Conv& conv, Stream stream) {
+  with_element(conv.element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (!is_fast<kForwardVector>(conv, false)) {
+      const Geometry geometry{dim3(blocks_of(conv.batch * conv.length * conv.dim, kThreads)), dim3(kThreads), 0};
+      return launch(conv_fwd_general_kernel<T>, geometry, stream, conv, tokens_first(conv));
+    }
+    const Pieces pieces = cut(conv, conv.dim / kForwardVector);
+    const int64_t threads = pieces.segments * (conv.dim / kForwardVector);
+    const Geometry geometry{dim3(blocks_of(threads, kThreads)), dim3(kThreads), 0};
+    with_directions(conv, [&](auto before, auto after) {
+      constexpr bool kBefore = decltype(before)::value, kAfter = decltype(after)::value;
+      if (conv.silu) return launch(conv_fwd_kernel<T, kBefore, kAfter, true>, geometry, stream, conv, pieces);
+      launch(conv_fwd_kernel<T, kBefore, kAfter, false>, geometry, stream, conv, pieces);
+    });
+  });
+}
+
+int64_t conv_partial_floats(const Conv& conv) {
+  return is_fast<kBackwardVector>(conv, true) ? backward_blocks(conv) * conv.directions * kRows * conv.dim : 0;
+}
+
+void conv_backward(const Conv& conv, Stream stream) {
+  with_element(conv.element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (is_fast<kBackwardVector>(conv, true)) {
+      const Pieces pieces = backward_pieces(conv);
+      const int64_t blocks = backward_blocks(conv);
+      const unsigned threads = kBackwardWarps * kWarp;
+      with_directions(conv, [&](auto before, auto after) {
+        const size_t shared = sizeof(float) * kBackwardWarps * kRows * kBackwardChannels;
+        const dim3 grid(static_cast<unsigned>(blocks), blocks_of(conv.dim, kBackwardChannels));
+        launch(conv_bwd_kernel<T, decltype(before)::value, decltype(after)::value>, {grid, dim3(threads), shared}, stream,
+               conv, pieces);
+      });
+      const dim3 grid(blocks_of(conv.dim, kWarp), static_cast<unsigned>(conv.directions) * kRows);
+      return launch(conv_reduce_kernel, {grid, dim3(threads), sizeof(float) * threads}, stream, conv, blocks);
+    }
+    const Geometry geometry{dim3(blocks_of(conv.batch * conv.length * conv.dim, kThreads)), dim3(kThreads), 0};
+    launch(conv_bwd_general_kernel<T>, geometry, stream, conv, tokens_first(conv));
+    for (int d = 0; d < conv.directions; ++d) {
+      const dim3 grid(static_cast<unsigned>(conv.dim), static_cast<unsigned>(conv.direction[d].width) + 1);
+      launch(conv_weight_general_kernel<T>, {grid, dim3(kThreads), sizeof(float) * kThreads}, stream, conv, d);
+    }
+  });
+}
+
+}  // namespace VIM_ISA
+}  // namespace vim
