@@ -50,7 +50,7 @@ def open_named(data: DataConfig, split: str) -> tuple[ImageSource, tuple[str, ..
 def _open_hugging_face(data: DataConfig, split: str) -> tuple[ImageSource, tuple[str, ...] | None]:
     if importlib.util.find_spec("datasets") is None:
         raise ModuleNotFoundError(
-            f"data.dataset {data.dataset!r} needs the package datasets: pip install datasets", name="datasets"
+            f'data.dataset {data.dataset!r} needs the package datasets: pip install "vimamba[data]"', name="datasets"
         )
     with contextlib.nullcontext() if data.download else _offline(), _refused(data):
         dataset: Any = create_dataset(
