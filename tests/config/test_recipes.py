@@ -21,6 +21,7 @@ VIM_TINY_IN1K = {
     "batch_size": 8 * 128,
     "precision": "float32",
     "ema_decay": 0.99996,
+    "best_by": "raw",
     "seed": 0,
     "model.name": "vim_tiny_patch16_224",
     "model.img_size": 224,
@@ -77,7 +78,10 @@ VIM_TINY_IN1K = {
     "schedule.min_lr": 1e-5,
     "schedule.lag_epochs": 1,
 }
-OF_THE_MACHINE = {"micro_batch_size", "eval_batch_size", "device", "data.path", "data.synthetic_images"}
+OF_THE_MACHINE = {
+    *("micro_batch_size", "eval_batch_size", "max_skipped_steps", "device", "data.path", "data.synthetic_images"),
+    *("save.steps", "save.minutes", "log.trackers", "log.steps"),
+}
 
 
 def flat(data, prefix=""):

@@ -106,7 +106,35 @@ def test_the_learning_rate_scales_with_the_batch_only_where_a_base_is_given():
     assert change(TrainConfig(), optim__lr=1e-3, batch_size=128).peak_lr == 1e-3
     scaled = change(TrainConfig(), optim__lr=5e-4, optim__lr_batch_size=512, batch_size=1024, micro_batch_size=128)
     assert scaled.peak_lr == pytest.approx(1e-3)
-    assert scaled.accumulation_steps == 8
+    assert scaled.split_batch(1).accumulation_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"),
+    [
+        (1024, 128, 1, (128, 8)),
+        (1024, 128, 8, (128, 1)),
+        (1024, 128, 16, (64, 1)),
+        (1024, 128, 3 * 4 + 4, (64, 1)),
+        (96, 32, 2, (24, 2)),
+        (64, 64, 2, (32, 1)),
+    ],
+)
+def test_the_batch_of_a_step_stays_what_it_is_on_any_number_of_processes(batch, micro, processes, expected):
+    config = change(TrainConfig(), batch_size=batch, micro_batch_size=micro)
+    split = config.split_batch(processes)
+    assert (split.micro_batch_size, split.accumulation_steps) == expected
+    assert processes * split.micro_batch_size * split.accumulation_steps == batch
+
+
+def test_processes_that_cannot_share_a_batch_are_refused():
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes that share it, got 64"):
+        TrainConfig().split_batch(3)
+    mixing = change(TrainConfig(), augment__mixup=0.8, batch_size=12, micro_batch_size=12)
+    assert mixing.split_batch(2).micro_batch_size == 6
+    assert change(mixing, micro_batch_size=4).split_batch(2).micro_batch_size == 2  # pairs are mixed: 3 is odd
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of twice the 4 processes .* got 12"):
+        mixing.split_batch(4)
 
 
 def test_an_image_size_is_a_side_or_a_height_and_a_width():

@@ -8,7 +8,7 @@ import io
 from rich.console import Console
 
 from vim.engine import log
-from vim.engine.log import Recorder, Reporter, describe_epoch
+from vim.engine.log import Recorder, Reporter, describe_epoch, loading_advice
 from vim.engine.plots import draw_curves
 
 ROW = {
@@ -21,7 +21,11 @@ ROW = {
     "val_top1": 62.5,
     "ema_loss": None,
     "ema_top1": None,
+    "grad_norm": 0.512,
+    "skipped_steps": 0,
     "images_per_second": 1234.5,
+    "data_wait_percent": 3.2,
+    "memory_gib": 1.25,
     "seconds": 75.0,
 }
 
@@ -52,13 +56,23 @@ def test_on_a_terminal_a_bar_shows_loss_accuracy_speed_and_time_left():
 def test_an_epoch_is_described_in_a_line():
     line = describe_epoch(ROW, 300)
     assert line == (
-        "epoch   1/300  training: loss 1.500,  50.0 %  held out: loss 1.250,  62.5 %  1,234 images/s  0:01:15"
+        "epoch   1/300  training: loss 1.500,  50.0 %  held out: loss 1.250,  62.5 %  gradient 0.51  "
+        "1,234 images/s, 3 % waiting  1.2 GiB  0:01:15"
     )
-    assert "EMA  99.0 %" in describe_epoch({**ROW, "ema_top1": 99.0}, 300)
+    more = describe_epoch({**ROW, "ema_top1": 99.0, "skipped_steps": 2, "memory_gib": None}, 300)
+    assert "EMA  99.0 %" in more
+    assert "2 steps skipped" in more
+    assert "GiB" not in more
+
+
+def test_waiting_for_images_is_said_when_it_takes_a_fifth_of_the_time():
+    assert loading_advice({**ROW, "data_wait_percent": 20.0}, workers=4) == []
+    (line,) = loading_advice({**ROW, "data_wait_percent": 37.4}, workers=4)
+    assert line.startswith("advice: 37 % of the training time went into waiting for images; raise data.workers, now 4")
 
 
 def test_the_summary_has_a_row_an_epoch(tmp_path):
-    writer = Recorder(tmp_path / "summary.csv", tmp_path / "tensorboard")
+    writer = Recorder(tmp_path / "summary.csv")
     second = {**ROW, "epoch": 2, "step": 20, "val_loss": 0.1}
     writer.write_epoch([ROW])
     writer.write_epoch([ROW, second])
@@ -66,15 +80,6 @@ def test_the_summary_has_a_row_an_epoch(tmp_path):
     with open(tmp_path / "summary.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["val_loss"], row["ema_top1"]) for row in rows] == [("1", "1.25", ""), ("2", "0.1", "")]
-
-
-def test_without_tensorboard_the_summary_is_written_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
-    writer = Recorder(tmp_path / "summary.csv", tmp_path / "tensorboard")
-    writer.write_epoch([ROW])
-    writer.close()
-    assert (tmp_path / "summary.csv").exists()
-    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_curves_are_drawn_for_one_epoch_and_for_many(tmp_path):

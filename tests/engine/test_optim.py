@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.training import tiny_config
 from vim.engine.model import build_model
-from vim.engine.optim import Schedule, build_ema, build_optimizer, clip_gradients
+from vim.engine.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
 
 
 def rates(config, updates_per_epoch=10):
@@ -136,14 +136,16 @@ def gradients(*values):
 
 def test_clipping_by_norm_keeps_the_direction_and_reports_the_norm_before():
     model = gradients(3.0, 4.0)
-    norm = clip_gradients(model, tiny_config(optim__clip_grad=1.0).optim)
+    norm = gradient_norm(model)
+    clip_gradients(model, tiny_config(optim__clip_grad=1.0).optim, norm)
     assert norm.item() == pytest.approx(5.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
 
 
 def test_clipping_by_value_cuts_each_gradient_and_no_clipping_changes_none():
     model = gradients(3.0, -0.5)
-    clip_gradients(model, tiny_config(optim__clip_grad=1.0, optim__clip_mode="value").optim)
+    norm = gradient_norm(model)
+    clip_gradients(model, tiny_config(optim__clip_grad=1.0, optim__clip_mode="value").optim, norm)
     assert model.weight.grad.tolist() == [[1.0, -0.5]]
-    clip_gradients(model, tiny_config(optim__clip_grad=None).optim)
+    clip_gradients(model, tiny_config(optim__clip_grad=None).optim, norm)
     assert model.weight.grad.tolist() == [[1.0, -0.5]]

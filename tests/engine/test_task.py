@@ -70,3 +70,19 @@ def test_the_model_runs_in_the_precision_asked_for_and_the_loss_in_float32(preci
     task = ClassificationTask(tiny_config(precision=precision), 3, CPU)
     loss, _ = task.training_loss(model, torch.randn(2, 1, 2, 2), torch.tensor([0, 1]))
     assert (seen["dtype"], loss.dtype) == (inside, torch.float32)
+
+
+def test_how_a_batch_is_mixed_is_a_function_of_the_seed_and_the_place():
+    def mixed(place, seed=0):
+        task, images = ClassificationTask(tiny_config(augment__mixup=0.8, seed=seed), 3, CPU), torch.ones(2, 1, 4, 4)
+        images[0] = 0
+        task.training_loss(Fixed(torch.zeros(2, 3)), images, torch.tensor([0, 2]), place)
+        return images.flatten().tolist()
+
+    np.random.seed(1)
+    first = mixed((3, 7))
+    np.random.seed(2)
+    assert mixed((3, 7)) == first
+    assert mixed((3, 8)) != first
+    assert mixed((4, 7)) != first
+    assert mixed((3, 7), seed=1) != first

@@ -31,12 +31,15 @@ Each run writes its settings, figures and weights into a folder of its own under
 _RUN_OPTIONS = {
     "config": "YAML file with settings, such as one of configs/.",
     "output": "Folder of this run; it must be new or empty. Default: runs/RECIPE-TIME.",
-    "resume": "Folder of a run that stopped early, to be carried on from its last whole epoch.",
+    "resume": "Folder of a run that stopped early, to be carried on from its last checkpoint.",
 }
 _NO_SETTING = frozenset(_RUN_OPTIONS) | {"help", "print_config"}
 
 # What a run that is carried on may change: where and how it computes, not what it computes.
-_RESUME_MAY_CHANGE = frozenset({"device", "eval_batch_size", "data.path", "data.workers", "data.pin_memory"})
+_RESUME_MAY_CHANGE = frozenset(
+    {"device", "eval_batch_size", "max_skipped_steps", "data.path", "data.workers", "data.pin_memory"}
+    | {"save.steps", "save.minutes", "log.trackers", "log.steps"}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +80,7 @@ def dump_config(config: TrainConfig) -> str:
 
 def setting_names() -> list[str]:
     """Return the dotted name of every setting, such as `optim.lr`, in the order of the schema."""
-    return list(_flatten(config_to_dict(TrainConfig())))
+    return list(flatten(config_to_dict(TrainConfig())))
 
 
 def parse_command_line(argv: Sequence[str]) -> Command:
@@ -111,7 +114,7 @@ def parse_command_line(argv: Sequence[str]) -> Command:
     config, output, _ = _parse(own + arguments)
     if output is not None:
         raise ValueError(f"--output must not be given with --resume, which writes into {folder}, got {output}")
-    _check_resume_changes(_parse(own)[0], config)
+    check_resumable(_parse(own)[0], config)
     return Command(config=config, output=None, resume=folder)
 
 
@@ -191,7 +194,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not YAML: {_one_line(str(error))}") from error
     if not isinstance(data, dict):
         raise ValueError(f"--config {path} must hold settings by name, got {type(data).__name__}")
-    _check_names(_flatten(data), str(path))
+    _check_names(flatten(data), str(path))
     return data
 
 
@@ -227,9 +230,13 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
     return leaves[close[0]] if close else None
 
 
-def _check_resume_changes(before: TrainConfig, after: TrainConfig) -> None:
-    """Raise when the command line changes what a run computes on resuming it."""
-    old, new = _flatten(config_to_dict(before)), _flatten(config_to_dict(after))
+def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
+    """Check that a run which is carried on with other settings computes the same.
+
+    Raises:
+        ValueError: It does not; the message names the first setting that must stay, and both values.
+    """
+    old, new = flatten(config_to_dict(before)), flatten(config_to_dict(after))
     for name, value in new.items():
         if name not in _RESUME_MAY_CHANGE and old.get(name) != value:
             raise ValueError(
@@ -243,8 +250,8 @@ def _option_values(arguments: Sequence[str], name: str) -> list[str]:
     return values + [value for token, value in pairwise(arguments) if token == f"--{name}"]
 
 
-def _flatten(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings by dotted name; a group that is not a dict keeps its own name."""
+def flatten(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by dotted name, such as `optim.lr`; a group that is not a dict keeps its own name."""
     return dict(_walk(data, ""))
 
 

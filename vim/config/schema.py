@@ -16,6 +16,8 @@ MixMode = Literal["batch", "pair", "elem"]
 ScheduleName = Literal["cosine", "constant"]
 ScheduleUnit = Literal["epoch", "step"]
 ClipMode = Literal["norm", "value", "agc"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+BestBy = Literal["raw", "ema", "better"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,6 +260,46 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SaveConfig:
+    """Checkpoints within an epoch; one is written after every epoch in any case."""
+
+    steps: int | None = None
+    """Write one every so many optimizer steps; `null` counts none."""
+    minutes: float | None = 10.0
+    """Write one when the last is so many minutes old; `null` looks at no clock."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "minutes"):
+            if getattr(self, name) is not None:
+                check_positive(f"save.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """Figures for programs that draw them; `summary.csv` and `curves.png` are written in any case."""
+
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Any of `tensorboard`, `wandb` and `mlflow`, which must be installed."""
+    steps: int = 50
+    """Hand them figures every so many optimizer steps, besides those of every epoch."""
+
+    def __post_init__(self) -> None:
+        for name in self.trackers:
+            check_choice("log.trackers", name, TrackerName)
+        check_positive("log.steps", self.steps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSplit:
+    """What one process does of an optimizer step."""
+
+    micro_batch_size: int
+    """Images in one forward and backward."""
+    accumulation_steps: int
+    """Forward and backward passes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A training run, whole."""
 
@@ -266,15 +308,19 @@ class TrainConfig:
     epochs: int = 15
     """Passes over the training images."""
     batch_size: int = 64
-    """Images in one optimizer step."""
+    """Images in one optimizer step, over all processes."""
     micro_batch_size: int = 64
-    """Images in one forward and backward; gradients add up until `batch_size` is reached."""
+    """Most images in one forward and backward of a process; gradients add up until `batch_size` is reached."""
     eval_batch_size: int | None = None
-    """Images in one forward at evaluation; `null` takes `micro_batch_size`."""
+    """Images in one forward of a process at evaluation; `null` takes `micro_batch_size`."""
     precision: Precision = "float32"
     """`float32`, `tf32` (float32 with faster matrix products), or autocast to `bfloat16` or `float16`."""
     ema_decay: float | None = 0.98
     """Decay of the averaged weights, per optimizer step; `null` keeps no average."""
+    best_by: BestBy = "better"
+    """Judge an epoch by its `raw` weights, as the original does, by the averaged ones (`ema`), or by the `better`."""
+    max_skipped_steps: int = 20
+    """Stop after so many steps in a row whose loss or gradient is not finite; none of them is taken."""
     seed: int = 0
     """Seed of every random choice."""
     device: str = "auto"
@@ -285,14 +331,17 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         check("recipe", self.recipe, "a name without '/'", lambda v: bool(v) and "/" not in v and "\\" not in v)
-        for name in ("epochs", "batch_size", "micro_batch_size"):
+        for name in ("epochs", "batch_size", "micro_batch_size", "max_skipped_steps"):
             check_positive(name, getattr(self, name))
         if self.eval_batch_size is not None:
             check_positive("eval_batch_size", self.eval_batch_size)
         check_choice("precision", self.precision, Precision)
+        check_choice("best_by", self.best_by, BestBy)
         if self.ema_decay is not None:
             check("ema_decay", self.ema_decay, ">= 0 and < 1", lambda v: 0 <= v < 1)
         check("seed", self.seed, "between 0 and 2**32 - 1", lambda v: 0 <= v < 2**32)
@@ -308,6 +357,8 @@ class TrainConfig:
                 "micro_batch_size must be even when augment.mixup or augment.cutmix is on, which pair images, got "
                 f"{self.micro_batch_size}"
             )
+        if self.best_by == "ema" and self.ema_decay is None:
+            raise ValueError("best_by must be 'raw' or 'better' when ema_decay is null, got 'ema'")
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {self.schedule.warmup_epochs}"
@@ -321,10 +372,24 @@ class TrainConfig:
                 lambda v: len(v) in (1, self.model.in_chans),
             )
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Forward and backward passes in one optimizer step."""
-        return self.batch_size // self.micro_batch_size
+    def split_batch(self, processes: int) -> BatchSplit:
+        """Return what one of several processes does of an optimizer step.
+
+        Its micro-batches are of `micro_batch_size` images, or of the next smaller number that divides its share.
+
+        Raises:
+            ValueError: The processes cannot share `batch_size` images evenly.
+        """
+        share, rest = divmod(self.batch_size, processes)
+        step = 2 if self.augment.mixes else 1  # mixing pairs the images of a micro-batch
+        if rest or share % step:
+            multiple = f"twice the {processes}" if step == 2 else f"the {processes}"
+            raise ValueError(
+                f"batch_size must be a multiple of {multiple} processes that share it, got {self.batch_size}"
+            )
+        largest = min(self.micro_batch_size, share)
+        size = next(size for size in range(largest, 0, -1) if share % size == 0 and size % step == 0)
+        return BatchSplit(micro_batch_size=size, accumulation_steps=share // size)
 
     @property
     def peak_lr(self) -> float:

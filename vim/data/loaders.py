@@ -76,7 +76,7 @@ def build_loaders(config: TrainConfig, device: torch.device, rank: int = 0, worl
     order = TrainOrder(
         len(sets.train),
         config.batch_size,
-        config.micro_batch_size,
+        config.split_batch(world_size).micro_batch_size,
         seed=config.seed,
         repeats=augment.repeats,
         rounding=augment.repeats_rounding if augment.repeats > 1 else None,

@@ -1,4 +1,4 @@
-"""Exact evaluation: every held-out image counts once."""
+"""Exact evaluation: every held-out image counts once, on any number of processes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vim.engine.distributed import Processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,43 +26,73 @@ class EvalResult:
     """Number of images."""
 
 
+class EvaluationStopped(RuntimeError):
+    """A process was asked to stop, and all of them left the evaluation."""
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    processes: Processes | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Classify every image and count.
 
     Args:
         model: Put into evaluation mode for the time of the call.
-        batches: Normalised images (batch, in_chans, height, width) and labels (batch,), on the model's device.
+        batches: Normalised images (batch, in_chans, height, width) and labels (batch,), on the model's device; those of
+            this process.
         autocast: Makes the context to run the model in.
+        processes: The processes that share the images; each returns the figures of all. `None` is this one alone.
+        stop_asked: Asked after every batch; where it is true in one process, all of them leave.
 
     Raises:
         ValueError: There are no images.
+        EvaluationStopped: A process was asked to stop.
     """
     was_training = model.training
     model.eval()
-    count = num_classes = 0
     totals: Tensor | None = None
+    num_classes = 0
     for images, labels in batches:
         with autocast():
             logits = model(images)
         batch_totals, num_classes = _totals(logits.float(), labels), logits.shape[1]
         totals = batch_totals if totals is None else totals + batch_totals
-        count += len(labels)
+        if stop_asked():
+            break
     model.train(was_training)
-    if totals is None:
+    processes = processes or Processes()
+    if totals is None:  # fewer images than processes
+        device = next(iter(model.parameters()), torch.empty(0)).device
+        totals = torch.zeros(4, dtype=_exact(device), device=device)
+    stops = torch.tensor([float(stop_asked())], dtype=totals.dtype, device=totals.device)
+    loss, top1, top5, count, stop = processes.sum(torch.cat([totals, stops])).tolist()
+    if stop:
+        raise EvaluationStopped("a process was asked to stop during evaluation")
+    if count == 0:
         raise ValueError("evaluation needs at least one held-out image, got none")
-    loss, top1, top5 = (totals / count).tolist()
-    return EvalResult(loss=loss, top1=100 * top1, top5=100 * top5 if num_classes > 5 else None, count=count)
+    num_classes = max(processes.gather(num_classes))
+    return EvalResult(
+        loss=loss / count,
+        top1=100 * top1 / count,
+        top5=100 * top5 / count if num_classes > 5 else None,
+        count=round(count),
+    )
 
 
 def _totals(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sums over a batch of the loss, the first hits and the hits among five; float64 where there is any."""
+    """Return the sums over a batch of the loss, the first hits and the hits among five, and the number of images."""
     losses = F.cross_entropy(logits, labels, reduction="none")
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = guesses == labels[:, None]  # (batch, at most 5)
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    return torch.stack([losses.to(exact).sum(), hits[:, 0].to(exact).sum(), hits.to(exact).sum()])
+    count = torch.full_like(losses, 1.0)
+    exact = _exact(logits.device)
+    return torch.stack([values.to(exact).sum() for values in (losses, hits[:, 0], hits, count)])
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """Return the dtype to count in: float64 where there is any."""
+    return torch.float32 if device.type == "mps" else torch.float64

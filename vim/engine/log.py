@@ -1,10 +1,8 @@
-"""What a run shows and records: a progress bar or plain lines, `summary.csv`, TensorBoard."""
+"""What a run shows and records: a progress bar or plain lines, `summary.csv`, and figures for trackers."""
 
 import csv
 import datetime
-import importlib.util
 import io
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from vim.checkpoints.io import write_text
+from vim.engine.trackers import Tracker
 
-_logger = logging.getLogger(__name__)
-
+_LOADING_BOUND = 20.0  # percent of the training time that may go into waiting for images, before it is said
 _PLAIN_INTERVAL = 30.0  # seconds between two lines inside an epoch, where there is no terminal
 
 
@@ -87,53 +85,69 @@ class Reporter:
 
 
 class Recorder:
-    """Records the figures of every epoch in `summary.csv`, and in TensorBoard's format if that is installed.
+    """Records the figures of every epoch in `summary.csv`, and those of steps and epochs in trackers.
 
     Args:
-        summary: The CSV file; it is written anew, whole, after every epoch.
-        tensorboard: Folder for TensorBoard.
-        first_step: Steps done before; what TensorBoard holds beyond them, from a run cut short, is dropped.
+        summary: The CSV file; it is written anew, whole, after every epoch. `None` records nothing.
+        trackers: Where figures go besides.
     """
 
-    def __init__(self, summary: Path, tensorboard: Path, first_step: int = 0) -> None:
-        self._summary = summary
-        self._board: Any = None
-        if importlib.util.find_spec("tensorboard") is None:
-            _logger.info("tensorboard is not installed: no event files are written")
-            return
-        from torch.utils.tensorboard import SummaryWriter as Board
+    def __init__(self, summary: Path | None, trackers: Sequence[Tracker] = ()) -> None:
+        self._summary, self._trackers = summary, trackers
 
-        self._board = Board(str(tensorboard), purge_step=first_step or None)
+    def write_step(self, figures: Mapping[str, float], step: int) -> None:
+        """Record the figures of an optimizer step."""
+        for tracker in self._trackers:
+            tracker.log({f"step/{name}": value for name, value in figures.items()}, step)
 
     def write_epoch(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Record the last of these rows, and all of them in the CSV file."""
+        if self._summary is None:
+            return
         row = history[-1]
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         write_text(self._summary, text.getvalue())
-        if self._board is not None:
-            for name, value in row.items():
-                if name not in ("epoch", "step") and value is not None:
-                    self._board.add_scalar(name.replace("_", "/", 1), value, row["step"])
-            self._board.flush()
+        figures = {
+            name.replace("_", "/", 1): value
+            for name, value in row.items()
+            if name not in ("epoch", "step") and value is not None
+        }
+        for tracker in self._trackers:
+            tracker.log(figures, row["step"])
 
     def close(self) -> None:
-        """Close the files."""
-        if self._board is not None:
-            self._board.close()
+        """Close the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def describe_epoch(row: Mapping[str, Any], epochs: int) -> str:
     """Return the figures of an epoch as one line."""
     ema = "" if row["ema_top1"] is None else f"  EMA {row['ema_top1']:5.1f} %"
+    norm = "" if row["grad_norm"] is None else f"  gradient {row['grad_norm']:.2g}"
+    memory = "" if row["memory_gib"] is None else f"  {row['memory_gib']:.1f} GiB"
+    skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
     return (
         f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  "
         f"training: loss {row['train_loss']:.3f}, {row['train_top1']:5.1f} %  "
-        f"held out: loss {row['val_loss']:.3f}, {row['val_top1']:5.1f} %{ema}  "
-        f"{row['images_per_second']:,.0f} images/s  {_duration(row['seconds'])}"
+        f"held out: loss {row['val_loss']:.3f}, {row['val_top1']:5.1f} %{ema}{norm}{skipped}  "
+        f"{row['images_per_second']:,.0f} images/s, {row['data_wait_percent']:.0f} % waiting{memory}  "
+        f"{_duration(row['seconds'])}"
     )
+
+
+def loading_advice(row: Mapping[str, Any], workers: int) -> list[str]:
+    """Return a line of advice if training waited for images for too much of its time."""
+    share = row["data_wait_percent"]
+    if share <= _LOADING_BOUND:
+        return []
+    return [
+        f"advice: {share:.0f} % of the training time went into waiting for images; raise data.workers, now {workers}, "
+        "or put smaller images on a faster disk"
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
@@ -96,16 +96,24 @@ def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
     return None if decay is None else ModelEmaV3(model, decay=decay)
 
 
-def clip_gradients(model: nn.Module, optim: OptimConfig) -> Tensor:
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the global norm of the gradients, a scalar on their device."""
+    return torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in _trained(model)])
+
+
+def clip_gradients(model: nn.Module, optim: OptimConfig, norm: Tensor) -> None:
     """Clip the gradients in place as the settings say.
 
-    Returns:
-        The global norm of the gradients before clipping, a scalar on their device.
+    Args:
+        model: The model with its gradients.
+        optim: The largest gradient, and how it is measured.
+        norm: The global norm of the gradients.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if optim.clip_grad is not None and optim.clip_mode == "norm":
-        torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_grad, norm)
+        torch.nn.utils.clip_grads_with_norm_(_trained(model), optim.clip_grad, norm)
     elif optim.clip_grad is not None:
-        dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
-    return norm
+        dispatch_clip_grad(_trained(model), optim.clip_grad, mode=optim.clip_mode)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.grad is not None]

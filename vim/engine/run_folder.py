@@ -42,7 +42,6 @@ class RunFolder:
         self.best = path / "best.pth"
         self.best_weights = path / "best.safetensors"
         self.samples = path / "samples"
-        self.tensorboard = path / "tensorboard"
 
     def write_start(self, config: TrainConfig, device: torch.device) -> None:
         """Write the settings, and add this start of the run to the record of its environments."""

@@ -9,6 +9,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from vim.config.schema import Precision, TrainConfig
+from vim.data.randomness import Draw, seeded
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +24,7 @@ class ClassificationTask:
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, device: torch.device) -> None:
-        self._device_type = device.type
+        self._device_type, self._seed = device.type, config.seed
         self._dtype = _AUTOCAST.get(config.precision)
         augment, smoothing = config.augment, config.loss.label_smoothing
         self._mix = (
@@ -51,13 +52,16 @@ class ClassificationTask:
         """Return the context to run the model in."""
         return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype is not None)
 
-    def training_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def training_loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, place: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor]:
         """Run the model on a batch of training images.
 
         Args:
             model: The model to train.
             images: (batch, in_chans, height, width), normalised; mixing changes them in place.
             labels: (batch,), int64.
+            place: Epoch and number of the batch in it, over all processes; with the seed it decides how to mix.
 
         Returns:
             The mean loss, float32, and the number of images whose top class is that of the target; a mixed image
@@ -65,7 +69,8 @@ class ClassificationTask:
         """
         targets = labels
         if self._mix is not None:
-            images, targets = self._mix(images, labels)  # (batch, num_classes)
+            with seeded(Draw.MIXING, self._seed, *place):
+                images, targets = self._mix(images, labels)  # (batch, num_classes)
         with self.autocast():
             logits = model(images)
         logits = logits.float()

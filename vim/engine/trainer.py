@@ -1,121 +1,101 @@
 """The training loop: epochs of optimizer steps, evaluation, and files that let a run be carried on."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from typing import Any
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from timm.utils import random_seed
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from vim.checkpoints.io import (
-    CheckpointError,
-    load_checkpoint,
-    load_into,
-    rng_state,
-    save_checkpoint,
-    save_weights,
-    set_rng_state,
-)
-from vim.config.load import config_to_dict
+from vim.checkpoints.io import load_checkpoint, save_checkpoint, save_weights
+from vim.config.load import config_to_dict, flatten
 from vim.config.schema import TrainConfig
 from vim.data.loaders import build_loaders
 from vim.data.sources import image_files
 from vim.data.tensors import TensorImages
-from vim.engine.evaluate import EvalResult, evaluate
-from vim.engine.log import Recorder, Reporter, describe_epoch
+from vim.engine.distributed import Processes
+from vim.engine.evaluate import EvalResult, EvaluationStopped, evaluate
+from vim.engine.log import Recorder, Reporter, describe_epoch, loading_advice
+from vim.engine.meter import EpochMeter, peak_memory_gib
 from vim.engine.model import build_model, describe_model, resolve_device
-from vim.engine.optim import Schedule, build_ema, build_optimizer, clip_gradients
+from vim.engine.nonfinite import (
+    CHECKPOINT_FROM_BEFORE,
+    NonFiniteError,
+    bad_parameter,
+    describe_nonfinite,
+    first_bad_tensor,
+)
+from vim.engine.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
 from vim.engine.plots import draw_curves
 from vim.engine.predictor import weights_metadata
 from vim.engine.run_folder import RunFolder
+from vim.engine.run_state import Position, SaveClock, capture_rest, capture_weights, restore
+from vim.engine.stop import RunStopped, StopRequest
 from vim.engine.task import ClassificationTask, set_matmul_precision
+from vim.engine.trackers import check_trackers, open_trackers
 
 _CURVES_INTERVAL = 30.0  # seconds between two drawings of the curves
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient became infinite or not a number; the message names the step."""
-
-
-@dataclasses.dataclass(slots=True)
-class _EpochMeter:
-    """Sums over the optimizer steps of an epoch."""
-
-    began: float = dataclasses.field(default_factory=time.perf_counter)
-    steps: int = 0
-    images: int = 0
-    loss: float = 0.0
-    hits: float = 0.0
-    grad_norm: float = 0.0
-    waited: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-
 class Trainer:
-    """A training run.
+    """A training run, as one of its processes sees it.
 
     Making one opens the data and builds the model, and writes nothing; `fit` trains.
 
     Args:
         config: The settings.
-        folder: Where the run's files go.
-        console: Where progress is shown; `None` is the standard output.
+        folder: Where the run's files go; the main process writes them.
+        console: Where the main process shows progress; `None` is the standard output.
+        processes: The processes that train together; `None` is this one alone.
 
     Raises:
-        ValueError: A setting does not fit the data, the model or the machine.
+        ValueError: A setting does not fit the data, the model, the machine or the number of processes.
         ModuleNotFoundError: The data set needs a package that is not installed.
     """
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, console: Console | None = None) -> None:
-        self.config, self.folder, self._console = config, folder, console
-        self.device = resolve_device(config.device)
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        console: Console | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.config, self.folder = config, folder
+        self.processes = processes or Processes()
+        self._console = console if self.processes.is_main else Console(quiet=True)
+        self.device = resolve_device(config.device, self.processes.local_rank)
+        self.batch = config.split_batch(self.processes.size)
+        check_trackers(config.log.trackers)
         set_matmul_precision(config.precision)
-        random_seed(config.seed)
-        self.loaders = build_loaders(config, self.device)
-        self.updates_per_epoch = len(self.loaders.train) // config.accumulation_steps
+        random_seed(config.seed)  # the same in all processes, so that their models begin equal
+        self.loaders = build_loaders(config, self.device, self.processes.rank, self.processes.size)
+        self.updates_per_epoch = len(self.loaders.train) // self.batch.accumulation_steps
         self.model = build_model(config.model, len(self.loaders.class_names)).to(self.device)
         self.ema = build_ema(self.model, config.ema_decay)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = Schedule(self.optimizer, config, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.task = ClassificationTask(config, len(self.loaders.class_names), self.device)
-        self.epoch = 0
-        """Epochs done."""
-        self.step = 0
-        """Optimizer steps done."""
-        self.history: list[dict[str, Any]] = []
-        """Figures of the epochs done, one row each."""
-        self.best: dict[str, Any] | None = None
-        """The best held-out figures so far: epoch, weights (`raw` or `ema`), top1 and loss."""
+        if self.processes.size > 1:
+            random_seed(config.seed, self.processes.rank)  # dropout and mixing differ
+        self.position = Position()
+        self._stop = StopRequest()
+        self._save_clock = SaveClock(config.save)
         self._curves_drawn = -math.inf
 
     def resume(self) -> None:
-        """Go back to the end of the last whole epoch that the run's folder holds.
+        """Go back to the last checkpoint in the run's folder; a run that had none yet begins anew.
 
         Raises:
-            FileNotFoundError: The run has not finished an epoch.
-            CheckpointError: Its checkpoint is damaged, or is that of another model.
+            CheckpointError: The checkpoint is damaged, or is that of another model or of other settings.
         """
-        state = load_checkpoint(self.folder.last)
-        missing = {"epoch", "step", "model", "model_ema", "optimizer", "scaler", "rng", "history", "best"} - set(state)
-        if missing:
-            raise CheckpointError(f"{self.folder.last} cannot be resumed from: it lacks {min(missing)!r}")
-        load_into(self.model, state["model"], self.folder.last)
-        if self.ema is not None:
-            load_into(self.ema.module, state["model_ema"], self.folder.last)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.history, self.best = list(state["history"]), state["best"]
-        set_rng_state(state["rng"])
+        if self.folder.last.exists():
+            restore(self, load_checkpoint(self.folder.last))
 
     def fit(self) -> dict[str, Any]:
         """Train until the last epoch.
@@ -124,176 +104,275 @@ class Trainer:
             The best held-out figures: epoch, weights (`raw` or `ema`), top1 and loss.
 
         Raises:
-            NonFiniteError: The loss or its gradient became infinite or not a number.
+            NonFiniteError: The loss or its gradient was infinite or not a number in too many steps in a row.
+            RunStopped: The run got SIGTERM, and has saved where it was.
         """
-        config = self.config
-        self.folder.write_start(config, self.device)
-        held_out = self.loaders.sets.val
-        if isinstance(held_out, TensorImages):
-            self.folder.write_samples(held_out, self.loaders.class_names)
-        recorder = Recorder(self.folder.summary, self.folder.tensorboard, self.step)
+        config, position = self.config, self.position
         total_steps = config.epochs * self.updates_per_epoch
-        with closing(recorder), Reporter(total_steps, self.step, self._console) as reporter:
+        self._train_model = self.processes.parallel(self.model)
+        with (
+            self._stop.listen(),
+            closing(self._open_records()) as recorder,
+            Reporter(total_steps, position.step, self._console) as reporter,
+        ):
             for line in self._describe():
                 reporter.line(line)
-            while self.epoch < config.epochs:
-                row = self._run_epoch(reporter)
+            while position.epoch < config.epochs:
+                row = self._run_epoch(reporter, recorder)
                 reporter.line(describe_epoch(row, config.epochs))
-                recorder.write_epoch(self.history)
-                self._draw_curves(last=self.epoch == config.epochs)
-        if self.best is None:
+                for line in loading_advice(row, config.data.workers):
+                    reporter.line(line)
+                if self.processes.is_main:
+                    recorder.write_epoch(position.history)
+                    self._draw_curves(last=position.epoch == config.epochs)
+        if position.best is None:
             raise RuntimeError("the run has no epoch, and so no best one")
-        return self.best
+        return position.best
 
     def example_image(self) -> str:
         """Return the path of a held-out image, for the user to try the model on."""
         samples = sorted(self.folder.samples.glob("*.png"))
         return str(next(iter([*samples, *image_files(self.loaders.sets.val, 1)]), "IMAGE"))
 
-    def _run_epoch(self, reporter: Reporter) -> dict[str, Any]:
-        """Train for an epoch, evaluate, save, and return the epoch's row of the history."""
-        meter, lr = self._train_epoch(reporter)
+    def _open_records(self) -> Recorder:
+        """Write the files that a run begins with, and open those that it adds to."""
+        if not self.processes.is_main:
+            return Recorder(None)
+        self.folder.write_start(self.config, self.device)
+        held_out = self.loaders.sets.val
+        if isinstance(held_out, TensorImages):
+            self.folder.write_samples(held_out, self.loaders.class_names)
+        settings = flatten(config_to_dict(self.config))
+        trackers = open_trackers(self.config.log.trackers, self.folder.path, settings, self.position.step)
+        return Recorder(self.folder.summary, trackers)
+
+    def _run_epoch(self, reporter: Reporter, recorder: Recorder) -> dict[str, Any]:
+        """Train for what is left of an epoch, evaluate, save; return the figures of the epoch."""
+        position = self.position
+        meter = EpochMeter(position.meter)
+        lr = self._train_epoch(meter, reporter, recorder)
         train_seconds = meter.seconds
-        raw, averaged = self._evaluate()
-        self.epoch += 1
-        row = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "lr": lr,
-            "train_loss": meter.loss / meter.steps,
-            "train_top1": 100 * meter.hits / meter.images,
-            "val_loss": raw.loss,
-            "val_top1": raw.top1,
-            "val_top5": raw.top5,
-            "ema_loss": averaged.loss if averaged else None,
-            "ema_top1": averaged.top1 if averaged else None,
-            "ema_top5": averaged.top5 if averaged else None,
-            "grad_norm": meter.grad_norm / meter.steps,
-            "images_per_second": meter.images / train_seconds,
-            "data_wait_percent": 100 * meter.waited / train_seconds,
-            "train_unreadable": self.loaders.train_unreadable.take(),
-            "val_unreadable": len(self.loaders.sets.val) - raw.count,
-            "seconds": meter.seconds,
-        }
-        self.history.append(row)
-        self._save(raw, averaged)
+        if meter.steps == 0:
+            raise NonFiniteError(
+                f"no step of epoch {position.epoch + 1} had a finite loss and gradient, and {CHECKPOINT_FROM_BEFORE}"
+            )
+        try:
+            raw, averaged = self._evaluate()
+        except EvaluationStopped:
+            self._save_and_stop(meter)
+        unreadable = len(self.loaders.sets.val) - raw.count
+        row = meter.row(train_seconds, peak_memory_gib(self.device), raw, averaged, unreadable)
+        position.epoch, position.updates, position.meter = position.epoch + 1, 0, None
+        row = {"epoch": position.epoch, "step": position.step, "lr": lr, **row}
+        position.history.append(row)
+        self._save_epoch(raw, averaged)
         return row
 
-    def _train_epoch(self, reporter: Reporter) -> tuple[_EpochMeter, float]:
-        """Take the optimizer steps of an epoch; return its sums and the learning rate of its last step."""
+    def _train_epoch(self, meter: EpochMeter, reporter: Reporter, recorder: Recorder) -> float:
+        """Take the optimizer steps that are left of an epoch; return the learning rate of its last step."""
+        position = self.position
         self.model.train()
-        self.loaders.set_epoch(self.epoch)
+        self.loaders.set_epoch(position.epoch, position.updates * self.batch.accumulation_steps)
         batches = iter(self.loaders.train)
-        meter, lr = _EpochMeter(), 0.0
-        words = f"epoch {self.epoch + 1}/{self.config.epochs}"
-        for _ in range(self.updates_per_epoch):
-            lr = self.schedule.set(self.epoch, self.step)
-            self._update(batches, meter)
-            self.step += 1
-            accuracy, speed = 100 * meter.hits / meter.images, meter.images / meter.seconds
-            reporter.step(words, self.step, meter.loss / meter.steps, accuracy, speed)
-        return meter, lr
+        lr = self.schedule.set(position.epoch, max(0, position.step - 1))
+        words = f"epoch {position.epoch + 1}/{self.config.epochs}"
+        while position.updates < self.updates_per_epoch:
+            lr = self.schedule.set(position.epoch, position.step)
+            stop, save = self._update(batches, meter, reporter)
+            speed = meter.images / meter.seconds
+            reporter.step(words, position.step, meter.mean_loss, meter.top1, speed)
+            if position.step % self.config.log.steps == 0:
+                recorder.write_step(meter.last_step() | {"lr": lr}, position.step)
+            if stop:
+                self._save_and_stop(meter)
+            if save:
+                self._save_within_epoch(meter)
+        return lr
 
-    def _update(self, batches: Iterator[tuple[Tensor, Tensor]], meter: _EpochMeter) -> None:
-        """Take one optimizer step over as many micro-batches as make a batch."""
-        config, parts = self.config, []
-        for _ in range(config.accumulation_steps):
+    def _update(self, batches: Iterator[tuple[Tensor, Tensor]], meter: EpochMeter, reporter: Reporter) -> list[bool]:
+        """Take one optimizer step over as many micro-batches as make a batch.
+
+        Returns:
+            Whether a process was asked to stop, and whether a checkpoint is due; the same in all processes.
+        """
+        position, steps = self.position, self.batch.accumulation_steps
+        waited, sums, suspect = 0.0, torch.zeros(2, device=self.device), _Suspect(self.device)
+        for index in range(steps):
             waiting = time.perf_counter()
             images, labels = next(batches)
-            meter.waited += time.perf_counter() - waiting
-            loss, hits = self.task.training_loss(self.model, images, labels)
-            loss = loss / config.accumulation_steps
-            self.scaler.scale(loss).backward()
-            parts.append(torch.stack([loss.detach(), hits.to(loss.dtype)]))
+            waited += time.perf_counter() - waiting
+            with self._averaging(last=index == steps - 1):
+                place = (position.epoch, self.loaders.order.number(position.updates * steps + index))
+                loss, hits = self.task.training_loss(self._train_model, images, labels, place)
+                loss = loss / steps
+                self.scaler.scale(loss).backward()
+            suspect.add(images, loss)
+            sums += torch.stack([loss.detach(), hits.to(loss.dtype)])
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model, config.optim)
-        # One transfer from the device a step, before the weights change.
-        total_loss, total_hits, grad_norm = torch.cat([torch.stack(parts).sum(dim=0), norm[None].float()]).tolist()
-        self._check_finite(total_loss, grad_norm)
-        self.scaler.step(self.optimizer)
+        # One exchange between the processes and one transfer from the device a step, before the weights change.
+        due = self.processes.is_main and self._save_clock.is_due(position.step + 1)
+        unreadable = self.loaders.train_unreadable.take()
+        own = torch.tensor([waited, unreadable, self._stop.made, due], dtype=torch.float32, device=self.device)
+        shared = self.processes.sum(torch.cat([sums, own]))
+        norm = gradient_norm(self.model)
+        loss_sum, hits_sum, waited, unreadable, stop, save, grad_norm = torch.cat([shared, norm[None].float()]).tolist()
+        mean_loss = loss_sum / self.processes.size
+        meter.waited += waited / self.processes.size
+        meter.unreadable += round(unreadable)
+        if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+            clip_gradients(self.model, self.config.optim, norm)
+            self.scaler.step(self.optimizer)
+            if self.ema is not None:
+                self.ema.update(self.model)
+            position.skipped_in_a_row = 0
+            meter.add(self.config.batch_size, mean_loss, hits_sum, grad_norm)
+        else:
+            self._skip_step(mean_loss, grad_norm, suspect, meter, reporter)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.model)
-        meter.steps += 1
-        meter.images += config.batch_size
-        meter.loss += total_loss
-        meter.hits += total_hits
-        meter.grad_norm += grad_norm if math.isfinite(grad_norm) else 0.0  # infinite where float16 overflowed
+        position.step += 1
+        position.updates += 1
+        return [stop > 0, save > 0]
 
-    def _check_finite(self, loss: float, grad_norm: float) -> None:
-        """Stop the run at a loss that is not finite, or a gradient, unless the scaler of float16 skips it anyway."""
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled()):
-            return
-        what = f"the norm of the gradient is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        steps, lr = self.config.epochs * self.updates_per_epoch, self.optimizer.param_groups[0]["lr"]
-        raise NonFiniteError(
-            f"{what} at step {self.step + 1} of {steps}, in epoch {self.epoch + 1}, at a learning rate of {lr:.3g}; "
-            "the step was not taken: try a lower optim.lr, optim.clip_grad or float32"
+    def _averaging(self, last: bool) -> AbstractContextManager[Any]:
+        """Return a context in which the processes average their gradients after the last micro-batch only."""
+        if last or not isinstance(self._train_model, DistributedDataParallel):
+            return nullcontext()
+        return self._train_model.no_sync()
+
+    def _skip_step(
+        self, loss: float, grad_norm: float, suspect: "_Suspect", meter: EpochMeter, reporter: Reporter
+    ) -> None:
+        """Leave the weights as they are, in all processes, say which tensor was bad first, and stop after too many."""
+        position, config = self.position, self.config
+        position.skipped_in_a_row += 1
+        meter.skipped += 1
+        where = (
+            f"at step {position.step + 1} of {config.epochs * self.updates_per_epoch}, in epoch {position.epoch + 1}, "
+            f"at a learning rate of {self.optimizer.param_groups[0]['lr']:.3g}"
         )
+        words = f"{describe_nonfinite(loss, grad_norm)} {where}"
+        scale = self.scaler.get_scale()
+        if self.scaler.is_enabled() and math.isfinite(loss):
+            words += f", where float16 overflowed at a loss scale of {scale:g}"
+        stops = position.skipped_in_a_row >= config.max_skipped_steps
+        if position.skipped_in_a_row == 1 or stops:
+            bad = first_bad_tensor(self.model, suspect.images, self.task.autocast)
+            found = [(rank, tensor) for rank, tensor in enumerate(self.processes.gather(bad)) if tensor is not None]
+            if found:
+                rank, tensor = found[0]
+                words += f"; the first bad tensor is {tensor}" + (
+                    "" if len(found) == self.processes.size else f" in process {rank}"
+                )
+                stops = stops or tensor.kind == "parameter"  # no later step can heal it
+        if stops:
+            raise NonFiniteError(
+                f"{words}; the last {position.skipped_in_a_row} steps were not taken, and {CHECKPOINT_FROM_BEFORE}"
+            )
+        reporter.line(f"step skipped: {words}")
 
     def _evaluate(self) -> tuple[EvalResult, EvalResult | None]:
         """Evaluate the weights, and the averaged weights if there are any."""
-        raw = evaluate(self.model, self.loaders.val, self.task.autocast)
-        expected = len(self.loaders.sets.val) - self.loaders.val_unreadable.take()
-        if raw.count != expected:
-            raise RuntimeError(
-                f"evaluation counted {raw.count} images, of which the held-out set has {expected} that can be read"
-            )
-        averaged = evaluate(self.ema.module, self.loaders.val, self.task.autocast) if self.ema is not None else None
-        self.loaders.val_unreadable.take()  # the same images again
-        return raw, averaged
+        modules = [self.model] + ([self.ema.module] if self.ema is not None else [])
+        results = []
+        for module in modules:
+            self.processes.share_buffers(module)
+            result = evaluate(module, self.loaders.val, self.task.autocast, self.processes, lambda: self._stop.made)
+            unreadable = sum(self.processes.gather(self.loaders.val_unreadable.take()))
+            expected = len(self.loaders.sets.val) - unreadable
+            if result.count != expected:
+                raise RuntimeError(
+                    f"evaluation counted {result.count} images, of which the held-out set has {expected} that can be "
+                    "read"
+                )
+            results.append(result)
+        return results[0], results[1] if len(results) > 1 else None
 
-    def _save(self, raw: EvalResult, averaged: EvalResult | None) -> None:
+    def _save_epoch(self, raw: EvalResult, averaged: EvalResult | None) -> None:
         """Write the last checkpoint, and the best one if this epoch is it."""
-        choices = [("raw", raw)] + ([("ema", averaged)] if averaged is not None else [])
-        weights, result = max(choices, key=lambda choice: (choice[1].top1, -choice[1].loss))
-        figures = {"epoch": self.epoch, "weights": weights, "top1": result.top1, "loss": result.loss}
-        improved = self.best is None or (result.top1, -result.loss) > (self.best["top1"], -self.best["loss"])
+        position = self.position
+        weights, result = _better(self.config.best_by, raw, averaged)
+        figures = {"epoch": position.epoch, "weights": weights, "top1": result.top1, "loss": result.loss}
+        best = position.best
+        improved = best is None or (result.top1, -result.loss) > (best["top1"], -best["loss"])
         if improved:
-            self.best = figures
-        model_ema = self.ema.module.state_dict() if self.ema is not None else None
-        common = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "weights": weights,
-            "figures": figures,
-            "config": config_to_dict(self.config),
-            "class_names": list(self.loaders.class_names),
-            "model": self.model.state_dict(),
-            "model_ema": model_ema,
-        }
-        if improved:
-            save_checkpoint(self.folder.best, common)
-            chosen = self.model.state_dict() if weights == "raw" or model_ema is None else model_ema
+            position.best = figures
+        contents = {"epoch": position.epoch, "weights": weights, "figures": figures, **capture_weights(self)}
+        self._check_weights()
+        if improved and self.processes.is_main:
+            save_checkpoint(self.folder.best, contents)
+            chosen = contents["model_ema" if weights == "ema" else "model"]
             save_weights(self.folder.best_weights, chosen, weights_metadata(self.config, self.loaders.class_names))
-        rest = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": rng_state(),
-            "history": self.history,
-            "best": self.best,
-        }
-        save_checkpoint(self.folder.last, {**common, **rest})
+        self._write_last(contents)
+
+    def _save_within_epoch(self, meter: EpochMeter) -> None:
+        """Write the last checkpoint in the middle of an epoch."""
+        self.position.meter = meter.state()
+        best = self.position.best
+        weights = best["weights"] if best is not None else "raw"
+        self._write_last({"epoch": self.position.epoch, "weights": weights, "figures": None, **capture_weights(self)})
+
+    def _save_and_stop(self, meter: EpochMeter) -> NoReturn:
+        self._save_within_epoch(meter)
+        raise RunStopped(f"stopped by SIGTERM after step {self.position.step}, and saved")
+
+    def _write_last(self, contents: dict[str, Any]) -> None:
+        self._check_weights()
+        contents = contents | capture_rest(self)
+        if self.processes.is_main:
+            save_checkpoint(self.folder.last, contents)
+        self._save_clock.restart()
+
+    def _check_weights(self) -> None:
+        """Keep weights that are not finite out of the checkpoints."""
+        bad = bad_parameter(self.model)
+        if bad is not None:
+            raise NonFiniteError(f"{bad} is not finite after step {self.position.step}, and {CHECKPOINT_FROM_BEFORE}")
 
     def _draw_curves(self, last: bool) -> None:
         """Draw the curves at the end, and before it not more often than is worth the time."""
         if last or time.monotonic() - self._curves_drawn > _CURVES_INTERVAL:
-            draw_curves(self.history, self.folder.curves, f"{self.config.recipe}: {self.config.model.name}")
+            draw_curves(self.position.history, self.folder.curves, f"{self.config.recipe}: {self.config.model.name}")
             self._curves_drawn = time.monotonic()
 
     def _describe(self) -> list[str]:
         """Say what the run is about to do, with what the settings resolve to."""
-        config, sets = self.config, self.loaders.sets
+        config, sets, position, batch = self.config, self.loaders.sets, self.position, self.batch
         where = f" in {config.data.path}" if config.data.path else ""
-        parts = f"{config.accumulation_steps} x {config.micro_batch_size}" if config.accumulation_steps > 1 else ""
-        carried_on = f"carried on after epoch {self.epoch}" if self.epoch else "new"
+        count = f" in {self.processes.size} processes" if self.processes.size > 1 else ""
+        factors = [self.processes.size, batch.accumulation_steps, batch.micro_batch_size]
+        product = " x ".join(str(factor) for factor in factors if factor > 1)
+        split = f" = {product}" if batch.micro_batch_size < config.batch_size else ""
+        carried_on = f"carried on after step {position.step}" if position.step else "new"
         return [
             f"run      {self.folder.path} ({carried_on})",
             f"model    {describe_model(self.model, config.model)}",
             f"data     {config.data.dataset}{where}: {len(sets.train):,} training images, {len(sets.val):,} held out, "
             f"{len(sets.class_names)} classes",
-            f"training {config.epochs} epochs of {self.updates_per_epoch} steps, batch {config.batch_size}"
-            f"{f' = {parts}' if parts else ''}, {config.optim.name} at learning rate {config.peak_lr:g}, "
-            f"{config.precision} on {self.device}",
+            f"training {config.epochs} epochs of {self.updates_per_epoch} steps, batch {config.batch_size}{split}, "
+            f"{config.optim.name} at learning rate {config.peak_lr:g}, {config.precision} on {self.device}{count}",
         ]
+
+
+class _Suspect:
+    """The micro-batch of a step to look at when the step goes wrong: the first with a bad loss, else the last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.images = torch.empty(0, device=device)
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, images: Tensor, loss: Tensor) -> None:
+        """Take the next micro-batch into account, without waiting for the device."""
+        if len(self.images):
+            images = torch.where(self._bad, self.images, images)
+        self.images = images
+        self._bad = self._bad | ~loss.detach().isfinite()
+
+
+def _better(best_by: str, raw: EvalResult, averaged: EvalResult | None) -> tuple[str, EvalResult]:
+    """Return which weights an epoch is judged by, and their figures."""
+    if averaged is None or best_by == "raw":
+        return "raw", raw
+    if best_by == "ema":
+        return "ema", averaged
+    return max([("raw", raw), ("ema", averaged)], key=lambda choice: (choice[1].top1, -choice[1].loss))

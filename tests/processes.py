@@ -1,0 +1,54 @@
+"""Run functions in processes of their own, forked so that they need not import torch again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], results: Any) -> None:
+    os.environ.update(environment)
+    try:
+        results.put((environment.get("RANK", "0"), function(*arguments), None))
+    except BaseException:  # handed to the parent, which fails with it
+        results.put((environment.get("RANK", "0"), None, traceback.format_exc()))
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Start a function in one process, which the caller may kill."""
+    process = _CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def run_together(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """Run a function in as many processes as torchrun would start, and return its results by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = _CONTEXT.Queue()
+    processes = []
+    for rank in range(count):
+        environment = {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+        processes.append(_CONTEXT.Process(target=_run, args=(function, arguments, environment, results)))
+        processes[-1].start()
+    values: list[Any] = [None] * count
+    try:
+        for _ in range(count):
+            rank, value, error = results.get(timeout=timeout)
+            assert error is None, f"process {rank}: {error}"
+            values[int(rank)] = value
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()
+    return values

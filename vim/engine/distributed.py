@@ -1,0 +1,88 @@
+"""Several processes that train one model: torchrun starts them, and this is how they meet."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Processes:
+    """The processes of a run, as one of them sees them; alone by default.
+
+    Every method must be called by all of them, in the same order.
+    """
+
+    rank: int = 0
+    """Number of this process among all."""
+    local_rank: int = 0
+    """Number of this process among those of its machine; its GPU has the same number."""
+    size: int = 1
+    """How many there are."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: _T) -> list[_T]:
+        """Return the values of all processes, by rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: _T) -> _T:
+        """Return the value of the main process."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the main one's buffers, such as the running averages of batch normalisation."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Return the model, which averages its gradients over all processes if there are several."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def join_processes() -> Iterator[Processes]:
+    """Meet the other processes that torchrun started, and part from them when the block ends; alone without torchrun.
+
+    Raises:
+        RuntimeError: The others do not come.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or not dist.is_available():
+        yield Processes()
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group()  # gloo for tensors on a CPU, NCCL for those on a GPU
+    try:
+        yield Processes(rank=dist.get_rank(), local_rank=local_rank, size=size)
+    finally:
+        dist.destroy_process_group()
