@@ -16,6 +16,11 @@
 
 #include "arguments.h"
 
+// Before torch 2.12 this check has its older name, and says less.
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace vim {
 
 using torch::headeronly::ScalarType;
