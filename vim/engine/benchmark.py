@@ -18,6 +18,7 @@ from torch import nn
 
 import vim.models  # noqa: F401  (registers our models with timm)
 from vim.engine.benchmark_report import write_report
+from vim.engine.gpu import time_calls
 from vim.engine.machine import PeakMemory, describe_machine, keep_freed_memory, probe_machine
 from vim.ops import default_backend, onednn_linear
 
@@ -30,8 +31,12 @@ VARIANTS = {
     "compiled": "torch.compile",
     "plain": "without oneDNN's products around our kernels",
     "reference": "our models on the reference backend",
+    "triton": "our models on the Triton backend",
+    "mamba_ssm": "our models on the kernels of mamba-ssm",
     "math": "timm's models with attention that is not fused",
+    "graph": "as a CUDA graph (inference only)",
 }
+_BACKENDS = ("reference", "triton", "mamba_ssm")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Mode = Literal["inference", "training"]
 
@@ -68,8 +73,8 @@ def run_benchmark(
     """Measure models at sizes, batches, dtypes and modes, and print a table.
 
     Args:
-        models: timm names, each with a variant behind a colon if wanted: frozen, compiled, plain, reference, math.
-            Every other model is compared with the first.
+        models: timm names, each with a variant behind a colon if wanted: frozen, compiled, plain, reference, triton,
+            mamba_ssm, math, graph. Every other model is compared with the first.
         sizes: Sides of square images, in pixels.
         batches: Images in a call.
         dtypes: float32, bfloat16 or float16. Inference converts the model; training uses autocast.
@@ -83,21 +88,25 @@ def run_benchmark(
     _check(models, dtypes, device, rounds)
     if threads:
         torch.set_num_threads(threads)
-    machine, rows, probes = describe_machine(), [], [probe_machine()]
+    machine, rows, probes = describe_machine(), [], [probe_machine(device)]
+    failures: list[str] = []
     machine["freed_memory"] = (
         "kept in the process, for all models alike" if keep_freed_memory() else "as the system does"
     )
     cases = [(mode, dtype, batch, size) for mode in modes for dtype in dtypes for batch in batches for size in sizes]
     for number, (mode, dtype, batch, size) in enumerate(cases, 1):
         _logger.info("case %d of %d: %s %s, batch %d, %d px", number, len(cases), mode, dtype, batch, size)
-        rows += _measure_case(models, size, batch, dtype, mode, torch.device(device), rounds, seconds)
-        probes.append(probe_machine())
+        measured, failed = measure_case(models, size, batch, dtype, mode, torch.device(device), rounds, seconds)
+        rows += measured
+        failures += [f"{mode} {dtype} b{batch} {size}px: {spec}: {reason}" for spec, reason in failed.items()]
+        probes.append(probe_machine(device))
     record = {
         "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
         "machine": machine,
         "probes": probes,
         "variants": {spec: VARIANTS[spec.partition(":")[2]] for spec in models},
         "rows": [asdict(row) for row in rows],
+        "failures": failures,
     }
     sys.stdout.write(write_report(record, output) + "\n")
 
@@ -118,7 +127,7 @@ def _check(specs: list[str], dtypes: list[str], device: str, rounds: int) -> Non
         raise ValueError(f"rounds must be >= 1, got {rounds}")
 
 
-def _measure_case(
+def measure_case(
     specs: list[str],
     size: int,
     batch: int,
@@ -127,25 +136,41 @@ def _measure_case(
     device: torch.device,
     rounds: int,
     seconds: float,
-) -> list[Row]:
-    """Run the models in turn, so that whatever else the machine does meets all of them alike."""
-    calls = {spec: _make_call(spec, size, batch, _DTYPES[dtype], mode, device) for spec in specs}
-    memory = {}
-    for spec, call in calls.items():
-        call()
-        with PeakMemory(device) as peak:
-            call()
-        memory[spec] = peak.mebibytes
-    times: dict[str, list[float]] = {spec: [] for spec in specs}
+) -> tuple[list[Row], dict[str, str]]:
+    """Run the models in turn, so that whatever else the machine does meets all of them alike.
+
+    Returns:
+        A row for each model, and for those that could not run (for want of memory, or of a backend) the reason.
+    """
+    calls, memory, failed = {}, {}, {}
+    for spec in specs:
+        try:
+            calls[spec] = _make_call(spec, size, batch, _DTYPES[dtype], mode, device)
+            calls[spec]()
+            with PeakMemory(device) as peak:
+                calls[spec]()
+            memory[spec] = peak.mebibytes
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            calls.pop(spec, None)
+            failed[spec] = str(error).splitlines()[0]
+            _logger.warning("%s does not run: %s", spec, failed[spec])
+    times: dict[str, list[float]] = {spec: [] for spec in calls}
     deadline = time.perf_counter() + seconds
     for done in range(rounds):
         if done >= 3 and time.perf_counter() > deadline:
             break
         for spec, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[spec].append(time.perf_counter() - start)
-    return [_row(spec, size, batch, dtype, mode, times[spec], memory[spec]) for spec in specs]
+            times[spec].append(_time(call, device))
+    return [_row(spec, size, batch, dtype, mode, times[spec], memory[spec]) for spec in calls], failed
+
+
+def _time(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call; on a GPU between two events, from its first kernel's launch to its last one's end."""
+    if device.type == "cuda":
+        return time_calls([call], repeats=1, warm=False)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _row(spec: str, size: int, batch: int, dtype: str, mode: str, times: list[float], memory: float | None) -> Row:
@@ -173,17 +198,18 @@ def _make_call(
     name, _, variant = spec.partition(":")
     torch.manual_seed(0)
     set_fused_attn(variant != "math")
-    model = timm.create_model(name, img_size=size, drop_path_rate=0.0).to(device)
+    with device:
+        model = timm.create_model(name, img_size=size, drop_path_rate=0.0)
     set_fused_attn(True)
     images = torch.randn(batch, 3, size, size, device=device)
     if mode == "inference":
         model, images = model.to(dtype).eval(), images.to(dtype)
-    run = _compile(model, variant)
+    run = _prepare(model, variant, images)
 
     def infer() -> None:
-        with torch.inference_mode() if variant != "frozen" else torch.no_grad(), _settings(variant):
+        # Neither a graph nor frozen weights may be used in inference mode.
+        with torch.no_grad() if variant in ("frozen", "graph") else torch.inference_mode(), _settings(variant):
             run(images)
-        _wait(device)
 
     def train() -> None:
         with _settings(variant):
@@ -191,16 +217,18 @@ def _make_call(
                 loss = run(images).float().square().mean()
             loss.backward()
         model.zero_grad(set_to_none=True)
-        _wait(device)
 
     return infer if mode == "inference" else train
 
 
-def _compile(model: nn.Module, variant: str) -> Callable[..., Any]:
+def _prepare(model: nn.Module, variant: str, images: torch.Tensor) -> Callable[..., Any]:
     if variant == "compiled":
         return torch.compile(model)
     if variant == "frozen":
         return torch.compile(model, options={"freezing": True})
+    if variant == "graph":
+        with torch.no_grad():
+            return torch.cuda.make_graphed_callables(model, (images,))
     return model
 
 
@@ -210,13 +238,8 @@ def _settings(variant: str) -> Iterator[None]:
     if variant == "plain":
         with onednn_linear(False):
             yield
-    elif variant == "reference":
-        with default_backend("reference"):
+    elif variant in _BACKENDS:
+        with default_backend(variant):
             yield
     else:
         yield
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

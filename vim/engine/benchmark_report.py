@@ -56,6 +56,8 @@ def _markdown(record: Record) -> str:
                 f"{ratio:.2f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    if record["failures"]:
+        lines += ["", "Did not run:", "", *(f"- {failure}" for failure in record["failures"])]
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 
+from vim.engine.gpu import describe_gpu, probe_gpu
 from vim.ops import linear
 from vim.version import __version__
 
@@ -32,15 +33,18 @@ def describe_machine() -> dict[str, Any]:
         "vim": __version__,
     }
     if torch.cuda.is_available():
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        facts |= describe_gpu()
     return facts
 
 
-def probe_machine() -> dict[str, float]:
-    """Float32 product rate with one thread and with all, in GFLOP/s, and the load average of the last minute.
+def probe_machine(device: str = "cpu") -> dict[str, Any]:
+    """What a GPU gives at this moment (see `probe_gpu`), or a CPU.
 
+    Of a CPU the float32 product rate with one thread and with all, in GFLOP/s, and the load average of the last minute.
     Two threads do not always get two cores: the ratio tells what a table is worth.
     """
+    if device == "cuda":
+        return probe_gpu()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
