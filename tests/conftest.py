@@ -20,6 +20,11 @@ emulated.register()
 _MAY_BE_SKIPPED = ("no GPU",)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of single tests."""
+    parser.addoption("--kills", type=int, default=2, help="how often to kill a run in tests/engine/test_kill.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Fail what is skipped in CI although it could run there."""
