@@ -31,6 +31,10 @@ VIM_TINY_IN1K = {
     "model.drop_path_rate": 0.0,
     "model.pretrained": False,
     "model.args": {},
+    "optim.layer_decay": None,
+    "optim.trainable": ("*",),
+    "progressive.start_size": None,
+    "distill.teacher": None,
     "data.dataset": "folder",
     "data.download": False,
     "data.input_key": None,
@@ -80,6 +84,8 @@ VIM_TINY_IN1K = {
 }
 OF_THE_MACHINE = {
     *("micro_batch_size", "eval_batch_size", "max_skipped_steps", "device", "data.path", "data.synthetic_images"),
+    *("compile", "model.grad_checkpointing", "optim.unfreeze_after", "progressive.epochs", "progressive.multiple"),
+    *("distill.teacher_model", "distill.mode", "distill.weight", "distill.temperature"),
     *("save.steps", "save.minutes", "log.trackers", "log.steps"),
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training import tiny_config
+from tests.training import TINY_MODEL, tiny_config
 from vim.engine.model import build_model
 from vim.engine.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
 
@@ -94,6 +94,24 @@ def test_without_patterns_the_state_matrix_decays_as_in_the_original():
     decay, keep = decayed(tiny_config(optim__weight_decay=0.1, optim__no_weight_decay=()))
     assert {"layers.0.mixer.A_log", "layers.0.mixer.A_b_log"} <= decay
     assert "layers.0.mixer.D" in keep
+
+
+def test_with_layer_decay_a_block_learns_more_slowly_than_the_one_after_it():
+    config = tiny_config(optim__layer_decay=0.5, optim__lr=1e-2, model__args={**TINY_MODEL, "depth": 3}, epochs=2)
+    model = build_model(config.model, 10)
+    optimizer = build_optimizer(model, config)
+    schedule = Schedule(optimizer, config, 4)
+    assert schedule.set(0, 0) == pytest.approx(1e-2)  # no warm-up
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(names)
+    for block in range(3):
+        assert rates[f"layers.{block}.mixer.A_log"] == pytest.approx(1e-2 * 0.5 ** (3 - block))
+    assert rates["head.weight"] == pytest.approx(1e-2)
+    assert rates["patch_embed.proj.weight"] == pytest.approx(1e-2 * 0.5**4)
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays["layers.1.mixer.A_log"] == decays["layers.1.mixer.D"] == 0
+    assert decays["layers.1.mixer.in_proj.weight"] == 0.05
 
 
 def test_the_optimizer_gets_what_the_settings_say():

@@ -16,10 +16,11 @@ import timm
 import torch
 from rich.console import Console
 
-from tests.training import change, tiny_config, write_image_folder
+from tests.training import TINY_MODEL, change, tiny_config, write_image_folder
 from vim.checkpoints.io import CheckpointError, load_checkpoint
+from vim.config.engine import SaveConfig
 from vim.config.load import config_to_dict, parse_command_line
-from vim.config.schema import SaveConfig, TrainConfig
+from vim.config.schema import TrainConfig
 from vim.data.randomness import Draw, generator_for
 from vim.engine import run_state
 from vim.engine.evaluate import evaluate
@@ -311,6 +312,89 @@ def test_the_loop_takes_the_steps_of_one_written_by_hand(tmp_path):
         torch.testing.assert_close(
             trainer.ema.module.state_dict()[name], averaged[name], atol=1e-6, rtol=1e-5, msg=name
         )
+
+
+def test_the_loop_takes_fifty_steps_of_the_original_recipe_as_one_written_by_hand(tmp_path):
+    """The original's order: the rate of the epoch before, AdamW with decay of A_log, no clipping, then the average."""
+    changes = {"schedule__unit": "epoch", "schedule__lag_epochs": 1, "schedule__warmup_epochs": 2}
+    changes |= {"optim__clip_grad": None, "optim__no_weight_decay": (), "optim__weight_decay": 0.1, "optim__lr": 1e-3}
+    config = tiny_config(epochs=10, data__synthetic_images=80, ema_decay=0.99, **changes, **NO_AUGMENTATION)
+    trainer = make_trainer(config, tmp_path)
+    model, dataset = copy.deepcopy(trainer.model), trainer.loaders.sets.train
+    averaged = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    trainer.fit()
+
+    images = (dataset.images / 255 - 0.309) / 0.35
+    named = dict(model.named_parameters())
+    kept = [p for name, p in named.items() if p.ndim == 1 or name in ("cls_token", "pos_embed")]
+    decayed = [p for p in named.values() if all(p is not other for other in kept)]
+    groups = [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, eps=1e-8)
+    rate = 1e-6
+    for epoch in range(10):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        order = torch.randperm(80, generator=generator_for(Draw.ORDER, 0, epoch))
+        for batch in order.split(16):
+            targets = 0.9 * torch.eye(10)[dataset.labels[batch]] + 0.01
+            loss = -(targets * model(images[batch]).log_softmax(dim=1)).sum(dim=1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for name, tensor in model.state_dict().items():
+                averaged[name] = 0.99 * averaged[name] + 0.01 * tensor
+        # The schedule is told the number of the epoch that has ended.
+        warm_up = 1e-6 + epoch * (1e-3 - 1e-6) / 2
+        rate = warm_up if epoch < 2 else 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10))
+    assert trainer.position.step == 50
+    for name, tensor in model.state_dict().items():
+        weights = {"raw": (trainer.model, tensor), "averaged": (trainer.ema.module, averaged[name])}
+        for kind, (module, expected) in weights.items():
+            torch.testing.assert_close(
+                module.state_dict()[name], expected.float(), atol=1e-6, rtol=1e-6, msg=f"{kind} {name}"
+            )
+
+
+@pytest.mark.parametrize("setting", ["compile", "model__grad_checkpointing"])
+def test_how_the_model_is_run_changes_nothing_that_it_learns(tmp_path, monkeypatch, setting):
+    compiled = []
+
+    def compile_without_code(module):
+        compiled.append(module)
+        return torch_compile(module, backend="eager")
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    changes = {"epochs": 2, "model__args": RANDOM["model__args"], "optim__lr": 1e-3}
+    plain, other = (
+        make_trainer(tiny_config(**changes, **more), tmp_path / str(len(more))) for more in ({}, {setting: True})
+    )
+    assert other.model is not plain.model
+    recomputed = []
+    other.model.layers[0].register_forward_pre_hook(lambda module, _: recomputed.append(module.training))
+    for trainer in (plain, other):
+        trainer.fit()
+    assert len(compiled) == (setting == "compile")
+    if setting == "model__grad_checkpointing":
+        assert recomputed.count(True) == 2 * 6  # the forward pass of six steps, and once more in the backward pass
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(other.model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    best = load_checkpoint(other.folder.best)
+    assert best["model"].keys() == plain.model.state_dict().keys()
+
+
+def test_progressive_resolution_needs_a_model_of_any_size(tmp_path):
+    changes = {"epochs": 3, "model__img_size": 32, "progressive__start_size": 16}
+    with pytest.raises(ValueError, match=r"progressive.start_size must be null for model.name .*dynamic_img_size true"):
+        make_trainer(tiny_config(**changes), tmp_path / "one size")
+    config = tiny_config(**changes, model__args={**TINY_MODEL, "dynamic_img_size": True})
+    trainer = make_trainer(config, tmp_path / "any size")
+    seen = []
+    trainer.model.patch_embed.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[-1]) if module.training else None
+    )
+    trainer.fit()
+    assert seen == [16] * 3 + [32] * 6  # 24 rounds to 32
 
 
 def test_the_model_is_in_training_mode_in_every_epoch(tmp_path):

@@ -38,7 +38,7 @@ _NO_SETTING = frozenset(_RUN_OPTIONS) | {"help", "print_config"}
 # What a run that is carried on may change: where and how it computes, not what it computes.
 _RESUME_MAY_CHANGE = frozenset(
     {"device", "eval_batch_size", "max_skipped_steps", "data.path", "data.workers", "data.pin_memory"}
-    | {"save.steps", "save.minutes", "log.trackers", "log.steps"}
+    | {"compile", "model.grad_checkpointing", "save.steps", "save.minutes", "log.trackers", "log.steps"}
 )
 
 

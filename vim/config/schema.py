@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vim.config.checks import check, check_choice, check_fraction, check_not_negative, check_positive, check_range
+from vim.config.engine import DistillConfig, LogConfig, ProgressiveConfig, SaveConfig
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -16,7 +17,6 @@ MixMode = Literal["batch", "pair", "elem"]
 ScheduleName = Literal["cosine", "constant"]
 ScheduleUnit = Literal["epoch", "step"]
 ClipMode = Literal["norm", "value", "agc"]
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 BestBy = Literal["raw", "ema", "better"]
 
 
@@ -36,6 +36,8 @@ class ModelConfig:
     """Dropout before the classifier."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block; the blocks before it get less."""
+    grad_checkpointing: bool = False
+    """Keep fewer activations and compute them again in the backward pass: less memory, about a third more time."""
     pretrained: bool = False
     """Start from the published weights of `model.name`."""
     args: dict[str, Any] = field(
@@ -214,6 +216,12 @@ class OptimConfig:
     """Largest gradient, as `optim.clip_mode` measures it; `null` turns clipping off."""
     clip_mode: ClipMode = "norm"
     """Clip the global `norm`, each `value`, or each unit's norm relative to its weights (`agc`)."""
+    layer_decay: float | None = None
+    """Each block learns at this share of the rate of the block after it; `null` gives all the same rate."""
+    trainable: tuple[str, ...] = ("*",)
+    """Parameters that learn, as patterns of their names; the rest is frozen. `["head.*"]` is a linear probe."""
+    unfreeze_after: int | None = None
+    """Epochs after which the frozen rest learns, too; `null` keeps it frozen."""
 
     def __post_init__(self) -> None:
         check("optim.name", self.name, "the name of an optimizer", bool)
@@ -228,6 +236,11 @@ class OptimConfig:
         if self.clip_grad is not None:
             check_positive("optim.clip_grad", self.clip_grad)
         check_choice("optim.clip_mode", self.clip_mode, ClipMode)
+        if self.layer_decay is not None:
+            check("optim.layer_decay", self.layer_decay, "> 0 and <= 1", lambda v: 0 < v <= 1)
+        check("optim.trainable", self.trainable, "at least one pattern", lambda v: len(v) > 0)
+        if self.unfreeze_after is not None:
+            check_positive("optim.unfreeze_after", self.unfreeze_after)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,36 +273,6 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SaveConfig:
-    """Checkpoints within an epoch; one is written after every epoch in any case."""
-
-    steps: int | None = None
-    """Write one every so many optimizer steps; `null` counts none."""
-    minutes: float | None = 10.0
-    """Write one when the last is so many minutes old; `null` looks at no clock."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "minutes"):
-            if getattr(self, name) is not None:
-                check_positive(f"save.{name}", getattr(self, name))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogConfig:
-    """Figures for programs that draw them; `summary.csv` and `curves.png` are written in any case."""
-
-    trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Any of `tensorboard`, `wandb` and `mlflow`, which must be installed."""
-    steps: int = 50
-    """Hand them figures every so many optimizer steps, besides those of every epoch."""
-
-    def __post_init__(self) -> None:
-        for name in self.trackers:
-            check_choice("log.trackers", name, TrackerName)
-        check_positive("log.steps", self.steps)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSplit:
     """What one process does of an optimizer step."""
 
@@ -315,6 +298,8 @@ class TrainConfig:
     """Images in one forward of a process at evaluation; `null` takes `micro_batch_size`."""
     precision: Precision = "float32"
     """`float32`, `tf32` (float32 with faster matrix products), or autocast to `bfloat16` or `float16`."""
+    compile: bool = False
+    """Train the model compiled by `torch.compile`; the first steps then take minutes."""
     ema_decay: float | None = 0.98
     """Decay of the averaged weights, per optimizer step; `null` keeps no average."""
     best_by: BestBy = "better"
@@ -331,6 +316,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -362,6 +349,12 @@ class TrainConfig:
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {self.schedule.warmup_epochs}"
+            )
+        start = self.progressive.start_size
+        if start is not None and start > min(self.model.image_shape):
+            raise ValueError(
+                f"progressive.start_size must be <= the shorter side of model.img_size, {min(self.model.image_shape)}, "
+                f"got {start}"
             )
         for name in ("mean", "std"):
             values = getattr(self.data, name)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vim.models  # registers our models with timm
-from vim.config.schema import ModelConfig
+from vim.config.schema import ModelConfig, TrainConfig
 
 _FROM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -99,6 +99,43 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     if not there.get(device.type, False):
         raise ValueError(f"device must be one that PyTorch finds on this machine, got {str(device)!r}")
     return device
+
+
+def checkpoint_gradients(model: nn.Module, config: ModelConfig) -> None:
+    """Let a model compute its activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    enable = getattr(model, "set_grad_checkpointing", None)
+    if enable is None:
+        raise ValueError(
+            f"model.grad_checkpointing must be false for model.name {config.name!r}, which does not have it"
+        )
+    enable()
+
+
+def check_sizes(model: nn.Module, image_shape: tuple[int, int], config: TrainConfig, device: torch.device) -> None:
+    """Check that a model takes the images of the first epoch, where those are smaller than its own.
+
+    Raises:
+        ValueError: It takes images of one size only.
+    """
+    if image_shape == config.model.image_shape:
+        return
+    image = torch.zeros(1, config.model.in_chans, *image_shape, device=device)
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"progressive.start_size must be null for model.name {config.model.name!r}, which takes images of one size "
+            f"({reason}); a model of ours takes any with --model.args.dynamic_img_size true"
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def describe_model(model: nn.Module, config: ModelConfig) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
@@ -40,16 +40,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
         eps=optim.eps,
-        param_group_fn=_weight_decay_groups(optim),
+        param_group_fn=_parameter_groups(optim),
         **more,
     )
 
 
-def _weight_decay_groups(optim: OptimConfig) -> Callable[[nn.Module], list[dict[str, Any]]]:
+def _parameter_groups(optim: OptimConfig) -> Callable[[nn.Module], list[dict[str, Any]]]:
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         of_model: Callable[[], Any] = getattr(model, "no_weight_decay", tuple)
-        return param_groups_weight_decay(
-            model, optim.weight_decay, no_weight_decay_list=[*of_model(), *optim.no_weight_decay]
+        kept = [*of_model(), *optim.no_weight_decay]
+        if optim.layer_decay is None:
+            return param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=kept)
+        return param_groups_layer_decay(
+            model, optim.weight_decay, no_weight_decay_list=kept, layer_decay=optim.layer_decay
         )
 
     return groups
@@ -80,7 +83,7 @@ class Schedule:
         )
 
     def set(self, epoch: int, step: int) -> float:
-        """Set the rate for an optimizer step and return it.
+        """Set the rate for an optimizer step and return it; blocks that `optim.layer_decay` slows down get less.
 
         Args:
             epoch: Epochs before this one.
@@ -88,7 +91,8 @@ class Schedule:
         """
         self._scheduler.step(max(0, epoch - self._lag))  # one of the two does nothing, by the schedule's unit
         self._scheduler.step_update(step)
-        return self._optimizer.param_groups[0]["lr"]
+        group = self._optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
 
 
 def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:

@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from rich.console import Console
 from timm.utils import random_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vim.checkpoints.io import load_checkpoint, save_checkpoint, save_weights
@@ -20,9 +20,10 @@ from vim.data.sources import image_files
 from vim.data.tensors import TensorImages
 from vim.engine.distributed import Processes
 from vim.engine.evaluate import EvalResult, EvaluationStopped, evaluate
+from vim.engine.freeze import Freezer
 from vim.engine.log import Recorder, Reporter, describe_epoch, loading_advice
 from vim.engine.meter import EpochMeter, peak_memory_gib
-from vim.engine.model import build_model, describe_model, resolve_device
+from vim.engine.model import build_model, check_sizes, checkpoint_gradients, describe_model, resolve_device
 from vim.engine.nonfinite import (
     CHECKPOINT_FROM_BEFORE,
     NonFiniteError,
@@ -77,13 +78,19 @@ class Trainer:
         self.updates_per_epoch = len(self.loaders.train) // self.batch.accumulation_steps
         self.model = build_model(config.model, len(self.loaders.class_names)).to(self.device)
         self.ema = build_ema(self.model, config.ema_decay)
+        if config.model.grad_checkpointing:
+            checkpoint_gradients(self.model, config.model)
         self.optimizer = build_optimizer(self.model, config)
+        self._freezer = Freezer(self.model, config.optim)
         self.schedule = Schedule(self.optimizer, config, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.task = ClassificationTask(config, len(self.loaders.class_names), self.device)
+        self.task = ClassificationTask(config, self.loaders.class_names, self.device)
+        check_sizes(self.model, self.task.image_shape(0), config, self.device)
         if self.processes.size > 1:
             random_seed(config.seed, self.processes.rank)  # dropout and mixing differ
         self.position = Position()
+        self._parallel: nn.Module | None = None
+        self._train_model: Callable[[Tensor], Tensor] | None = None
         self._stop = StopRequest()
         self._save_clock = SaveClock(config.save)
         self._curves_drawn = -math.inf
@@ -109,7 +116,6 @@ class Trainer:
         """
         config, position = self.config, self.position
         total_steps = config.epochs * self.updates_per_epoch
-        self._train_model = self.processes.parallel(self.model)
         with (
             self._stop.listen(),
             closing(self._open_records()) as recorder,
@@ -171,7 +177,7 @@ class Trainer:
     def _train_epoch(self, meter: EpochMeter, reporter: Reporter, recorder: Recorder) -> float:
         """Take the optimizer steps that are left of an epoch; return the learning rate of its last step."""
         position = self.position
-        self.model.train()
+        self._begin_epoch()
         self.loaders.set_epoch(position.epoch, position.updates * self.batch.accumulation_steps)
         batches = iter(self.loaders.train)
         lr = self.schedule.set(position.epoch, max(0, position.step - 1))
@@ -189,6 +195,12 @@ class Trainer:
                 self._save_within_epoch(meter)
         return lr
 
+    def _begin_epoch(self) -> None:
+        """Put the model into training mode, and wrap it for training if other parameters learn than before."""
+        if self._freezer.begin_epoch(self.position.epoch) or self._train_model is None:
+            self._parallel = self.processes.parallel(self.model)
+            self._train_model = torch.compile(self._parallel) if self.config.compile else self._parallel
+
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]], meter: EpochMeter, reporter: Reporter) -> list[bool]:
         """Take one optimizer step over as many micro-batches as make a batch.
 
@@ -203,7 +215,7 @@ class Trainer:
             waited += time.perf_counter() - waiting
             with self._averaging(last=index == steps - 1):
                 place = (position.epoch, self.loaders.order.number(position.updates * steps + index))
-                loss, hits = self.task.training_loss(self._train_model, images, labels, place)
+                loss, hits = self.task.training_loss(cast(nn.Module, self._train_model), images, labels, place)
                 loss = loss / steps
                 self.scaler.scale(loss).backward()
             suspect.add(images, loss)
@@ -236,9 +248,9 @@ class Trainer:
 
     def _averaging(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context in which the processes average their gradients after the last micro-batch only."""
-        if last or not isinstance(self._train_model, DistributedDataParallel):
+        if last or not isinstance(self._parallel, DistributedDataParallel):
             return nullcontext()
-        return self._train_model.no_sync()
+        return self._parallel.no_sync()
 
     def _skip_step(
         self, loss: float, grad_norm: float, suspect: "_Suspect", meter: EpochMeter, reporter: Reporter
@@ -344,9 +356,12 @@ class Trainer:
         product = " x ".join(str(factor) for factor in factors if factor > 1)
         split = f" = {product}" if batch.micro_batch_size < config.batch_size else ""
         carried_on = f"carried on after step {position.step}" if position.step else "new"
+        learning = self._freezer.learning(position.epoch)
+        frozen = sum(parameter.numel() for parameter in self.model.parameters()) - learning
+        learning_words = f", of which {learning:,} numbers learn" if frozen else ""
         return [
             f"run      {self.folder.path} ({carried_on})",
-            f"model    {describe_model(self.model, config.model)}",
+            f"model    {describe_model(self.model, config.model)}{learning_words}",
             f"data     {config.data.dataset}{where}: {len(sets.train):,} training images, {len(sets.val):,} held out, "
             f"{len(sets.class_names)} classes",
             f"training {config.epochs} epochs of {self.updates_per_epoch} steps, batch {config.batch_size}{split}, "

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Train on several nodes under Slurm: sbatch scripts/slurm_train.sh RUN_FOLDER [options of vim.train]
+# Two minutes before the time is over the run saves itself, and the job is queued again and carries it on.
+# The run folder must be on a disk that all nodes see.
+#SBATCH --job-name=vim
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=48
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+folder=${1:?the folder of the run}
+shift
+if [ -f "$folder/config.yaml" ]; then
+    arguments=(--resume "$folder")
+else
+    arguments=(--output "$folder" "$@")
+fi
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=0 torchrun \
+    --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first_node:29500" \
+    -m vim.train "${arguments[@]}" &
+# srun hands the signal on to torchrun, and torchrun to the processes, which have 30 seconds to save.
+trap 'stopped=yes; kill -TERM %1' TERM
+stopped=no status=0
+wait %1 || status=$?
+if [ "$stopped" = yes ]; then
+    wait %1 || true
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+exit "$status"
