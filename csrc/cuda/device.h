@@ -69,6 +69,35 @@ void launch(void (*kernel)(Parameters...), const Geometry& geometry, Stream stre
 #endif
 }
 
+// Multiprocessors of the current device; the emulation says what an H100 has.
+inline int multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
+    return count;
+  }
+  cudaGetLastError();
+#endif
+  return 132;
+}
+
+// ---- groups of warps -------------------------------------------------------------------------------------------
+
+// A barrier for `threads` threads, whole warps, that name the same group (0 to 14). Writes before it, to shared and
+// global memory, are seen after it.
+VIM_DEVICE void sync_group(int group, int threads) {
+#if defined(__CUDACC__)
+  if (threads == kWarp) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+  }
+#else
+  emulation::sync_group(group, threads);
+#endif
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)

@@ -291,6 +291,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     machine.block_index = dim3(static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
                                static_cast<unsigned>(n / grid.x / grid.y));
     machine.barrier = Barrier{static_cast<int>(count), 0, 0};
+    for (Barrier& group : machine.groups) group = Barrier();
     for (Warp& warp : warps) warp.barrier = Barrier{kLanes, 0, 0};
     for (size_t i = 0; i < count; ++i) {
       threads[i] = Thread();

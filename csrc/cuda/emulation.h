@@ -80,7 +80,7 @@ struct Thread {
 struct Machine {
   Thread* thread = nullptr;
   dim3 block_index, block_size, grid_size;
-  Barrier barrier;
+  Barrier barrier, groups[15];
   char* shared = nullptr;
 };
 extern Machine machine;
@@ -89,6 +89,12 @@ extern Machine machine;
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
 void wait(Barrier& barrier);
+
+inline void sync_group(int group, int threads) {
+  Barrier& barrier = machine.groups[group];
+  if (barrier.arrived == 0) barrier.members = threads;
+  wait(barrier);
+}
 
 inline char* shared_memory() { return machine.shared; }
 

@@ -8,11 +8,15 @@ namespace vim {
 namespace VIM_ISA {
 
 int64_t scan_forward_workspace(const Scan& scan) {
+  if (scan_forward_is_fast(scan)) return scan_fast_workspace(scan);
   const bool at_once = scan.directions == 1 && scan.d_state <= 16;
   return at_once ? 0 : scan.batch * scan.length * scan.dim;
 }
 
-void scan_forward(const Scan& scan, float* workspace, Stream stream) { scan_general_forward(scan, workspace, stream); }
+void scan_forward(const Scan& scan, float* workspace, Stream stream) {
+  if (scan_forward_is_fast(scan)) return scan_fast_forward(scan, workspace, stream);
+  scan_general_forward(scan, workspace, stream);
+}
 
 ScanBackwardSizes scan_backward_sizes(const ScanBackward& k) {
   const Scan& scan = k.scan;

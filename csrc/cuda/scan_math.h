@@ -6,28 +6,46 @@
 namespace vim {
 namespace VIM_ISA {
 
-constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// log(1 + e^x), to 2 units in the last place also where it is tiny, and its derivative where `slope` is given. The
+// log(1 + e^x) to 3 units in the last place, also where it is tiny, and its derivative where `slope` is given. The
 // logarithm is a polynomial: one special function less per step, and those are what limits a scan.
 VIM_DEVICE float softplus(float x, float* slope = nullptr) {
   const float e = exp2_approx(-kLog2e * fabsf(x));
-  float p = 0.00523269083f;
-  p = fmaf(p, e, -0.0295052286f);
-  p = fmaf(p, e, 0.0782259479f);
-  p = fmaf(p, e, -0.136632457f);
-  p = fmaf(p, e, 0.191060081f);
-  p = fmaf(p, e, -0.24842982f);
-  p = fmaf(p, e, 0.333190978f);
-  p = fmaf(p, e, -0.499994934f);
-  p = fmaf(p, e, 0.99999994f);
+  float p = -0.0085392026f;
+  p = fmaf(p, e, 0.0440896191f);
+  p = fmaf(p, e, -0.107681707f);
+  p = fmaf(p, e, 0.177452415f);
+  p = fmaf(p, e, -0.244954631f);
+  p = fmaf(p, e, 0.332754791f);
+  p = fmaf(p, e, -0.499974042f);
+  p = fmaf(p, e, 0.999999821f);
   if (slope != nullptr) *slope = (x < 0.0f ? e : 1.0f) * reciprocal_approx(1.0f + e);
+  return fmaf(p, e, fmaxf(x, 0.0f));
+}
+
+// log2(1 + 2^x), likewise
+VIM_DEVICE float softplus2(float x) {
+  const float e = exp2_approx(-fabsf(x));
+  float p = -0.0123194653f;
+  p = fmaf(p, e, 0.0636078748f);
+  p = fmaf(p, e, -0.155351864f);
+  p = fmaf(p, e, 0.256009719f);
+  p = fmaf(p, e, -0.353394831f);
+  p = fmaf(p, e, 0.480063686f);
+  p = fmaf(p, e, -0.721310071f);
+  p = fmaf(p, e, 1.44269478f);
   return fmaf(p, e, fmaxf(x, 0.0f));
 }
 
 VIM_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-kLog2e * x)); }
 
 VIM_DEVICE float silu(float x) { return x * sigmoid(x); }
+
+// scale silu(x), given 1 / scale
+VIM_DEVICE float scaled_silu(float x, float inverse_scale) {
+  return x * reciprocal_approx(fmaf(exp2_approx(-kLog2e * x), inverse_scale, inverse_scale));
+}
 
 // The derivative of silu
 VIM_DEVICE float silu_slope(float x) {

@@ -9,6 +9,11 @@ namespace VIM_ISA {
 // `partial` is (batch, length, dim); it is not used where one direction and one group of states do it all.
 void scan_general_forward(const Scan& scan, float* partial, Stream stream);
 
+// The fast path for what models do: up to 16 states, B and C per token. Its workspace is in floats.
+bool scan_forward_is_fast(const Scan& scan);
+int64_t scan_fast_workspace(const Scan& scan);
+void scan_fast_forward(const Scan& scan, float* workspace, Stream stream);
+
 // Fills steps, maps and weights, and writes du, ddelta and dz. `sums` is (3, batch, length, dim).
 void scan_general_backward(const ScanBackwardPasses& passes, Stream stream);
 

@@ -36,6 +36,39 @@ def test_bidirectional_scan(length, dim, d_state, dt_rank, dtype):
     checks.bidirectional_scan(tensors, 64)
 
 
+@pytest.fixture
+def tune():
+    """Chooses how scans are cut, until the end of the test."""
+    tune_scan = ctypes.CDLL(str(LIBRARY)).vim_cuda_tune_scan
+    tune_scan.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    yield tune_scan
+    assert tune_scan(0, 0, 0)
+
+
+@pytest.mark.parametrize("chunk", [0, 64])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("warps", [1, 2, 4])
+def test_every_way_to_cut_a_scan(warps, channels, chunk, tune):
+    assert tune(channels, warps, chunk)
+    for dtype, length, dim, dt_rank in (
+        (torch.bfloat16, 133, 72, 12),
+        (torch.bfloat16, 197, 66, 24),
+        (torch.float32, 129, 40, 5),
+        (torch.float16, 70, 33, 12),
+    ):
+        tensors = [t.detach() for t in make_bidirectional_inputs(2, length, dim, 16, dt_rank, dtype)]
+        checks.check("bidirectional_scan", *tensors, 0.5, 64)
+        checks.check("bidirectional_scan", *tensors, 1.0, 8)
+        inputs = {k: v.detach() for k, v in make_scan_inputs(2, dim, length, 16, dtype).items()}
+        for reverse in (False, True):
+            checks.check("selective_scan", *inputs.values(), True, reverse, 64)
+
+
+def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
+    for wrong in ((3, 1, 0), (1, 3, 0), (1, 1, 60), (1, 1, -64)):
+        assert not tune(*wrong)
+
+
 @pytest.mark.parametrize("every", [1, 3, 64, 1000])
 def test_entry_states_at_any_distance(every):
     checks.bidirectional_scan([t.detach() for t in make_bidirectional_inputs(1, 70, 20, 5, 2)], every)

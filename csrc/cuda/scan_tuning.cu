@@ -1,0 +1,56 @@
+// The table behind scan_tuning.h. A row holds from its number of channels per multiprocessor on, a channel being one of
+// one batch element in one direction. The figures follow from the counts in docs/kernels.md; scripts that measure on a
+// GPU try others through vim_cuda_tune_scan.
+#include "scan_tuning.h"
+
+namespace vim {
+namespace VIM_ISA {
+
+namespace {
+
+struct Row {
+  int64_t channels_per_multiprocessor;
+  int channels, warps;
+  int64_t threads_wanted;  // per multiprocessor; a sequence is cut into chunks to reach it
+};
+
+// Two channels a thread halve the reads of B and C, but leave half the threads. Chunks cost every exponential twice.
+constexpr Row kTable[] = {
+    {0, 1, 1, 512},
+    {300, 1, 1, 0},
+    {720, 2, 1, 0},
+    {2880, 2, 2, 0},
+};
+constexpr int64_t kShortestChunk = 128;
+
+ScanTuning chosen;
+
+}  // namespace
+
+ScanTuning scan_tuning(const Scan& scan) {
+  const int64_t count = scan.directions * scan.batch * scan.dim, processors = multiprocessors();
+  const Row* row = kTable;
+  for (const Row& candidate : kTable) {
+    if (count >= candidate.channels_per_multiprocessor * processors) row = &candidate;
+  }
+  ScanTuning tuning{row->channels, row->warps, 0};
+  const int64_t chunks = row->threads_wanted * processors * row->channels / larger(1, count);
+  const int64_t chunk = larger(kShortestChunk, round_up(blocks_in(scan.length, larger(1, chunks)), 64));
+  if (row->threads_wanted > 0 && 2 * chunk <= scan.length) tuning.chunk = chunk;
+  if (chosen.channels != 0) tuning.channels = chosen.channels;
+  if (chosen.warps != 0) tuning.warps = chosen.warps;
+  if (chosen.chunk != 0) tuning.chunk = chosen.chunk < scan.length ? chosen.chunk : 0;
+  return tuning;
+}
+
+}  // namespace VIM_ISA
+}  // namespace vim
+
+// For measurements and tests: choices for every shape from now on. 0 leaves one to the table; returns 0 where a value is
+// not one of those that exist.
+extern "C" __attribute__((visibility("default"))) int vim_cuda_tune_scan(int channels, int warps, int64_t chunk) {
+  const bool fits = channels >= 0 && channels <= 2 && (warps == 0 || warps == 1 || warps == 2 || warps == 4) &&
+                    chunk >= 0 && chunk % 64 == 0;
+  if (fits) vim::cuda::chosen = {channels, warps, chunk};
+  return fits;
+}

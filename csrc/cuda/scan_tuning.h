@@ -1,0 +1,20 @@
+// How the fast scans are cut, by shape. Nothing here changes a result, only the order of no sum: any choice is right.
+#pragma once
+
+#include "device.h"
+
+namespace vim {
+namespace VIM_ISA {
+
+// A choice for the forward pass.
+struct ScanTuning {
+  int channels = 0;   // of a thread: 1 or 2
+  int warps = 0;      // of a direction in a block: 1, 2 or 4
+  int64_t chunk = 0;  // tokens that a block goes through, a multiple of 64; 0 is all of them
+};
+
+// The choice for a shape on the current device, unless one was set with vim_cuda_tune_scan.
+ScanTuning scan_tuning(const Scan& scan);
+
+}  // namespace VIM_ISA
+}  // namespace vim
