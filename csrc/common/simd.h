@@ -95,6 +95,15 @@ VIM_INLINE vec min2(vec a, vec b) {
 
 VIM_INLINE vec abs(vec x) { return bits<vec>(bits<ivec>(x) & 0x7fffffff); }
 
+// Whether a comparison holds in any lane.
+template <class Mask>
+VIM_INLINE bool any(Mask mask) {
+  const ivec lanes = bits<ivec>(mask);
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= lanes[i];
+  return all != 0;
+}
+
 // ---- half precision --------------------------------------------------------------------------------------------
 
 VIM_INLINE vec load(const bfloat16* p) {
@@ -236,15 +245,35 @@ VIM_INLINE vec scale_by_power(vec x, vec n) {
 #endif
 }
 
-// 2^x to about 1 ulp (2 for AVX-512), 2^0 = 1 exactly; below 2^-126 the result is 0 or subnormal. An object, so that
-// its constants stay in registers.
-struct Exp2 {
+#if !defined(__AVX512F__)
+// 2^x to about 1 ulp for any x; below 2^-126 the result is 0 or subnormal.
+VIM_INLINE vec exp2_any(vec x) {
+  const vec clamped = min2(set1(128.0f), max2(set1(-126.0f), x));
+  const vec n = round_to_int(clamped);
+  const vec r = clamped - n;
+  vec p = fma(set1(0.00015353362f), r, set1(0.0013398875f));
+  p = fma(p, r, set1(0.00961843692f));
+  p = fma(p, r, set1(0.0555033237f));
+  p = fma(p, r, set1(0.240226477f));
+  p = fma(p, r, set1(0.693147182f));
+  p = scale_by_power(fma(p, r, set1(1.0f)), n);
+  return bits<vec>(bits<ivec>(p) & ~bits<ivec>(x < set1(-126.0f)));
+}
+#endif
+
+// Decay2(step, rate) is 2^(step rate / kRateUnits) to about 1 ulp (2 for AVX-512), 2^0 = 1 exactly; NearDecay2 is the
+// same where |step rate / kRateUnits| < kNearDecay, and faster. Objects, so that their constants stay in registers.
+constexpr float kNearDecay = 120.0f;
+
 #if defined(__AVX512F__)
-  // 2^x = 2^floor(x) 2^(k/32) 2^r with r in [0, 1/32): the middle factor is looked up in two registers, the last one
-  // needs two terms. On processors with more than two vector pipes this moves work off the multipliers.
+constexpr float kRateUnits = 1.0f;
+
+// 2^x = 2^floor(x) 2^(k/32) 2^r with r in [0, 1/32): the middle factor is looked up in two registers, the last one
+// needs two terms. On processors with more than two vector pipes this moves work off the multipliers.
+struct Decay2 {
   vec low, high, magic, c1, c2;
 
-  VIM_INLINE Exp2() {
+  VIM_INLINE Decay2() {
     alignas(64) static const float powers[32] = {
         1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
         1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
@@ -257,32 +286,80 @@ struct Exp2 {
     c2 = set1(0.242652699f);
   }
 
-  VIM_INLINE vec operator()(vec x) const {
+  VIM_INLINE vec operator()(vec step, vec rate) const {
+    const vec x = step * rate;
     const vec shifted = _mm512_add_round_ps(x, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const vec r = _mm512_reduce_ps(x, 0x59);  // x - floor(32 x) / 32
     const vec power = _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted), high);
     return _mm512_scalef_ps(fma(fma(c2, r, c1), r, set1(1.0f)) * power, x);
   }
+};
+using NearDecay2 = Decay2;  // vscalef knows no bounds
+
 #else
-  VIM_INLINE vec operator()(vec x) const {
-    const vec clamped = min2(set1(128.0f), max2(set1(-126.0f), x));
-    const vec n = round_to_int(clamped);
-    const vec r = clamped - n;
+#if defined(__AVX2__)
+constexpr float kRateUnits = 8.0f;
+
+// 2^(n/8 + r/8) with r in [-1/2, 1/2]: n and r come from a sum with 1.5 2^23 and two fused products, 2^(n/8) from a
+// table of eight and an addition to its exponent, the rest is a cubic.
+struct NearDecay2 {
+  vec powers, magic, c1, c2, c3;
+
+  VIM_INLINE NearDecay2() {
+    // The bits of 2^(k/8), less k 2^20: adding n 2^20 puts n / 8, rounded down, into the exponent and cancels the rest.
+    alignas(32) static const uint32_t table[8] = {0x3f800000u,              0x3f8b95c2u - (1u << 20),
+                                                  0x3f9837f0u - (2u << 20), 0x3fa5fed7u - (3u << 20),
+                                                  0x3fb504f3u - (4u << 20), 0x3fc5672au - (5u << 20),
+                                                  0x3fd744fdu - (6u << 20), 0x3feac0c7u - (7u << 20)};
+    powers = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)));
+    magic = set1(0x1.8p23f);
+    c1 = set1(0.0866433975f);
+    c2 = set1(0.00375403f);
+    c3 = set1(0.00010842f);
+  }
+
+  // 2^(n/8) for n in [-1008, 1023], given as magic + n
+  VIM_INLINE vec power(vec shifted) const {
+    const ivec index = bits<ivec>(shifted);
+    return bits<vec>(bits<ivec>(_mm256_permutevar8x32_ps(powers, bits<__m256i>(index))) + (index << 20));
+  }
+
+  VIM_INLINE vec operator()(vec step, vec rate) const {
+    const vec shifted = fma(step, rate, magic);
+    const vec r = _mm256_fmsub_ps(step, rate, shifted - magic);
+    const vec scale = power(shifted);
+    return fma(fma(fma(c3, r, c2), r, c1) * r, scale, scale);
+  }
+};
+#else
+constexpr float kRateUnits = 1.0f;
+
+struct NearDecay2 {
+  VIM_INLINE vec operator()(vec step, vec rate) const {
+    const vec magic = set1(0x1.8p23f), x = step * rate;
+    const vec shifted = x + magic;
+    const vec r = x - (shifted - magic);
     vec p = fma(set1(0.00015353362f), r, set1(0.0013398875f));
     p = fma(p, r, set1(0.00961843692f));
     p = fma(p, r, set1(0.0555033237f));
     p = fma(p, r, set1(0.240226477f));
     p = fma(p, r, set1(0.693147182f));
-    p = scale_by_power(fma(p, r, set1(1.0f)), n);
-    return bits<vec>(bits<ivec>(p) & ~bits<ivec>(x < set1(-126.0f)));
+    p = fma(p, r, set1(1.0f));
+    return bits<vec>(bits<ivec>(p) + (bits<ivec>(shifted) << 23));
   }
-#endif
 };
+#endif
 
-// e^x to about 1 ulp of the result for any x: the argument is reduced with ln 2 in two parts.
+struct Decay2 {
+  VIM_INLINE vec operator()(vec step, vec rate) const { return exp2_any(step * rate * set1(1.0f / kRateUnits)); }
+};
+#endif
+
+// e^x to about 1 ulp of the result: the argument is reduced with ln 2 in two parts. AVX2 stops at the largest and the
+// smallest normal number, which is as good as infinity and 0 wherever 1 or a product is to follow.
 VIM_INLINE vec exp(vec x) {
 #if defined(__AVX512F__)
-  const Exp2 table;
+  const Decay2 table;
   const vec clamped = min2(set1(89.0f), max2(set1(-104.0f), x));
   const vec shifted = fma(clamped, set1(1.44269504f), table.magic);  // in units of 1/32
   const vec n = shifted - table.magic;
@@ -291,6 +368,15 @@ VIM_INLINE vec exp(vec x) {
   vec p = fma(set1(0.166666667f), r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
   return _mm512_scalef_ps(fma(p * r, power, power), n);
+#elif defined(__AVX2__)
+  const NearDecay2 table;
+  const vec clamped = min2(set1(88.67f), max2(set1(-87.3f), x));
+  const vec shifted = fma(clamped, set1(8 * 1.44269504f), table.magic);  // in units of 1/8
+  const vec n = shifted - table.magic;
+  const vec r = fnma(n, set1(-2.12194440e-4f / 8), fnma(n, set1(0.693359375f / 8), clamped));
+  const vec p = fma(fma(set1(0.166687f), r, set1(0.500065f)) * r, r, r);
+  const vec power = table.power(shifted);
+  return fma(p, power, power);
 #else
   const vec clamped = min2(set1(88.8f), max2(set1(-104.0f), x));
   const vec n = round_to_int(clamped * set1(1.44269504f));

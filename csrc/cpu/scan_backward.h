@@ -97,16 +97,16 @@ struct BackwardBuffers : BlockBuffers {
 };
 
 // Rebuilds kSwept states of a chunk, keeps them and their decays, and adds what they give to y.
-template <bool kConstantB, bool kConstantC>
+template <class Decay, bool kConstantB, bool kConstantC>
 void rebuild_states(const Steps& steps, const BlockBuffers& weights, int64_t n0, const float* entry, float* states,
                     float* decays) {
-  const Exp2 exp2;
+  const Decay decay_of;
   vec h[kSwept];
   for (int n = 0; n < kSwept; ++n) {
     h[n] = load(entry + (n0 + n) * kLanes);
     store(states + n * kLanes, h[n]);
   }
-  const float* A = weights.A_log2e + n0 * kLanes;
+  const float* rate = weights.rate + n0 * kLanes;
   const float *delta = steps.delta, *drive = steps.drive, *B = steps.B.data + n0, *C = steps.C.data + n0;
   float* y = steps.y;
   for (int64_t i = 0; i < steps.count; ++i) {
@@ -115,7 +115,7 @@ void rebuild_states(const Steps& steps, const BlockBuffers& weights, int64_t n0,
     vec sums[2] = {load(y), vec{}};
 #pragma GCC unroll 8
     for (int n = 0; n < kSwept; ++n) {
-      const vec decay = exp2(step * load(A + n * kLanes));
+      const vec decay = decay_of(step, load(rate + n * kLanes));
       const vec b = kConstantB ? load(weights.B_constant + (n0 + n) * kLanes) : set1(B[n]);
       const vec c = kConstantC ? load(weights.C_constant + (n0 + n) * kLanes) : set1(C[n]);
       h[n] = fma(decay, h[n], input * b);
@@ -131,6 +131,12 @@ void rebuild_states(const Steps& steps, const BlockBuffers& weights, int64_t n0,
     B += steps.B.stride;
     C += steps.C.stride;
   }
+}
+
+template <class Decay>
+auto choose_rebuild(bool constant_B, bool constant_C) {
+  return constant_B ? (constant_C ? rebuild_states<Decay, true, true> : rebuild_states<Decay, true, false>)
+                    : (constant_C ? rebuild_states<Decay, false, true> : rebuild_states<Decay, false, false>);
 }
 
 // Goes through kSwept states of a chunk against scan order. `dy`, `dstep` and `drive_sum` point at the last token that
@@ -316,13 +322,12 @@ inline void backward_chunk(const ScanBackwardTasks& k, int d, const Chunk& chunk
   float* y = scan.directions == 2 ? buffers.y + chunk.first * kLanes : buffers.y;
   const ChunkRows rows = load_chunk(scan, side, chunk, block, states, next, buffers);
   load_dy(k, chunk, block, next, buffers);
-  step_sizes(scan, side, rows, count, buffers, d > 0, y, buffers.slope);
+  const bool near = step_sizes(scan, side, rows, count, buffers, d > 0, y, buffers.slope);
   fill_zero(buffers.dstep, count * kLanes);
   fill_zero(buffers.drive_sum, count * kLanes);
 
   const bool B = side.B.constant != nullptr, C = side.C.constant != nullptr;
-  const auto rebuild = B ? (C ? rebuild_states<true, true> : rebuild_states<true, false>)
-                         : (C ? rebuild_states<false, true> : rebuild_states<false, false>);
+  const auto rebuild = near ? choose_rebuild<NearDecay2>(B, C) : choose_rebuild<Decay2>(B, C);
   const auto sweep = B ? (C ? sweep_states<true, true> : sweep_states<true, false>)
                        : (C ? sweep_states<false, true> : sweep_states<false, false>);
   const Steps steps = in_scan_order(buffers, rows, y, count, side.reverse);
@@ -366,10 +371,11 @@ inline void backward_saved_chunk(const ScanBackwardTasks& k, int d, int64_t b, i
     const Chunk chunk = chunk_at(j);
     float* state = buffers.entry + (j + 1) * states * kLanes;
     const ChunkRows rows = load_chunk(scan, side, chunk, block, states, 0, buffers);
-    step_sizes(scan, side, rows, chunk.count, buffers, false, buffers.du, nullptr);  // y is not needed: du is free
+    // y is not needed: du is free
+    const bool near = step_sizes(scan, side, rows, chunk.count, buffers, false, buffers.du, nullptr);
     std::memcpy(state, state - states * kLanes, static_cast<size_t>(states * kLanes) * sizeof(float));
     const Steps steps = in_scan_order(buffers, rows, buffers.du, chunk.count, side.reverse);
-    run_all_states(steps, side, buffers, states, state);
+    run_all_states(steps, side, buffers, states, near, state);
   }
   for (int64_t j = chunks - 1; j >= 0; --j) {
     backward_chunk(k, d, chunk_at(j), block, buffers.entry + j * states * kLanes, partials, buffers);

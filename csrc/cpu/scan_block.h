@@ -8,10 +8,13 @@ namespace VIM_ISA {
 
 constexpr int64_t kTokens = 64;  // of a chunk: its buffers stay in the first-level cache
 
-#if defined(__x86_64__) && !defined(__AVX512F__)
-constexpr int kStatesAtOnce = 8;  // states in registers: 16 registers hold 8 of them beside everything else
-#else
 constexpr int kStatesAtOnce = 16;
+// Whether they stay in registers for a chunk. Where there are 16 registers they go through the first-level cache at
+// every token, which costs less than a second pass over the tokens.
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr bool kStatesInRegisters = false;
+#else
+constexpr bool kStatesInRegisters = true;
 #endif
 constexpr int kFewStates = 4;
 
@@ -32,14 +35,16 @@ VIM_INLINE Blocks scan_blocks(const Scan& scan) { return Blocks(scan.dim, segmen
 
 // Weights and buffers of one block.
 struct BlockBuffers {
-  float *A, *A_log2e, *dt_weight, *bias, *D, *B_constant, *C_constant;  // rows of kLanes
+  float *A, *rate, *dt_weight, *bias, *D, *B_constant, *C_constant;  // rows of kLanes
+  float* near_step;  // from this step on, a lane's fastest decay is no longer near
   float *u, *z, *delta, *drive, *raw, *dt, *B, *C;                      // rows of a chunk
   float* state;
 
   void take(Scratch& scratch, const Scan& scan, int64_t states) {
     const int64_t tokens = chunk_tokens(scan);
     A = scratch.take(states * kLanes);
-    A_log2e = scratch.take(states * kLanes);
+    rate = scratch.take(states * kLanes);
+    near_step = scratch.take(kLanes);
     dt_weight = scratch.take(scan.dt_rank * kLanes);
     bias = scratch.take(kLanes);
     D = scratch.take(kLanes);
@@ -55,13 +60,17 @@ struct BlockBuffers {
 
   void pack(const Scan& scan, const ScanDirection& side, Block block, int64_t states) {
     pack_weight(side.A, scan.d_state, states, block, A);
+    vec fastest{};
     for (int64_t n = 0; n < states; ++n) {
       vec decay = load(A + n * kLanes);
       // A state that only pads the count has no decay either way: its drive is zero.
       if (scan.A_is_log) decay = -exp(decay);
       store(A + n * kLanes, decay);
-      store(A_log2e + n * kLanes, decay * set1(1.44269504f));
+      const vec log2_decay = decay * set1(1.44269504f);
+      store(rate + n * kLanes, log2_decay * set1(kRateUnits));
+      fastest = max2(fastest, abs(log2_decay));
     }
+    store(near_step, set1(kNearDecay) / fastest);
     if (side.delta.data == nullptr) pack_weight(side.dt_weight, scan.dt_rank, scan.dt_rank, block, dt_weight);
     pack_or_zero(side.bias, 1, 1, block, bias);
     pack_or_zero(side.D, 1, 1, block, D);
@@ -136,8 +145,8 @@ inline void project_dt(const float* dt_weight, int64_t dt_rank, Rows dt, int64_t
 }
 
 // delta and drive = delta u of a chunk, and y = D u, on top of what is there with `add_y`. `slope`, where given, gets
-// the derivative of delta by its raw value.
-inline void step_sizes(const Scan& scan, const ScanDirection& side, const ChunkRows& rows, int64_t count,
+// the derivative of delta by its raw value. Returns whether every decay of the chunk is near.
+inline bool step_sizes(const Scan& scan, const ScanDirection& side, const ChunkRows& rows, int64_t count,
                        BlockBuffers& buffers, bool add_y, float* y, float* slope) {
   if (side.delta.data == nullptr) project_dt(buffers.dt_weight, scan.dt_rank, rows.dt, count, buffers.raw);
   // Copies of the pointers: for all the compiler knows, a store through one changes the others.
@@ -145,16 +154,19 @@ inline void step_sizes(const Scan& scan, const ScanDirection& side, const ChunkR
   float *delta = buffers.delta, *drive = buffers.drive;
   const vec bias = load(buffers.bias), skip = load(buffers.D);
   const bool with_softplus = scan.softplus;
+  vec largest{};
   for (int64_t t = 0; t < count * kLanes; t += kLanes) {
     const vec u = load(input + t);
     vec step = load(raw + t) + bias;
     vec derivative = set1(1.0f);
     if (with_softplus) step = softplus(step, slope == nullptr ? nullptr : &derivative);
+    largest = max2(largest, abs(step));
     store(delta + t, step);
     store(drive + t, step * u);
     store(y + t, fma(skip, u, add_y ? load(y + t) : vec{}));
     if (slope != nullptr) store(slope + t, derivative);
   }
+  return !any(largest >= load(buffers.near_step));
 }
 
 // A chunk in scan order: everything points at the first token that the scan meets, and `step` is 1 or -1.
@@ -178,14 +190,16 @@ VIM_INLINE Steps in_scan_order(const BlockBuffers& buffers, const ChunkRows& row
 }
 
 // Runs kStates states through a chunk and adds what they give to y. All states of a token are independent, which is
-// what keeps the pipes full; they stay in registers from the first token to the last.
-template <int kStates, bool kConstantB, bool kConstantC>
-void run_states(const Steps& steps, const float* A_log2e, const float* B_constant, const float* C_constant, int64_t n0,
+// what keeps the pipes full.
+template <class Decay, int kStates, bool kConstantB, bool kConstantC>
+void run_states(const Steps& steps, const float* rates, const float* B_constant, const float* C_constant, int64_t n0,
                 float* state) {
-  const Exp2 exp2;
-  vec h[kStates];
-  for (int n = 0; n < kStates; ++n) h[n] = load(state + (n0 + n) * kLanes);
-  const float* A = A_log2e + n0 * kLanes;
+  const Decay decay_of;
+  constexpr bool kInRegisters = kStatesInRegisters || kStates < kStatesAtOnce;
+  vec registers[kInRegisters ? kStates : 1];
+  float* rows = state + n0 * kLanes;
+  for (int n = 0; kInRegisters && n < kStates; ++n) registers[n] = load(rows + n * kLanes);
+  const float* rate = rates + n0 * kLanes;
   const float *delta = steps.delta, *drive = steps.drive;
   const float *B = steps.B.data + n0, *C = steps.C.data + n0;
   float* y = steps.y;
@@ -195,11 +209,16 @@ void run_states(const Steps& steps, const float* A_log2e, const float* B_constan
     vec sums[2] = {load(y), vec{}};
 #pragma GCC unroll 16
     for (int n = 0; n < kStates; ++n) {
-      const vec decay = exp2(step * load(A + n * kLanes));
+      const vec decay = decay_of(step, load(rate + n * kLanes));
       const vec b = kConstantB ? load(B_constant + (n0 + n) * kLanes) : set1(B[n]);
       const vec c = kConstantC ? load(C_constant + (n0 + n) * kLanes) : set1(C[n]);
-      h[n] = fma(decay, h[n], input * b);
-      sums[n % 2] = fma(h[n], c, sums[n % 2]);
+      const vec h = fma(decay, kInRegisters ? registers[n] : load(rows + n * kLanes), input * b);
+      sums[n % 2] = fma(h, c, sums[n % 2]);
+      if (kInRegisters) {
+        registers[n] = h;
+      } else {
+        store(rows + n * kLanes, h);
+      }
     }
     store(y, sums[0] + sums[1]);
     delta += row;
@@ -208,23 +227,31 @@ void run_states(const Steps& steps, const float* A_log2e, const float* B_constan
     B += steps.B.stride;
     C += steps.C.stride;
   }
-  for (int n = 0; n < kStates; ++n) store(state + (n0 + n) * kLanes, h[n]);
+  for (int n = 0; kInRegisters && n < kStates; ++n) store(rows + n * kLanes, registers[n]);
 }
 
 // All states of a block through a chunk; `states` is a multiple of kFewStates.
-inline void run_all_states(const Steps& steps, const ScanDirection& side, const BlockBuffers& buffers, int64_t states,
-                           float* state) {
-  const float *A = buffers.A_log2e, *B = buffers.B_constant, *C = buffers.C_constant;
+template <class Decay>
+void run_all_states_by(const Steps& steps, const ScanDirection& side, const BlockBuffers& buffers, int64_t states,
+                       float* state) {
+  const float *rate = buffers.rate, *B = buffers.B_constant, *C = buffers.C_constant;
   const bool constant_B = side.B.constant != nullptr, constant_C = side.C.constant != nullptr;
   int64_t n = 0;
   if (!constant_B && !constant_C) {
     for (; n + kStatesAtOnce <= states; n += kStatesAtOnce) {
-      run_states<kStatesAtOnce, false, false>(steps, A, B, C, n, state);
+      run_states<Decay, kStatesAtOnce, false, false>(steps, rate, B, C, n, state);
     }
   }
-  const auto run = constant_B ? (constant_C ? run_states<kFewStates, true, true> : run_states<kFewStates, true, false>)
-                              : (constant_C ? run_states<kFewStates, false, true> : run_states<kFewStates, false, false>);
-  for (; n < states; n += kFewStates) run(steps, A, B, C, n, state);
+  const auto run =
+      constant_B ? (constant_C ? run_states<Decay, kFewStates, true, true> : run_states<Decay, kFewStates, true, false>)
+                 : (constant_C ? run_states<Decay, kFewStates, false, true> : run_states<Decay, kFewStates, false, false>);
+  for (; n < states; n += kFewStates) run(steps, rate, B, C, n, state);
+}
+
+inline void run_all_states(const Steps& steps, const ScanDirection& side, const BlockBuffers& buffers, int64_t states,
+                           bool near, float* state) {
+  const auto run = near ? run_all_states_by<NearDecay2> : run_all_states_by<Decay2>;
+  run(steps, side, buffers, states, state);
 }
 
 }  // namespace VIM_ISA

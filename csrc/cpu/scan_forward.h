@@ -56,8 +56,9 @@ inline void forward_direction(const Scan& scan, int d, int64_t b, Block block, i
       const int64_t next = side.reverse ? -size : size;
       float* y = scan.directions == 2 ? buffers.y + chunk.first * kLanes : buffers.y;
       const ChunkRows rows = load_chunk(scan, side, chunk, block, states, next, buffers);
-      step_sizes(scan, side, rows, chunk.count, buffers, d > 0, y, nullptr);
-      run_all_states(in_scan_order(buffers, rows, y, chunk.count, side.reverse), side, buffers, states, buffers.state);
+      const bool near = step_sizes(scan, side, rows, chunk.count, buffers, d > 0, y, nullptr);
+      const Steps steps = in_scan_order(buffers, rows, y, chunk.count, side.reverse);
+      run_all_states(steps, side, buffers, states, near, buffers.state);
       if (last) finish_chunk(scan, chunk, block, next, buffers.z, y);
     }
   }

@@ -44,9 +44,19 @@ def check_exponential() -> None:
     assert (decay.double() - near_zero[:, 0].double().exp()).abs().max() < 1.5e-7
 
 
+def check_far_decays() -> None:
+    """Steps that leave no state, in some chunks of tokens and some blocks of channels, beside ordinary ones."""
+    inputs = {name: t.detach() for name, t in make_scan_inputs(2, 24, 200, 16).items()}
+    inputs["delta"][:, 5:12, 70:75] = 300.0
+    inputs["delta"][1, 20, 199] = 1e9
+    for reverse in (False, True):
+        check_selective_scan(inputs, reverse, True, 64)
+
+
 def check_shapes() -> None:
     """One pass over what the instruction sets could do differently; also run in other processes."""
     check_exponential()
+    check_far_decays()
     for shape in ((1, 1, 1, 1, 1), (2, 65, 24, 16, 12), (1, 130, 33, 17, 5), (2, 7, 48, 3, 1)):
         for dtype in FLOATS:
             tensors = [t.detach() for t in make_bidirectional_inputs(*shape, dtype=dtype)]

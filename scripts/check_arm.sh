@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Compiles the CPU kernels for 64-bit ARM and runs their checks under emulation: scripts/check_arm.sh
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+compile() { aarch64-linux-gnu-g++ -std=c++17 -O3 -Wno-psabi -fno-math-errno -ffp-contract=fast "$@"; }
+compile -DVIM_ISA=baseline -c csrc/cpu/kernels.cpp -o "$folder/kernels.o"
+compile csrc/cpu/dispatch.cpp scripts/kernel_driver.cpp "$folder/kernels.o" -static -pthread -o "$folder/driver"
+qemu-aarch64 "$folder/driver"
