@@ -16,6 +16,8 @@ EraseMode = Literal["const", "rand", "pixel"]
 MixMode = Literal["batch", "pair", "elem"]
 ScheduleName = Literal["cosine", "constant"]
 ScheduleUnit = Literal["epoch", "step"]
+StartingWeights = Literal["best", "raw", "ema"]
+Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
 BestBy = Literal["raw", "ema", "better"]
 
@@ -40,6 +42,14 @@ class ModelConfig:
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more time."""
     pretrained: bool = False
     """Start from the published weights of `model.name`."""
+    checkpoint: str | None = None
+    """Start from the weights in this file (`.pth` of the original's or ours, `.safetensors`) or run folder."""
+    pretrained_weights: StartingWeights = "best"
+    """Which weights to start from: `raw`, `ema` (their average), or `best`, which is what a run of ours found better on
+    held-out images and `raw` for any other file."""
+    pretrained_resampling: Resampling = "exact"
+    """How to resample the position embedding of another grid: `exact`, or `reference`, which does what the original's
+    fine-tuning does and moves the patches before the middle class token by one."""
     args: dict[str, Any] = field(
         default_factory=lambda: {"patch_size": 8, "embed_dim": 64, "depth": 4},
     )
@@ -53,6 +63,10 @@ class ModelConfig:
             check_positive("model.num_classes", self.num_classes)
         check_fraction("model.drop_rate", self.drop_rate)
         check_fraction("model.drop_path_rate", self.drop_path_rate)
+        if self.pretrained and self.checkpoint:
+            raise ValueError(f"model.checkpoint must be null when model.pretrained is true, got {self.checkpoint!r}")
+        check_choice("model.pretrained_weights", self.pretrained_weights, StartingWeights)
+        check_choice("model.pretrained_resampling", self.pretrained_resampling, Resampling)
         own = {"img_size", "in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained"} & set(self.args)
         if own:
             name = min(own)

@@ -1,5 +1,6 @@
 """Build the model that the settings name, and find the device to run it on."""
 
+import dataclasses
 import difflib
 import inspect
 import re
@@ -11,6 +12,7 @@ from torch import nn
 
 import vim.models  # registers our models with timm
 from vim.config.schema import ModelConfig, TrainConfig
+from vim.engine.starting_weights import load_starting_weights
 
 _FROM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -27,7 +29,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
     Raises:
         ValueError: timm knows no such model (the message names the nearest), or the model takes no such argument, or
-            refuses a value, or has no published weights.
+            refuses a value, or has no published weights, or `model.checkpoint` does not fit.
+        FileNotFoundError: There is no such `model.checkpoint`.
     """
     check_model_name(config.name)
     arguments: dict[str, Any] = {
@@ -38,6 +41,25 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         "drop_path_rate": config.drop_path_rate,
         **config.args,
     }
+    if config.pretrained and _is_ours(config.name):
+        weights = "ema" if config.pretrained_weights == "ema" else "raw"
+        arguments |= {"pretrained_weights": weights, "pretrained_resampling": config.pretrained_resampling}
+    model = _create(config, arguments)
+    if config.checkpoint is not None:
+        load_starting_weights(model, config)
+    return model
+
+
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """Return the settings of the same model as it is made, for weights that come from elsewhere."""
+    return dataclasses.replace(config, pretrained=False, checkpoint=None)
+
+
+def _is_ours(name: str) -> bool:
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vim.")
+
+
+def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, **arguments)
     except TypeError as error:
@@ -142,4 +164,7 @@ def describe_model(model: nn.Module, config: ModelConfig) -> str:
     """Return the model's name, arguments and size in a few words."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     arguments = ", ".join(f"{name}={value}" for name, value in config.args.items())
-    return f"{config.name}{f' ({arguments})' if arguments else ''}, {millions:.2f} M parameters"
+    start = (
+        ", published weights" if config.pretrained else f", weights of {config.checkpoint}" if config.checkpoint else ""
+    )
+    return f"{config.name}{f' ({arguments})' if arguments else ''}, {millions:.2f} M parameters{start}"

@@ -19,11 +19,11 @@ from vim.checkpoints.io import CheckpointError, load_checkpoint, load_into, load
 from vim.config.load import config_from_dict, config_to_dict
 from vim.config.schema import TrainConfig
 from vim.data.preprocessing import Preprocessing
-from vim.engine.model import build_model, check_model_name
+from vim.engine.model import build_model, check_model_name, without_weights
+from vim.engine.starting_weights import METADATA_KEY
 
 Weights = Literal["best", "raw", "ema"]
 
-_METADATA_KEY = "vimamba"
 _BATCH_SIZE = 64
 # What Pillow raises for a file that is no image, is cut short or would not fit into memory.
 _BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -137,7 +137,7 @@ def load_predictor(
 
 def weights_metadata(config: TrainConfig, class_names: Sequence[str]) -> dict[str, str]:
     """Return the header of a safetensors file that `load_predictor` can use on its own."""
-    return {_METADATA_KEY: json.dumps({"config": config_to_dict(config), "class_names": list(class_names)})}
+    return {METADATA_KEY: json.dumps({"config": config_to_dict(config), "class_names": list(class_names)})}
 
 
 def list_images(path: Path) -> list[Path]:
@@ -160,7 +160,7 @@ def list_images(path: Path) -> list[Path]:
 def _from_config(
     config: TrainConfig, class_names: Sequence[str], state: dict[str, Tensor], path: Path, device: torch.device
 ) -> Predictor:
-    model = build_model(dataclasses.replace(config.model, pretrained=False), len(class_names))
+    model = build_model(without_weights(config.model), len(class_names))
     load_into(model, state, path)
     return Predictor(model, Preprocessing.from_config(config), describe_classes(class_names), device)
 
@@ -192,9 +192,9 @@ def _from_our_weights(path: Path, weights: Weights, device: torch.device) -> Pre
     if weights != "best":
         raise ValueError(f"weights must be 'best' for {path}, which holds one set of them, got {weights!r}")
     state, metadata = load_weights(path)
-    if _METADATA_KEY not in metadata:
+    if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path} does not say which model it belongs to: add --model NAME")
-    about = json.loads(metadata[_METADATA_KEY])
+    about = json.loads(metadata[METADATA_KEY])
     return _from_config(config_from_dict(about["config"], str(path)), about["class_names"], state, path, device)
 
 

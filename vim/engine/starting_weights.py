@@ -1,0 +1,120 @@
+"""Start a model from the weights of another training: a released file, a run folder, or a safetensors file."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from vim.checkpoints.io import FORMAT, CheckpointError, load_checkpoint, load_weights
+from vim.config.schema import ModelConfig
+from vim.models import VisionMamba
+from vim.models.pretrained import checkpoint_filter_fn, read_checkpoint, select_weights
+
+_logger = logging.getLogger(__name__)
+
+_HEAD = ("head.weight", "head.bias")
+_FIRST_CONV = "patch_embed.proj.weight"
+METADATA_KEY = "vimamba"
+"""Where a safetensors file of ours keeps the settings and the class names of its run."""
+
+
+def load_starting_weights(model: nn.Module, config: ModelConfig) -> None:
+    """Copy the weights of `model.checkpoint` into a model.
+
+    What depends on sizes is made to fit: the position embedding is resampled, the patch embedding takes another patch
+    size or number of channels, and the head stays as it was drawn where the number of classes differs.
+
+    Args:
+        model: The model, changed in place.
+        config: Its settings.
+
+    Raises:
+        FileNotFoundError: There is no such file, or the run folder has no checkpoint.
+        ValueError: The file is damaged, holds other weights than asked for, or is another architecture's; the message
+            names the first difference.
+    """
+    path = Path(str(config.checkpoint)).expanduser()
+    if not isinstance(model, VisionMamba):
+        raise ValueError(
+            f"model.checkpoint is for Vision Mamba, and model.name is {config.name!r}: for other models of timm set "
+            "model.pretrained true and model.args.pretrained_cfg_overlay.file"
+        )
+    state, trained_as, weights = _read(path / "best.pth" if path.is_dir() else path, config)
+    # How the checkpoint's model cut its images into patches, for resampling; files of others do not say.
+    source: Any = model
+    source.pretrained_model_args = {
+        name: trained_as[name] for name in ("img_size", "patch_stride") if trained_as.get(name) is not None
+    }
+    try:
+        state = checkpoint_filter_fn(state, model, resampling=config.pretrained_resampling)
+    except ValueError as error:
+        raise CheckpointError(f"model.checkpoint {path} does not fit {config.name}: {error}") from error
+    finally:
+        source.pretrained_model_args = {}
+    new_head = _fit_head_and_channels(state, model, path)
+    _check_names(state, model, path, new_head)
+    model.load_state_dict(state, strict=False)
+    _logger.info("%s weights of %s%s", weights, path, ", with a new head" if new_head else "")
+
+
+def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Return a state dict, the arguments of its model as far as the file tells, and which weights they are."""
+    wanted = config.pretrained_weights
+    try:
+        if path.suffix == ".safetensors":
+            if wanted == "ema":
+                raise CheckpointError(f"model.pretrained_weights must be 'best' or 'raw' for {path}, got 'ema'")
+            state, metadata = load_weights(path)
+            about = json.loads(metadata.get(METADATA_KEY, "{}"))
+            return select_weights(state), _arguments(about.get("config")), "the"
+        contents = read_checkpoint(path)
+        if contents.get("format") == FORMAT:
+            contents = load_checkpoint(path)  # again, with its checksums
+        kind = wanted if wanted != "best" else "ema" if contents.get("weights") == "ema" else "raw"
+        return select_weights(contents, kind), _arguments(contents.get("config")), kind
+    except (RuntimeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"model.checkpoint cannot be used: {error}") from error
+
+
+def _arguments(config: Any) -> dict[str, Any]:
+    """Return the arguments of the model in the settings of a run."""
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        return {}
+    size = model.get("img_size")
+    return {**(model.get("args") or {}), "img_size": tuple(size) if isinstance(size, list) else size}
+
+
+def _fit_head_and_channels(state: dict[str, Tensor], model: VisionMamba, path: Path) -> bool:
+    """Leave out a head of other classes, and adapt the first convolution to the model's channels; say if it did."""
+    own = model.state_dict()
+    new_head = any(name in own and (name not in state or state[name].shape != own[name].shape) for name in _HEAD)
+    for name in _HEAD:
+        if new_head or name not in own:
+            state.pop(name, None)
+    weight = state.get(_FIRST_CONV)
+    if weight is not None and weight.shape != own[_FIRST_CONV].shape:
+        channels, wanted = weight.shape[1], own[_FIRST_CONV].shape[1]
+        if channels == 3:
+            state[_FIRST_CONV] = adapt_input_conv(wanted, weight)
+        elif channels == 1:
+            state[_FIRST_CONV] = weight.expand(-1, wanted, -1, -1) / wanted
+        else:
+            raise CheckpointError(
+                f"model.checkpoint {path} is of a model for {channels} channels, which cannot be adapted to "
+                f"model.in_chans = {wanted}: only 1 and 3 can"
+            )
+    return new_head
+
+
+def _check_names(state: dict[str, Tensor], model: VisionMamba, path: Path, new_head: bool) -> None:
+    """Raise unless the state dict has every tensor of the model but a new head's, and no other."""
+    own = model.state_dict()
+    left = [name for name in own if name not in state and not (new_head and name in _HEAD)]
+    extra = [name for name in state if name not in own]
+    if left or extra:
+        what = f"it lacks {left[0]!r}" if left else f"it has {extra[0]!r}, which the model lacks"
+        raise CheckpointError(f"model.checkpoint {path} does not fit {type(model).__name__}: {what}")
