@@ -5,30 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from vim.config.load import config_from_dict, parse_command_line, setting_names
 from vim.config.schema import TrainConfig
+from vim.engine.model import build_model
+from vim.engine.optim import Schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
-# hustvl/Vim, the defaults of vim/main.py as changed by vim/scripts/pt-vim-t.sh, by our names; None where the original
-# has no such setting and ours must be off or left to PyTorch. Settings of the machine are not part of the recipe.
-VIM_TINY_IN1K = {
-    "recipe": "vim_tiny_in1k",
-    "epochs": 300,
-    "batch_size": 8 * 128,
+# hustvl/Vim, the defaults of vim/main.py that its scripts share, by our names; None where the original has no such
+# setting and ours must be off or left to PyTorch. Settings of the machine are not part of the recipe.
+DEFAULTS = {
     "precision": "float32",
     "ema_decay": 0.99996,
     "best_by": "raw",
     "seed": 0,
-    "model.name": "vim_tiny_patch16_224",
     "model.img_size": 224,
     "model.in_chans": 3,
     "model.num_classes": None,
     "model.drop_rate": 0.0,
-    "model.drop_path_rate": 0.0,
     "model.pretrained": False,
     "model.checkpoint": None,
     "model.pretrained_weights": "best",
@@ -69,9 +67,7 @@ VIM_TINY_IN1K = {
     "augment.mix_mode": "batch",
     "loss.label_smoothing": 0.1,
     "optim.name": "adamw",
-    "optim.lr": 5e-4,
     "optim.lr_batch_size": 512,
-    "optim.weight_decay": 0.1,
     "optim.no_weight_decay": (),
     "optim.eps": 1e-8,
     "optim.betas": None,
@@ -91,6 +87,50 @@ OF_THE_MACHINE = {
     *("distill.teacher_model", "distill.mode", "distill.weight", "distill.temperature"),
     *("save.steps", "save.minutes", "log.trackers", "log.steps"),
 }
+FROM_SCRATCH = {"epochs": 300}
+FINE_TUNING = {
+    "epochs": 30,
+    "batch_size": 8 * 128,
+    "model.drop_path_rate": 0.0,
+    "model.pretrained_weights": "raw",
+    "model.pretrained_resampling": "reference",
+    "optim.lr": 5e-6,
+    "optim.weight_decay": 1e-8,
+    "schedule.warmup_lr": 1e-5,
+    "schedule.min_lr": 1e-5,
+}
+# What each script changes (pt-vim-t.sh, pt-vim-s.sh, ft-vim-t.sh, ft-vim-s.sh); the last one has no script.
+ORIGINAL = {
+    "vim_tiny_in1k": FROM_SCRATCH
+    | {
+        "batch_size": 8 * 128,
+        "model.name": "vim_tiny_patch16_224",
+        "model.drop_path_rate": 0.0,
+        "optim.lr": 5e-4,
+        "optim.weight_decay": 0.1,
+    },
+    "vim_small_in1k": FROM_SCRATCH
+    | {
+        "batch_size": 8 * 64,
+        "model.name": "vim_small_patch16_224",
+        "model.drop_path_rate": 0.05,
+        "optim.lr": 1e-3,
+        "optim.weight_decay": 0.05,
+    },
+    "vim_tiny_in1k_ft_stride8": FINE_TUNING
+    | {"model.name": "vim_tiny_patch16_stride8_224", "model.checkpoint": "vim_t_midclstok_76p1acc.pth"},
+    "vim_small_in1k_ft_stride8": FINE_TUNING
+    | {"model.name": "vim_small_patch16_stride8_224", "model.checkpoint": "vim_s_midclstok_80p5acc.pth"},
+    "vim_base_in1k": FROM_SCRATCH
+    | {
+        "batch_size": 1024,
+        "model.name": "vim_base_patch16_224",
+        "model.drop_path_rate": 0.1,
+        "optim.lr": 5e-4,
+        "optim.weight_decay": 0.05,
+    },
+}
+PEAK_LR = dict.fromkeys(ORIGINAL, 1e-3) | dict.fromkeys([name for name in ORIGINAL if "_ft_" in name], 1e-5)
 
 
 def flat(data, prefix=""):
@@ -130,20 +170,48 @@ def test_the_digits_recipe_is_what_training_without_arguments_does():
     assert resolve("digits") == TrainConfig()
 
 
-def test_every_setting_of_the_tiny_imagenet_recipe_is_the_original_one():
-    config = resolve("vim_tiny_in1k", "--data.path", "IMAGENET")
-    assert set(VIM_TINY_IN1K) | OF_THE_MACHINE == set(setting_names())
-    different = {
-        name: (setting(config, name), value) for name, value in VIM_TINY_IN1K.items() if setting(config, name) != value
-    }
-    assert not different
-    assert config.peak_lr == pytest.approx(1e-3)
+@pytest.mark.parametrize("recipe", ORIGINAL)
+def test_every_setting_of_an_imagenet_recipe_is_the_original_one(recipe):
+    config = resolve(recipe, "--data.path", "IMAGENET")
+    original = DEFAULTS | {"recipe": recipe} | ORIGINAL[recipe]
+    assert set(original) | OF_THE_MACHINE == set(setting_names())
+    assert {name: setting(config, name) for name in original} == original
+    assert config.peak_lr == pytest.approx(PEAK_LR[recipe])
     assert config.data.path == "IMAGENET"
 
 
-def test_the_imagenet_recipe_asks_for_the_images():
+@pytest.mark.parametrize("recipe", [name for name in ORIGINAL if "_ft_" in name])
+def test_the_rate_of_fine_tuning_is_constant(recipe):
+    config = resolve(recipe, "--data.path", "IMAGENET")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.peak_lr)
+    schedule = Schedule(optimizer, config, updates_per_epoch=3)
+    rates = [schedule.set(epoch, 3 * epoch + step) for epoch in range(30) for step in range(3)]
+    assert rates == pytest.approx([1e-5] * 90)
+
+
+@pytest.mark.parametrize("recipe", [*ORIGINAL, "finetune_folder"])
+def test_a_recipe_for_a_folder_asks_for_the_images(recipe):
     with pytest.raises(ValueError, match=r"data.path must name the image folder .* 'folder', got None"):
-        resolve("vim_tiny_in1k")
+        resolve(recipe)
+
+
+def test_the_base_recipe_says_that_it_is_not_the_authors():
+    assert "NOT PUBLISHED BY THE AUTHORS" in (CONFIGS / "vim_base_in1k.yaml").read_text(encoding="utf-8")
+
+
+def test_fine_tuning_on_a_folder_is_sound_where_the_original_is_not():
+    config = resolve("finetune_folder", "--data.path", "IMAGES", "--model.checkpoint", "best.safetensors")
+    assert (config.model.pretrained, config.model.checkpoint) == (True, "best.safetensors")
+    assert config.model.pretrained_resampling == "exact"
+    assert config.optim.no_weight_decay == ("*.A_log", "*.A_b_log")
+    assert (config.schedule.lag_epochs, config.augment.repeats_rounding) == (0, None)
+
+
+def test_the_models_of_the_recipes_are_built_with_their_settings():
+    for recipe in ("fashion_mnist", "digits"):
+        config = resolve(recipe)
+        model = build_model(config.model, 10)
+        assert (model.depth, model.embed_dim) == (config.model.args["depth"], config.model.args["embed_dim"])
 
 
 def test_a_recipe_builds_from_a_plain_dict_without_the_command_line():

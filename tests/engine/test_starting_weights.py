@@ -125,10 +125,16 @@ def test_a_run_on_oblong_grey_images_starts_one_on_larger_colour_images(run):
 
 
 def test_a_run_starts_from_a_checkpoint_and_resumes_without_it(run, tmp_path):
-    config = tiny_config(model__img_size=(16, 24), model__checkpoint=str(run.folder.path), epochs=1)
+    start = tmp_path / "start.safetensors"
+    start.write_bytes(run.folder.best_weights.read_bytes())
+    config = tiny_config(model__img_size=(16, 24), model__checkpoint=str(start), epochs=1)
     trainer = Trainer(config, RunFolder(tmp_path / "next"))
-    assert_same(trainer.model, timm.models.load_state_dict(str(run.folder.best_weights)))
+    assert_same(trainer.model, timm.models.load_state_dict(str(start)))
     trainer.fit()
+    start.unlink()
+    resumed = Trainer(config, trainer.folder)
+    resumed.resume()
+    assert_same(resumed.model, trainer.model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -164,13 +170,13 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, damage, message):
     if damage == "flipped":
         path = tmp_path / "start.pth"
         data = bytearray(run.folder.best.read_bytes())
-        data[len(data) // 2] ^= 255
+        data[data.index(torch.load(run.folder.best, weights_only=True)["model"]["pos_embed"].numpy().tobytes())] ^= 1
         path.write_bytes(bytes(data))
     config = model_config(in_chans=1, img_size=(16, 24), **{"args": TINY_MODEL, **changes}, checkpoint=str(path))
     with pytest.raises((CheckpointError, FileNotFoundError, ValueError), match=message):
         build_model(config, 10)
 
 
-def test_published_and_local_weights_exclude_each_other():
-    with pytest.raises(ValueError, match=r"model.checkpoint must be null when model.pretrained is true, got 'a.pth'"):
-        model_config(pretrained=True, checkpoint="a.pth")
+def test_a_checkpoint_goes_before_published_weights(released):
+    path, source = released
+    assert_same(build_model(model_config(pretrained=True, checkpoint=str(path)), 7), source.state_dict())

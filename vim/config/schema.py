@@ -41,7 +41,7 @@ class ModelConfig:
     grad_checkpointing: bool = False
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more time."""
     pretrained: bool = False
-    """Start from the published weights of `model.name`."""
+    """Start from the published weights of `model.name`, unless `model.checkpoint` names others."""
     checkpoint: str | None = None
     """Start from the weights in this file (`.pth` of the original's or ours, `.safetensors`) or run folder."""
     pretrained_weights: StartingWeights = "best"
@@ -63,8 +63,6 @@ class ModelConfig:
             check_positive("model.num_classes", self.num_classes)
         check_fraction("model.drop_rate", self.drop_rate)
         check_fraction("model.drop_path_rate", self.drop_path_rate)
-        if self.pretrained and self.checkpoint:
-            raise ValueError(f"model.checkpoint must be null when model.pretrained is true, got {self.checkpoint!r}")
         check_choice("model.pretrained_weights", self.pretrained_weights, StartingWeights)
         check_choice("model.pretrained_resampling", self.pretrained_resampling, Resampling)
         own = {"img_size", "in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained"} & set(self.args)

@@ -41,13 +41,14 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         "drop_path_rate": config.drop_path_rate,
         **config.args,
     }
+    if config.checkpoint is not None:
+        model = _create(without_weights(config), arguments)
+        load_starting_weights(model, config)
+        return model
     if config.pretrained and _is_ours(config.name):
         weights = "ema" if config.pretrained_weights == "ema" else "raw"
         arguments |= {"pretrained_weights": weights, "pretrained_resampling": config.pretrained_resampling}
-    model = _create(config, arguments)
-    if config.checkpoint is not None:
-        load_starting_weights(model, config)
-    return model
+    return _create(config, arguments)
 
 
 def without_weights(config: ModelConfig) -> ModelConfig:

@@ -23,7 +23,14 @@ from vim.engine.evaluate import EvalResult, EvaluationStopped, evaluate
 from vim.engine.freeze import Freezer
 from vim.engine.log import Recorder, Reporter, describe_epoch, loading_advice
 from vim.engine.meter import EpochMeter, peak_memory_gib
-from vim.engine.model import build_model, check_sizes, checkpoint_gradients, describe_model, resolve_device
+from vim.engine.model import (
+    build_model,
+    check_sizes,
+    checkpoint_gradients,
+    describe_model,
+    resolve_device,
+    without_weights,
+)
 from vim.engine.nonfinite import (
     CHECKPOINT_FROM_BEFORE,
     NonFiniteError,
@@ -76,7 +83,8 @@ class Trainer:
         random_seed(config.seed)  # the same in all processes, so that their models begin equal
         self.loaders = build_loaders(config, self.device, self.processes.rank, self.processes.size)
         self.updates_per_epoch = len(self.loaders.train) // self.batch.accumulation_steps
-        self.model = build_model(config.model, len(self.loaders.class_names)).to(self.device)
+        start = without_weights(config.model) if folder.last.exists() else config.model  # resuming replaces them
+        self.model = build_model(start, len(self.loaders.class_names)).to(self.device)
         self.ema = build_ema(self.model, config.ema_decay)
         if config.model.grad_checkpointing:
             checkpoint_gradients(self.model, config.model)
