@@ -101,6 +101,7 @@ struct Norm {
   int64_t x_row = 0;
   const float* residual = nullptr;
   const float* weight = nullptr;
+  const void* weight_like_x = nullptr;  // or of the type of x, in the forward pass of devices that read it
   void* y = nullptr;
   float* r = nullptr;
   // Backward: dy and dr may be null; dr is the gradient of r that arrives, total the one that leaves.

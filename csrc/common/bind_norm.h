@@ -31,12 +31,15 @@ Norm norm_of(const Tensor& x, const Tensor& weight, double eps) {
 // What each device supplies: both run a norm whose arguments are known to fit. `like` is where workspace is allocated.
 void run_forward(const Norm& norm, const Tensor& like);
 void run_backward(Norm& norm, const Tensor& like);
+// Whether its kernels read a weight of the type of x.
+bool reads_weight_like_x();
 
 bool has_channels(const Tensor& x) { return x.dim() > 0 && x.size(x.dim() - 1) > 0; }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
-                                            double eps) {
-  if (!element_of(x).has_value() || !is_float(residual) || !is_float(weight) || !has_channels(x)) {
+                                        double eps) {
+  const bool like_x = !is_float(weight) && same_type(weight, x) && reads_weight_like_x();
+  if (!element_of(x).has_value() || !is_float(residual) || !(is_float(weight) || like_x) || !has_channels(x)) {
     return call_op<Tensor, Tensor>("vim::add_rms_norm_reference", x, residual, weight, eps);
   }
   check_sizes("residual", residual, sizes_of(x));
@@ -45,6 +48,10 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& r
   const OptionalTensor added = dense(residual);
   const Tensor y = allocate_like(x), r = allocate(x, sizes_of(x), ScalarType::Float);
   Norm norm = norm_of(x, scale, eps);
+  if (like_x) {
+    norm.weight = nullptr;
+    norm.weight_like_x = scale.const_data_ptr();
+  }
   norm.element = *element_of(x);
   norm.x = rows.const_data_ptr();
   norm.x_row = rows.dim() > 1 ? rows.stride(rows.dim() - 2) : norm.dim;
@@ -56,7 +63,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& r
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& dy, const OptionalTensor& dr, const Tensor& r,
-                                                     const Tensor& weight, double eps) {
+                                                 const Tensor& weight, double eps) {
   if (!is_float(r) || !is_float(weight) || !is_float(dr) || (dy.has_value() && !element_of(*dy).has_value()) ||
       !has_channels(r)) {
     return call_op<Tensor, Tensor>("vim::add_rms_norm_backward_reference", dy, dr, r, weight, eps);

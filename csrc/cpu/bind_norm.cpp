@@ -25,6 +25,8 @@ void run_backward(Norm& norm, const Tensor& like) {
            [&](int64_t begin, int64_t end) { return table.norm_reduce(norm, begin, end); });
 }
 
+bool reads_weight_like_x() { return false; }
+
 }  // namespace
 }  // namespace vim
 

@@ -18,6 +18,8 @@ void run_backward(Norm& norm, const Tensor& like) {
   cuda::norm_backward(norm, device.stream());
 }
 
+bool reads_weight_like_x() { return true; }
+
 }  // namespace
 }  // namespace vim
 

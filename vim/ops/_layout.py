@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from vim.ops._checks import needs_grad
+
 # Tokens between two saved states. A backward pass rebuilds the states of one chunk at a time.
 CHECKPOINT_EVERY = 64
 
@@ -16,8 +18,27 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_dtype(dtype: torch.dtype, tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """The tensors in this dtype; those that have it already, and `None`, as they are."""
-    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
+    """The tensors in this dtype; those that have it already, and `None`, as they are.
+
+    On a GPU without gradients all are converted by one kernel: the conversions are small and their launches are not.
+    """
+    result = list(tensors)
+    others = [i for i, t in enumerate(result) if t is not None and t.dtype is not dtype]
+    sources: list[torch.Tensor] = [result[i] for i in others]  # type: ignore[misc]
+    if len(others) > 1 and sources[0].is_cuda and _is_eager_inference(sources):
+        targets = [torch.empty_like(t, dtype=dtype) for t in sources]
+        torch._foreach_copy_(targets, sources)
+    else:
+        targets = [t.to(dtype) for t in sources]
+    for i, target in zip(others, targets, strict=True):
+        result[i] = target
+    return result
+
+
+def _is_eager_inference(tensors: list[torch.Tensor]) -> bool:
+    if needs_grad(*tensors) or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def empty_like_layout(x: torch.Tensor) -> torch.Tensor:

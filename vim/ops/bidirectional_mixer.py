@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vim.ops._checks import check_choice, check_length
+from vim.ops._layout import accumulate_dtype, as_dtype
 from vim.ops.bidirectional_conv1d.interface import run_bidirectional_conv1d
 from vim.ops.bidirectional_scan.interface import MERGES, ScanOperands, run_bidirectional_scan
 
@@ -72,6 +73,9 @@ def bidirectional_mixer(
     """
     _check_sizes(x, z, forward, backward)
     check_choice("merge", merge, tuple(MERGES))
+    # All at once: see `as_dtype`.
+    tensors = as_dtype(accumulate_dtype(x.dtype), (*_tensors(forward), *_tensors(backward)))
+    forward, backward = _with_tensors(forward, tensors[:6]), _with_tensors(backward, tensors[6:])
     conv_operands = (x, forward.conv_weight, forward.conv_bias, backward.conv_weight, backward.conv_bias)
 
     def convolve(*operands: Tensor | None) -> tuple[Tensor, ...]:
@@ -80,6 +84,15 @@ def bidirectional_mixer(
     u, u_b = convolve(*conv_operands)
     with _recomputed((u, u_b), convolve, conv_operands):
         return run_bidirectional_scan(_scan_operands(u, forward), _scan_operands(u_b, backward), z, merge, backend)
+
+
+def _tensors(weights: InnerWeights) -> tuple[Tensor | None, ...]:
+    return (*weights[:2], *weights[3:])
+
+
+def _with_tensors(weights: InnerWeights, tensors: list[Tensor | None]) -> InnerWeights:
+    conv_weight, conv_bias, *others = tensors
+    return InnerWeights(conv_weight, conv_bias, weights.x_proj, *others)  # type: ignore[arg-type]
 
 
 def _scan_operands(u: Tensor, weights: InnerWeights) -> ScanOperands:

@@ -1,4 +1,4 @@
-"""Matrix products around the ops: oneDNN's where PyTorch's default is slower.
+"""Matrix products around the ops: oneDNN's where PyTorch's default is slower, and rows that kernels load at once.
 
 PyTorch's float32 `F.linear` runs on MKL, which leaves the widest vector units of other makers' processors idle: 106
 against 231 GFLOP/s on one Zen 5 core. oneDNN, which comes with the same PyTorch, reads the same weights as they are;
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
 from vim.ops._checks import needs_grad
@@ -35,6 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by the fastest library at hand, forward and backward.
 
     Compiled, exported and transformed (torch.func) graphs, autocast regions and tensor subclasses keep `F.linear`.
+    On a GPU in half precision the rows of the result start at multiples of 16 bytes; those between are not part of it.
 
     Args:
         x: (..., in_features).
@@ -45,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., out_features).
     """
     if not _onednn_applies(x, weight):
-        return F.linear(x, weight, bias)
+        return _linear_on_gpu(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
     if needs_grad(x, weight, bias):
         return _linear_with_grad(x, weight, bias)
     packed = packed_weight(weight)
@@ -125,12 +127,68 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
-        dx = linear(dy, weight.t()) if needs_x else None
-        dweight = linear(rows.t(), x.flatten(0, -2).t()) if needs_weight else None
-        return dx, dweight, rows.sum(0) if needs_bias else None
+        return _linear_backward(ctx, dy)
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias of a function that has saved the first two."""
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    rows = dy.flatten(0, -2)
+    dx = linear(dy, weight.t()) if needs_x else None
+    dweight = linear(rows.t(), x.flatten(0, -2).t()) if needs_weight else None
+    return dx, dweight, rows.sum(0) if needs_bias else None
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+# Bytes that a thread loads at once.
+_ALIGNMENT = 16
+
+
+def _linear_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    columns = weight.shape[0]
+    aligned = -(-columns * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
+    if aligned == columns or dtype.itemsize != 2 or x.dtype is torch.float64 or not _is_plain(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():  # the compiler merges the padding with the weight's cast, or folds it away
+        padding = (0, aligned - columns)
+        wide = F.linear(x, F.pad(weight, (0, 0, *padding)), None if bias is None else F.pad(bias, padding))
+        return wide[..., :columns]
+    operands = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, weight, bias)]
+    return _AlignedLinear.apply(*operands, aligned)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    return bool(
+        not is_traceable_wrapper_subclass(x)
+        and not is_traceable_wrapper_subclass(weight)
+        and x.dim() > 1
+        and x.numel() > 0
+        and not torch.compiler.is_exporting()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+class _AlignedLinear(torch.autograd.Function):
+    """`F.linear` with rows `aligned` numbers apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, aligned: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = x.new_empty(*x.shape[:-1], aligned)[..., : weight.shape[0]]
+        rows, target = x.flatten(0, -2), out.flatten(0, -2)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=target)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=target)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_linear_backward(ctx, dy), None)
 
 
 def _flops(x: Any, weight: Any, *others: Any, out_shape: Any = None, **settings: Any) -> int:

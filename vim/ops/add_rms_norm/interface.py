@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vim.ops._backends import resolve_backend
-from vim.ops._checks import FLOATING, check_device, check_operand
+from vim.ops._checks import FLOATING, check_device, check_operand, needs_grad
 from vim.ops._layout import accumulate_dtype, as_dtype
 from vim.ops.add_rms_norm import library as library
 
@@ -46,5 +46,11 @@ def add_rms_norm(
         check_device("residual", residual, x, "x")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    operands = as_dtype(accumulate_dtype(x.dtype), (residual, weight))
-    return resolve_backend("add_rms_norm", backend, x)(x, *operands, eps)
+    acc = accumulate_dtype(x.dtype)
+    residual, converted = as_dtype(acc, (residual, None if _reads_as_it_is(x, residual, weight) else weight))
+    return resolve_backend("add_rms_norm", backend, x)(x, residual, weight if converted is None else converted, eps)
+
+
+def _reads_as_it_is(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
+    """Whether kernels take the weight in the dtype of `x`, which saves its conversion in inference on a GPU."""
+    return x.is_cuda and weight.dtype is x.dtype and not needs_grad(x, residual, weight)
