@@ -1,6 +1,8 @@
 """The ops of Vision Mamba: one folder an op, `interface.py` is what users call, `reference.py` is the specification."""
 
 from vim.ops import _native as _native
+from vim.ops import _triton as _triton
+from vim.ops import mamba_ssm as mamba_ssm
 from vim.ops._backends import available_backends, default_backend, unavailable_backends
 from vim.ops.add_rms_norm.interface import add_rms_norm
 from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d

@@ -2,8 +2,8 @@
 
 An op called `name` is defined in the torch.library namespace `vim` once per family of implementations:
 `vim::name` is the portable one (its kernel is the fastest that is attached for a tensor's device, and the
-reference where none is), `vim::name_reference` is pinned to the reference. A backend is a record that names the
-family; adding a backend is adding a record.
+reference where none is), `vim::name_reference` is pinned to the reference, `vim::name_triton` to Triton's kernels. A
+backend is a record that names the family; adding a backend is adding a record.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,18 +35,24 @@ class Backend:
         suffix: Ending of the op's name in `torch.ops.vim` ("" for the portable family).
         why_not: Takes (op, device, dtype); `None` when usable for such input, otherwise a sentence for the user.
         by_name_only: Never taken by default, whatever it can run.
+        functions: Plain differentiable functions, one for each op, in place of a family of registered ops.
     """
 
     name: str
     suffix: str
     why_not: WhyNot
     by_name_only: bool = False
+    functions: Mapping[str, Callable[..., Any]] | None = None
 
 
 # Each op's reference: plain PyTorch, differentiable without any registration.
 _references: dict[str, Callable[..., Any]] = {}
+# The preferred one first, whatever the order of imports; any others come before these, the newest first.
+_PREFERENCE = ("native", "triton", "reference")
 # In order of preference: the first that can run is the default.
 _backends: list[Backend] = []
+# Of the backends that are no family of registered ops, by suffix.
+_functions: dict[str, Mapping[str, Callable[..., Any]]] = {}
 # What runs in place of every backend while a model is exported (see `vim.ops.exportable`).
 functions: dict[str, Callable[..., Any]] | None = None
 # What `backend=None` means at the moment; `None` is the first that can run.
@@ -61,9 +67,18 @@ def register_reference(op: str, reference: Callable[..., Any]) -> None:
 
 
 def register_backend(backend: Backend) -> None:
-    """Add a backend in front of those registered before: the newest is preferred."""
+    """Add a backend in its place in `_PREFERENCE`, or in front where it has none; last if by name only."""
     _backends.insert(0, backend)
+    _backends.sort(key=_rank)
+    if backend.functions is not None:
+        _functions[backend.suffix] = backend.functions
     _choose.cache_clear()
+
+
+def _rank(backend: Backend) -> int:
+    if backend.by_name_only:
+        return len(_PREFERENCE)
+    return _PREFERENCE.index(backend.name) if backend.name in _PREFERENCE else -1
 
 
 def pin_to_reference(device_type: str) -> None:
@@ -136,7 +151,8 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         # torch.func transforms (grad, vmap, jvp, ...) do not support registered ops with a gradient.
         return _references[op]
-    return getattr(torch.ops.vim, op + _suffix(op, backend or _default, tensor.device.type, tensor.dtype)).default
+    suffix = _suffix(op, backend or _default, tensor.device.type, tensor.dtype)
+    return _functions[suffix][op] if suffix in _functions else getattr(torch.ops.vim, op + suffix).default
 
 
 @torch.compiler.assume_constant_result

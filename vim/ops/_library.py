@@ -12,8 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vim.ops._backends import register_reference
 
-# Endings of the families' names: the portable one, the one pinned to the reference (see `_backends`), and those added.
-_families = ["", "_reference"]
+Implement = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,10 @@ class _Op:
     fake: Callable[..., Any]
     flops: Callable[..., int]
 
-    def define(self, family: str) -> None:
+    def define(self, family: str, implement: Implement) -> None:
         qualified = f"vim::{self.name}{family}"
         torch.library.define(qualified, self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "CompositeExplicitAutograd", self.reference)
+        torch.library.impl(qualified, "CompositeExplicitAutograd", implement(self.name, self.reference))
         torch.library.register_fake(qualified, self.fake)
         register_flop_formula(getattr(torch.ops.vim, self.name + family))(_without_output_shape(self.flops))
 
@@ -50,14 +49,24 @@ _ops: list[_Op] = []
 _autograds: list[_Autograd] = []
 
 
-def define_family(suffix: str) -> None:
+def _by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    return reference
+
+
+# Endings of the families' names: the portable one, the one pinned to the reference (see `_backends`), and those added.
+_families: dict[str, Implement] = {"": _by_reference, "_reference": _by_reference}
+
+
+def define_family(suffix: str, implement: Implement = _by_reference) -> None:
     """Define every op once more, under names that end in `suffix`.
 
-    They do what the reference does until kernels are attached, for the devices that those are for.
+    Args:
+        suffix: Ending of the names.
+        implement: Takes (name of an op, its reference) and returns what runs wherever no kernel is attached.
     """
-    _families.append(suffix)
+    _families[suffix] = implement
     for op in _ops:
-        op.define(suffix)
+        op.define(suffix, implement)
     for autograd in _autograds:
         autograd.connect(suffix)
 
@@ -81,8 +90,8 @@ def define_op(
     """
     op = _Op(name, schema, reference, fake, flops)
     _ops.append(op)
-    for family in _families:
-        op.define(family)
+    for family, implement in _families.items():
+        op.define(family, implement)
 
 
 def define_autograd(

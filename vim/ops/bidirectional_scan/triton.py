@@ -1,0 +1,263 @@
+"""The scans of both directions in Triton: the selective scan's programs with dt_proj fused, twice as many.
+
+Each direction writes its sum over states in float32, and a second kernel merges and gates the two: programs that went
+through both directions would be half as many, and GPUs have too few as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vim.ops._layout import num_chunks
+from vim.ops._triton import lanes, on_device
+from vim.ops.selective_scan.triton import (
+    SUBCHUNK,
+    common_alignment,
+    place_program,
+    scan_backward,
+    scan_forward,
+    scratch_states,
+)
+from vim.ops.triton import Map, Rows, load_tile, place_tile, rows, store_tile
+
+# Tokens and channels that a program merges.
+_TOKENS, _CHANNELS = 8, 128
+
+
+class Direction(NamedTuple):
+    """Operands of one direction, and its sums over states."""
+
+    u: Rows
+    x_dbl: Map
+    dt_weight: tuple[Tensor, int, int]
+    dt_bias: Tensor
+    A_log: tuple[Tensor, int, int]
+    D: Tensor
+    y: Rows
+    entry: Tensor
+
+
+class Gradients(NamedTuple):
+    """What one direction of a backward pass writes: gradients, partial sums of gradients, and scratch."""
+
+    du: Rows
+    ddelta: Rows
+    dA: Tensor  # (batch, d_state, dim)
+    dB: Tensor  # (batch, blocks, len, d_state)
+    dC: Tensor
+    dD: Tensor  # (batch, dim)
+    ddt_bias: Tensor
+    scratch: Tensor
+
+
+@triton.jit
+def bidirectional_scan_fwd_kernel(
+    forward, backward, seqlen, dim, blocks,
+    STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs are (batch elements times blocks of channels, directions)."""
+    batch, _, first, channels, inside = place_program(blocks, dim, BLOCK)
+    if tl.program_id(1) == 0:
+        scan_forward(
+            forward.u, forward.x_dbl, forward.dt_weight, forward.dt_bias, forward.A_log, forward.x_dbl, forward.x_dbl,
+            forward.D, None, forward.y, forward.entry, None, batch, first, channels, inside, seqlen, dim,
+            STATES, RANK, EVERY, False, True, False, False, ALIGN,
+        )  # fmt: skip
+    else:
+        scan_forward(
+            backward.u, backward.x_dbl, backward.dt_weight, backward.dt_bias, backward.A_log, backward.x_dbl,
+            backward.x_dbl, backward.D, None, backward.y, backward.entry, None,
+            batch, first, channels, inside, seqlen, dim,
+            STATES, RANK, EVERY, True, True, False, False, ALIGN,
+        )  # fmt: skip
+
+
+@triton.jit
+def bidirectional_scan_bwd_kernel(
+    forward, backward, forward_grads, backward_grads, dy, z, scale, seqlen, dim, blocks,
+    STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    SUB: tl.constexpr,
+):  # fmt: skip
+    """Programs are (batch elements times blocks of channels, directions)."""
+    batch, block, first, channels, inside = place_program(blocks, dim, BLOCK)
+    if tl.program_id(1) == 0:
+        scan_backward(
+            dy, None, forward.u, forward.x_dbl, forward.dt_weight, forward.dt_bias, forward.A_log, forward.x_dbl,
+            forward.x_dbl, forward.D, z, forward.entry, forward_grads.scratch,
+            forward_grads.du, forward_grads.ddelta, None, forward.y, forward_grads.dA, forward_grads.dB,
+            forward_grads.dC, forward_grads.dD, forward_grads.ddt_bias, scale,
+            batch, block, blocks, first, channels, inside, seqlen, dim,
+            STATES, RANK, EVERY, False, True, False, False, ALIGN, SUB,
+        )  # fmt: skip
+    else:
+        scan_backward(
+            dy, None, backward.u, backward.x_dbl, backward.dt_weight, backward.dt_bias, backward.A_log, backward.x_dbl,
+            backward.x_dbl, backward.D, z, backward.entry, backward_grads.scratch,
+            backward_grads.du, backward_grads.ddelta, None, backward.y, backward_grads.dA, backward_grads.dB,
+            backward_grads.dC, backward_grads.dD, backward_grads.ddt_bias, scale,
+            batch, block, blocks, first, channels, inside, seqlen, dim,
+            STATES, RANK, EVERY, True, True, False, False, ALIGN, SUB,
+        )  # fmt: skip
+
+
+@triton.jit
+def merge_fwd_kernel(y, y_b, z, out, scale, seqlen, dim, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write out = scale (y + y_b) silu(z)."""
+    batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
+    total = load_tile(y, batch, tokens, channels, inside) + load_tile(y_b, batch, tokens, channels, inside)
+    gate = load_tile(z, batch, tokens, channels, inside)
+    store_tile(out, batch, tokens, channels, scale * total * gate * tl.sigmoid(gate), inside)
+
+
+@triton.jit
+def merge_bwd_kernel(dout, y, y_b, z, dz, scale, seqlen, dim, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write dz = scale dout (y + y_b) silu'(z)."""
+    batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
+    total = load_tile(y, batch, tokens, channels, inside) + load_tile(y_b, batch, tokens, channels, inside)
+    gate, grad = load_tile(z, batch, tokens, channels, inside), load_tile(dout, batch, tokens, channels, inside)
+    passed = tl.sigmoid(gate)
+    store_tile(dz, batch, tokens, channels, scale * grad * total * passed * (1 + gate * (1 - passed)), inside)
+
+
+def bidirectional_scan(
+    u: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    u_b: Tensor,
+    x_dbl_b: Tensor,
+    dt_weight_b: Tensor,
+    dt_bias_b: Tensor,
+    A_b_log: Tensor,
+    D_b: Tensor,
+    z: Tensor,
+    scale: float,
+    checkpoint_every: int,
+) -> tuple[Tensor, Tensor]:
+    """`vim::bidirectional_scan_triton`: the results of the reference."""
+    batch, seqlen, dim = u.shape
+    d_state = A_log.shape[1]
+    entry = A_log.new_empty(2, batch, num_chunks(seqlen, checkpoint_every), d_state, dim)
+    sums, out = A_log.new_empty(2, batch, seqlen, dim), u.new_empty(u.shape)
+    forward = _direction(u, x_dbl, dt_weight, dt_bias, A_log, D, sums[0], entry[0])
+    backward = _direction(u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, sums[1], entry[1])
+    settings = _settings(forward, backward, d_state, dt_weight.shape[1], checkpoint_every)
+    blocks = triton.cdiv(dim, settings["BLOCK"])
+    with on_device(u):
+        bidirectional_scan_fwd_kernel[(batch * blocks, 2)](forward, backward, seqlen, dim, blocks, **settings)
+        merge_fwd_kernel[_tiles(u)](
+            forward.y, backward.y, rows(z.mT), rows(out.mT), scale, seqlen, dim, TOKENS=_TOKENS, CHANNELS=_CHANNELS
+        )
+    return out, entry
+
+
+def bidirectional_scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    u_b: Tensor,
+    x_dbl_b: Tensor,
+    dt_weight_b: Tensor,
+    dt_bias_b: Tensor,
+    A_b_log: Tensor,
+    D_b: Tensor,
+    z: Tensor,
+    checkpoints: Tensor,
+    scale: float,
+    checkpoint_every: int,
+) -> tuple[Tensor, ...]:
+    """`vim::bidirectional_scan_backward_triton`: the results of the reference."""
+    batch, seqlen, dim = u.shape
+    d_state = A_log.shape[1]
+    sums, dz, checkpoints = A_log.new_empty(2, batch, seqlen, dim), z.new_empty(z.shape), checkpoints.contiguous()
+    forward = _direction(u, x_dbl, dt_weight, dt_bias, A_log, D, sums[0], checkpoints[0])
+    backward = _direction(u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, sums[1], checkpoints[1])
+    settings = _settings(forward, backward, d_state, dt_weight.shape[1], checkpoint_every)
+    blocks = triton.cdiv(dim, settings["BLOCK"])
+    gradients = [_gradients(t, blocks, d_state, checkpoint_every, settings["BLOCK"]) for t in (u, u_b)]
+    with on_device(u):
+        bidirectional_scan_bwd_kernel[(batch * blocks, 2)](
+            forward, backward, *gradients, rows(dy.mT), rows(z.mT), scale, seqlen, dim, blocks, SUB=SUBCHUNK, **settings
+        )
+        merge_bwd_kernel[_tiles(u)](
+            rows(dy.mT), forward.y, backward.y, rows(z.mT), rows(dz.mT), scale, seqlen, dim,
+            TOKENS=_TOKENS, CHANNELS=_CHANNELS,
+        )  # fmt: skip
+    first = _totals(gradients[0], x_dbl, dt_weight, A_log)
+    return *first, *_totals(gradients[1], x_dbl_b, dt_weight_b, A_b_log), dz
+
+
+def _direction(
+    u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, y: Tensor, entry: Tensor
+) -> Direction:
+    batch, token, number = x_dbl.stride()
+    return Direction(
+        rows(u.mT),
+        Map(x_dbl, batch, 0, number, token, u.shape[2]),
+        (dt_weight, dt_weight.stride(0), dt_weight.stride(1)),
+        dt_bias.contiguous(),
+        (A_log, A_log.stride(0), A_log.stride(1)),
+        D.contiguous(),
+        rows(y.mT),
+        entry,
+    )
+
+
+def _settings(forward: Direction, backward: Direction, d_state: int, dt_rank: int, every: int) -> dict[str, Any]:
+    """What the scans are compiled for, beside the types."""
+    strides = (stride for d in (forward, backward) for stride in (d.x_dbl.batch, d.x_dbl.token))
+    return {
+        "STATES": d_state,
+        "RANK": dt_rank,
+        "EVERY": every,
+        "ALIGN": common_alignment(strides),
+        "BLOCK": lanes(forward.u.base.device),
+        "num_warps": 1,
+    }
+
+
+def _tiles(u: Tensor) -> tuple[int, int]:
+    """Programs of the kernels that merge."""
+    batch, seqlen, dim = u.shape
+    return batch * triton.cdiv(seqlen, _TOKENS), triton.cdiv(dim, _CHANNELS)
+
+
+def _gradients(u: Tensor, blocks: int, d_state: int, every: int, block: int) -> Gradients:
+    batch, seqlen, dim = u.shape
+
+    def room(*shape: int) -> Tensor:
+        return torch.empty(shape, device=u.device)
+
+    return Gradients(
+        rows(u.new_empty(u.shape).mT),
+        rows(room(batch, seqlen, dim).mT),
+        room(batch, d_state, dim),
+        room(batch, blocks, seqlen, d_state),
+        room(batch, blocks, seqlen, d_state),
+        room(batch, dim),
+        room(batch, dim),
+        scratch_states(u, batch * blocks, block, d_state, every),
+    )
+
+
+def _totals(grads: Gradients, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor) -> tuple[Tensor, ...]:
+    """One direction's gradients of u, x_dbl, dt_weight, dt_bias, A_log and D, from the partial sums."""
+    du, ddelta = grads.du.base.mT, grads.ddelta.base.mT
+    with torch.autocast(x_dbl.device.type, enabled=False):
+        dt = x_dbl[..., : dt_weight.shape[1]].to(ddelta.dtype)
+        ddt = ddelta @ dt_weight.to(ddelta.dtype)
+        ddt_weight = ddelta.flatten(0, 1).T @ dt.flatten(0, 1)
+    dx_dbl = torch.cat([ddt, grads.dB.sum(1), grads.dC.sum(1)], dim=-1).to(x_dbl.dtype)
+    dA_log = grads.dA.sum(0).T * -torch.exp(A_log)
+    return du, dx_dbl, ddt_weight, grads.ddt_bias.sum(0), dA_log.contiguous(), grads.dD.sum(0)
