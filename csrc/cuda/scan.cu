@@ -24,14 +24,15 @@ ScanBackwardSizes scan_backward_sizes(const ScanBackward& k) {
   ScanBackwardSizes sizes;
   sizes.blocks = ChannelBlocks(scan, kWarp).count;
   sizes.steps = projected * scan.directions * tokens * scan.dim;
-  sizes.sums = 3 * tokens * scan.dim;
+  const int64_t gated = scan.z.data != nullptr;
+  sizes.sums = (scan_backward_is_fast(k) ? gated * scan.directions : 3) * tokens * scan.dim;
   sizes.maps = sizes.blocks * scan.directions * tokens * 2 * scan.d_state;
   sizes.weights = scan.directions * scan.batch * WeightRows(scan).count * scan.dim;
   return sizes;
 }
 
 void scan_backward(const ScanBackwardPasses& passes, Stream stream) {
-  scan_general_backward(passes, stream);
+  scan_backward_is_fast(passes.k) ? scan_fast_backward(passes, stream) : scan_general_backward(passes, stream);
   if (passes.sizes.steps > 0) scan_widen_dt(passes, stream);
 }
 

@@ -140,8 +140,9 @@ class RowStream {
   }
 
  private:
-  // Vectors of a tile whose addresses a thread keeps: all of them for one warp and the ranks that have kernels.
-  static constexpr int kAhead = kRank > 0 ? (kTile * ((kRank + 3) / 4 + 2 * kStates / 4) + kWarp - 1) / kWarp : 2;
+  // Vectors of a tile whose addresses a thread keeps in registers; there are more only for one warp and many ranks.
+  static constexpr int kAll = kRank > 0 ? (kTile * ((kRank + 3) / 4 + 2 * kStates / 4) + kWarp - 1) / kWarp : 2;
+  static constexpr int kAhead = kAll < 3 ? kAll : 3;
 
   VIM_DEVICE int size() const { return kRank > 0 ? (kRank + 3) / 4 * 4 + 2 * kStates : layout_.size(); }
   VIM_DEVICE int per_row() const { return size() / 4; }

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Compiles every CUDA kernel for sm_80 and sm_90 without a GPU, and checks what the compiler and the disassembly say:
+# nothing is spilled to memory, and the main loops of the fast scan stay within their counts (docs/kernels.md).
+# Usage: scripts/check_cuda_compiles.sh [--fast]     (--fast: the kernel with counts alone, for sm_90)
+# CUDA_HOME chooses the toolkit; PYTHON a Python with triton, whose wheel holds a disassembler, or the toolkit's is used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
+if ! command -v "$nvcc" >/dev/null; then
+  echo "no nvcc: install the CUDA toolkit or set CUDA_HOME; nothing was checked" >&2
+  exit 2
+fi
+# What is on the path may be a link or a script: nvcc itself knows where it lies.
+bin=$("$nvcc" --dryrun -c x.cu 2>&1 | sed -n 's/^#\$ _HERE_=//p')
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+cuobjdump=$bin/cuobjdump
+if [[ ! -x $cuobjdump ]]; then
+  cuobjdump=$("${PYTHON:-python3}" -c 'import pathlib, triton
+print(pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")' 2>/dev/null || true)
+fi
+
+architectures="80 90" sources=(csrc/cuda/*.cu scripts/fast_scan.cu)
+if [[ ${1:-} == --fast ]]; then
+  architectures=90 sources=(scripts/fast_scan.cu)
+fi
+
+failures=0
+fail() {
+  echo "WRONG $*"
+  failures=$((failures + 1))
+}
+
+# compile SOURCE ARCHITECTURE: a cubin and the compiler's report
+compile() {
+  local name
+  name=$folder/$(basename "$1" .cu).$2
+  "$bin/nvcc" -std=c++17 -O3 "-gencode=arch=compute_$2,code=sm_$2" -Icsrc/cuda -Xptxas -v -cubin "$1" -o "$name.cubin" 2>"$name.log" ||
+    { cat "$name.log" >&2 && return 1; }
+}
+export -f compile
+export bin folder
+for architecture in $architectures; do printf '%s\n' "${sources[@]/%/ $architecture}"; done |
+  xargs -P "${JOBS:-2}" -L 1 bash -c 'compile "$@"' _
+
+for log in "$folder"/*.log; do
+  name=$(basename "$log" .log)
+  registers=$(sed -n 's/.*Used \([0-9]*\) registers.*/\1/p' "$log" | sort -n | tail -1)
+  # The kernels for scans of any kind make no claim to speed.
+  if [[ $name != scan_general* ]] && grep -E '[1-9][0-9]* bytes spill' "$log" >&2; then fail "$name: spills"; else echo "ok $name: at most ${registers:-0} registers"; fi
+done
+
+# within KEY LIMIT LINE: whether a count of the line stays within its limit
+within() {
+  awk -v value="$(sed -n "s/.* $1=\([0-9.]*\).*/\1/p" <<<"$3 ")" -v limit="$2" 'BEGIN { exit !(value > 0 && value <= limit) }'
+}
+
+if [[ ! -x $cuobjdump ]]; then
+  echo "no disassembler: install triton, or the toolkit's cuobjdump, to check the main loops" >&2
+  exit 2
+fi
+"$cuobjdump" -sass "$folder/fast_scan.90.cubin" >"$folder/sass"
+# Two channels a thread, dt_rank 12; four tokens a pass.
+line=$("${PYTHON:-python3}" scripts/sass_counts.py "$folder/sass" bfloat16ELi2ELi12E --steps 8)
+for limit in "all 120" "MUFU 18" "LDS.128 6"; do
+  read -r key most <<<"$limit"
+  if within "$key" "$most" "$line"; then echo "ok forward, per channel-step: $key within $most"; else fail "forward: $key above $most"; fi
+done
+echo "$line"
+exit $((failures > 0))

@@ -1,0 +1,61 @@
+"""What the CUDA compiler makes of the fast scan, where there is one; a GPU is not needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import sass_counts  # noqa: E402
+
+HAS_NVCC = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="no nvcc")
+def test_main_loops_of_the_fast_scan():
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/check_cuda_compiles.sh", "--fast"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok ") == 4
+
+
+def test_without_a_compiler_it_says_so(tmp_path):
+    (tmp_path / "bash").symlink_to(shutil.which("bash"))
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [tmp_path / "bash", ROOT / "scripts/check_cuda_compiles.sh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no nvcc" in done.stderr
+
+
+def test_counts_of_a_loop():
+    sass = """
+        Function : _Z4scan
+        /*0000*/                   IMAD R1, R1, R2, R3 ;
+        /*0010*/                   LDS.128 R4, [R8] ;
+        /*0020*/                   MUFU.EX2 R5, R4 ;
+        /*0030*/              @!P0 FFMA R5, R4, R5, R6 ;
+        /*0040*/               @P1 BRA 0x10 ;
+        /*0050*/                   MUFU.RCP R5, R4 ;
+        /*0060*/               @P1 BRA 0x0 ;
+        /*0070*/                   BRA 0x70 ;
+"""
+    (loop,) = sass_counts.main_loops(sass_counts.functions(sass)["_Z4scan"], 1)
+    assert (loop["all"], loop["MUFU"], loop["LDS.128"], loop["FFMA"]) == (4, 1, 1, 1)
