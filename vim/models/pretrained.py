@@ -35,10 +35,12 @@ Weights = Literal["raw", "ema"]
 Resampling = Literal["exact", "reference"]
 # Where a checkpoint keeps a state dict: the original's (and our) training loop, then timm's.
 _ENTRIES = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
-# Names of tensors that only one kind of model has.
+# Names of tensors that only one kind of model has, in the order in which they are looked for.
 _FOREIGN_NAMES = {
-    r"layers\.\d+\.blocks\.\d+\.(op|ln_1|self_attention)\b": "VMamba's hierarchical model (MzeroMiko/VMamba)",
-    r"layers\.\d+\.(forward_conv1d|backward_conv1d|ssm)\b|to_patch_embedding\.": "kyegomez/VisionMamba's model",
+    r".*\.(A_logs|Ds|x_proj_weight|dt_projs_weight|dt_projs_bias)$": "VMamba's family (MzeroMiko/VMamba)",
+    r"(.*\.)?layers\.\d+\.blocks\.\d+\.(op|ln_1|self_attention)\.": "VMamba's family (MzeroMiko/VMamba)",
+    r"(.*\.)?(forward_conv1d|backward_conv1d)\.": "kyegomez/VisionMamba's model",
+    r"to_patch_embedding\.": "vit-pytorch's kind (kyegomez/VisionMamba's is one)",
     r"levels\.\d+\.": "MambaVision's hierarchical model (NVlabs/MambaVision)",
     r"backbone\.(embedding|layers\.\d+\.mixer)\b": "a Mamba language model or a model inside a larger one",
     r"temporal_pos_embedding$": "VideoMamba's model for video",

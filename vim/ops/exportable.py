@@ -36,13 +36,15 @@ def selective_scan(
     """One scan, (batch, dim, len); no entry states are saved."""
     if A.is_complex():
         raise ValueError(f"A must be real to be exported, got {A.dtype}")
-    acc = accumulate_dtype(u.dtype)
+    acc, batch, dim = accumulate_dtype(u.dtype), u.shape[0], u.shape[1]
     wide = u.to(acc)
     step = delta.to(acc) if delta_bias is None else delta.to(acc) + delta_bias[:, None]
     step = F.softplus(step) if delta_softplus else step
 
     def advance(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         u, step, B, C = token
+        # Naming the batch makes it an input of the loop: torch 2.14 cannot compile a dynamic one that is not.
+        u = u.view(batch, dim)
         state = torch.exp(step[..., None] * A) * state + (step * u)[..., None] * B
         return state, (state * C).sum(-1)
 
