@@ -20,17 +20,18 @@ if [ -f "$folder/config.yaml" ]; then
 else
     arguments=(--output "$folder" "$@")
 fi
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 srun --kill-on-bad-exit=0 torchrun \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first_node:29500" \
     -m vim.train "${arguments[@]}" &
+run=$!
 # srun hands the signal on to torchrun, and torchrun to the processes, which have 30 seconds to save.
-trap 'stopped=yes; kill -TERM %1' TERM
+trap 'stopped=yes; kill -TERM $run' TERM
 stopped=no status=0
-wait %1 || status=$?
+wait $run || status=$?
 if [ "$stopped" = yes ]; then
-    wait %1 || true
+    wait $run || true
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from tests.training import TINY_OPTIONS, write_image_folder
 from vim import predict, train
 from vim.checkpoints.io import load_checkpoint
+from vim.engine.optim import Schedule
 from vim.engine.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -119,14 +122,35 @@ def test_an_interrupted_run_says_how_to_carry_on_and_that_works(tmp_path, monkey
     assert len(rows(folder)) == 3
 
 
-def test_a_damaged_checkpoint_is_not_resumed_from_and_stays(tmp_path, capsys):
+def test_a_run_that_gets_sigterm_saves_and_exits_with_0(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    assert train.main([*SYNTHETIC, *TINY_BATCH, "--output", str(folder)]) == 0
-    data = (folder / "last.pth").read_bytes()[:-100]
-    (folder / "last.pth").write_bytes(data)
-    assert train.main(["--resume", str(folder)]) == 2
-    assert "last.pth is truncated, damaged or no checkpoint" in capsys.readouterr().err
-    assert (folder / "last.pth").read_bytes() == data
+    choose = Schedule.set
+
+    def interrupt(self, epoch, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return choose(self, epoch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Schedule, "set", interrupt)
+        assert train.main([*SYNTHETIC, *TINY_BATCH, "--epochs", "3", "--output", str(folder)]) == 0
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    carry_on = f"python -m vim.train --resume {folder}"
+    assert last_line == f"stopped by SIGTERM after step 5, and saved; carry on with: {carry_on}"
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "(carried on after step 5)" in capsys.readouterr().out
+    assert [row["step"] for row in rows(folder)] == ["3", "6", "9"]
+
+
+def test_a_run_that_torchrun_starts_once_more_carries_on(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    arguments = [*SYNTHETIC, *TINY_BATCH, "--output", str(folder)]
+    assert train.main(arguments) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main(arguments) == 0
+    assert "(carried on after step 3)" in capsys.readouterr().out
+    assert train.main([*SYNTHETIC, *TINY_BATCH]) == 2
+    assert "--output must name the folder of a run that torchrun restarts" in capsys.readouterr().err
 
 
 def test_the_imagenet_recipe_runs_on_a_folder_of_jpegs(tmp_path, capsys):

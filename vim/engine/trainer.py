@@ -11,6 +11,7 @@ from rich.console import Console
 from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from vim.checkpoints.io import load_checkpoint, save_checkpoint, save_weights
 from vim.config.load import config_to_dict, flatten
@@ -209,6 +210,7 @@ class Trainer:
             self._parallel = self.processes.parallel(self.model)
             self._train_model = torch.compile(self._parallel) if self.config.compile else self._parallel
 
+    @record_function("vim: step")
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]], meter: EpochMeter, reporter: Reporter) -> list[bool]:
         """Take one optimizer step over as many micro-batches as make a batch.
 
@@ -219,13 +221,16 @@ class Trainer:
         waited, sums, suspect = 0.0, torch.zeros(2, device=self.device), _Suspect(self.device)
         for index in range(steps):
             waiting = time.perf_counter()
-            images, labels = next(batches)
+            with record_function("vim: wait for images"):
+                images, labels = next(batches)
             waited += time.perf_counter() - waiting
             with self._averaging(last=index == steps - 1):
                 place = (position.epoch, self.loaders.order.number(position.updates * steps + index))
-                loss, hits = self.task.training_loss(cast(nn.Module, self._train_model), images, labels, place)
-                loss = loss / steps
-                self.scaler.scale(loss).backward()
+                with record_function("vim: forward"):
+                    loss, hits = self.task.training_loss(cast(nn.Module, self._train_model), images, labels, place)
+                    loss = loss / steps
+                with record_function("vim: backward"):
+                    self.scaler.scale(loss).backward()
             suspect.add(images, loss)
             sums += torch.stack([loss.detach(), hits.to(loss.dtype)])
         self.scaler.unscale_(self.optimizer)
