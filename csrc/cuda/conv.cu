@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) conv_fwd_kernel(Conv conv, Pieces pi
   if (segment >= pieces.segments) return;
   const int64_t b = segment / pieces.of_sequence, first = segment % pieces.of_sequence * pieces.tokens;
   const int64_t last = smaller(first + pieces.tokens, conv.length);
-  const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore ? 1 : 0];
+  const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore && kAfter ? 1 : 0];
   const Taps<kVector> taps(before, channel), taps_after(after, channel);
   const T* x = at<T>(conv.x, b, 0, channel);
   const auto load = [&](int64_t token) {
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_bwd_kernel(Conv co
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t channel = static_cast<int64_t>(blockIdx.y) * kBackwardChannels + lane * kVector;
   const int64_t segment = static_cast<int64_t>(blockIdx.x) * kBackwardWarps + warp;
-  const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore ? 1 : 0];
+  const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore && kAfter ? 1 : 0];
   Floats<kVector> sums[kRows], sums_after[kRows];
 #pragma unroll
   for (int k = 0; k < kRows; ++k) sums[k] = sums_after[k] = filled<kVector>(0);

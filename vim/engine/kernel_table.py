@@ -23,6 +23,8 @@ from vim.ops import (
 # Inputs are rotated until they are larger than any cache, so that every call reads from memory.
 _BEYOND_CACHES = 256 * 2**20
 _MOST_SETS = 16
+# The reference starts kernels for every token: beyond this it would take longer than all the rest.
+_LONGEST_FOR_REFERENCE = 256
 # Special functions (exponentials, reciprocals) of a multiprocessor in one clock.
 _SPECIAL_PER_CLOCK = 16
 
@@ -79,8 +81,8 @@ def kernel_rows(
             for kernel in kernels_of(shape, dtype):
                 forward_op = kernel.op.removesuffix(" backward")
                 for backend in available_backends(forward_op, "cuda", dtype):
-                    if backend == "reference" and shape.tokens > 20_000:
-                        continue  # it would take longer than all the rest
+                    if backend == "reference" and shape.len > _LONGEST_FOR_REFERENCE:
+                        continue
                     yield {
                         "shape": shape.name,
                         "op": kernel.op,
@@ -117,15 +119,18 @@ def kernels_of(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Iterat
 
 
 def _measure(kernel: Kernel, backend: str, probe: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
-    sets = max(1, min(_MOST_SETS, math.ceil(_BEYOND_CACHES / kernel.bytes)))
+    sets = max(1, min(_MOST_SETS, math.ceil(_BEYOND_CACHES / kernel.bytes))) if backend != "reference" else 1
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls = [kernel.make(backend) for _ in range(sets)]
-    try:
-        seconds, how = time_calls([captured(calls, stream)]) / sets, "CUDA graph"
-    except RuntimeError as error:  # a backend that asks the host something while it runs
-        torch.cuda.synchronize()
-        seconds, how = time_calls(calls), f"no CUDA graph: {str(error).splitlines()[0][:120]}"
+    if backend == "reference":
+        seconds, how = time_calls(calls, repeats=1), "as called"
+    else:
+        try:
+            seconds, how = time_calls([captured(calls, stream)]) / sets, "CUDA graph"
+        except RuntimeError as error:  # a backend that asks the host something while it runs
+            torch.cuda.synchronize()
+            seconds, how = time_calls(calls), f"as called; no CUDA graph: {str(error).splitlines()[0][:120]}"
     rate = kernel.bytes / seconds / 1e9
     row: dict[str, Any] = {"microseconds": round(1e6 * seconds, 2), "gb_per_s": round(rate), "timed": how}
     row["of_copy"] = round(rate / probe["copy_gb_per_s"], 3)

@@ -148,7 +148,7 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda" and torch.version.cuda is None:
         return Inapplicable("its GPU kernels are for NVIDIA's")
     if device.type not in ("cpu", "cuda"):
-        return f"its kernels are for the CPU and for NVIDIA's GPUs; on {device.type} the reference runs, which is slow"
+        return f"its kernels are for the CPU and for NVIDIA's GPUs; on {device.type} the next backend runs"
     if dtype not in _DTYPES:
         return Inapplicable(f"{str(dtype).removeprefix('torch.')} runs on the reference")
     library = cuda if device.type == "cuda" else cpu
