@@ -37,6 +37,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     processes: Processes | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
+    observe: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> EvalResult:
     """Classify every image and count.
 
@@ -47,6 +48,7 @@ def evaluate(
         autocast: Makes the context to run the model in.
         processes: The processes that share the images; each returns the figures of all. `None` is this one alone.
         stop_asked: Asked after every batch; where it is true in one process, all of them leave.
+        observe: Called with the logits (batch, classes), float32, and the labels of every batch of this process.
 
     Raises:
         ValueError: There are no images.
@@ -59,7 +61,9 @@ def evaluate(
     for images, labels in batches:
         with autocast():
             logits = model(images)
-        batch_totals, num_classes = _totals(logits.float(), labels), logits.shape[1]
+        logits = logits.float()
+        observe(logits, labels)
+        batch_totals, num_classes = _totals(logits, labels), logits.shape[1]
         totals = batch_totals if totals is None else totals + batch_totals
         if stop_asked():
             break

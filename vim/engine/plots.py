@@ -1,12 +1,15 @@
-"""Learning curves as a picture."""
+"""Learning curves and confusion matrices as pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vim.checkpoints.io import atomic_writer
 
 _TRAIN, _RAW, _EMA, _GREY = "#8a8f98", "#1f6fb4", "#d1495b", "#5b6068"
+_MOST_NAMED = 30  # classes, of which names and numbers fit into a confusion matrix
 _KINDS = (("train", "training, augmented", _TRAIN), ("val", "held out", _RAW), ("ema", "held out, EMA", _EMA))
 
 
@@ -72,3 +75,42 @@ def _mark_best(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([epoch], [best], "o", color=color, markersize=5)
         below = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center"}
         axes.annotate(f"{best:.1f} %", (epoch, best), fontsize=8, color=color, **below)
+
+
+def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix into a PNG file: the share of each class that got each guess.
+
+    Args:
+        confusion: Images by class (rows) and guess (columns), (classes, classes).
+        class_names: Name of each class; written where there is room for them.
+        path: The file to make or replace.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    named = len(class_names) <= _MOST_NAMED
+    side = max(4.5, 1.5 + 0.45 * len(class_names)) if named else 8.0
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(100 * shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, fraction=0.046, label="% of the class")
+    axes.set_xlabel("guess", color=_GREY)
+    axes.set_ylabel("class", color=_GREY)
+    axes.tick_params(colors=_GREY, labelsize=8)
+    if named:
+        places = range(len(class_names))
+        axes.set_xticks(places, class_names, rotation=45, ha="right")
+        axes.set_yticks(places, class_names)
+        for row in places:
+            for column in places:
+                if confusion[row, column] > 0:
+                    color = "white" if shares[row, column] > 0.5 else _GREY
+                    text = f"{100 * shares[row, column]:.0f}"
+                    axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    with atomic_writer(path) as file:
+        figure.savefig(file, format="png", dpi=120)

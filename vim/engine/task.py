@@ -30,7 +30,7 @@ class ClassificationTask:
 
     def __init__(self, config: TrainConfig, class_names: tuple[str, ...], device: torch.device) -> None:
         self._device_type, self._seed = device.type, config.seed
-        self._dtype = _AUTOCAST.get(config.precision)
+        self._precision = config.precision
         augment, smoothing = config.augment, config.loss.label_smoothing
         self._mix = (
             Mixup(
@@ -72,7 +72,7 @@ class ClassificationTask:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context to run the model in."""
-        return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype is not None)
+        return autocast(self._device_type, self._precision)
 
     def training_loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, place: tuple[int, int] = (0, 0)
@@ -105,6 +105,12 @@ class ClassificationTask:
             loss = torch.lerp(loss, self._teacher.loss(logits, answer), self._teacher_weight)
         top = targets if targets.ndim == 1 else targets.argmax(dim=1)
         return loss, (logits.argmax(dim=1) == top).sum()
+
+
+def autocast(device_type: str, precision: Precision) -> AbstractContextManager[Any]:
+    """Return the context to run a model in with a precision."""
+    dtype = _AUTOCAST.get(precision)
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
 
 
 def set_matmul_precision(precision: Precision) -> None:

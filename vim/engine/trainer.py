@@ -41,12 +41,12 @@ from vim.engine.nonfinite import (
 )
 from vim.engine.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
 from vim.engine.plots import draw_curves
-from vim.engine.predictor import weights_metadata
 from vim.engine.run_folder import RunFolder
 from vim.engine.run_state import Position, SaveClock, capture_rest, capture_weights, restore
 from vim.engine.stop import RunStopped, StopRequest
 from vim.engine.task import ClassificationTask, set_matmul_precision
 from vim.engine.trackers import check_trackers, open_trackers
+from vim.engine.trained_model import weights_metadata
 
 _CURVES_INTERVAL = 30.0  # seconds between two drawings of the curves
 

@@ -1,0 +1,99 @@
+"""`python -m vim.validate`: evaluate a trained model exactly, on any data set and any number of processes."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vim.engine.validate import Validation
+
+_DESCRIPTION = """Evaluate a model on every image of a data set once: loss, top-1 and top-5 accuracy, a table of the
+classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png).
+
+The model comes from a folder that vim.train wrote, from a checkpoint in it, from a checkpoint of somebody else
+(with --model), or by name with its published weights. A run is evaluated on its own held-out images unless something
+else is asked for. With torchrun the processes share the images:
+
+  torchrun --nproc_per_node 8 -m vim.validate vim_tiny_patch16_224.in1k --path IMAGENET"""
+_NEEDED = ("rich", "matplotlib")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments, without the name of the program; `None` takes those of the process.
+
+    Returns:
+        The exit code: 0 when every image was evaluated, 1 when some could not be read, 2 when what was asked for
+        cannot be done.
+    """
+    arguments = vars(_make_parser().parse_args(argv))
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.stderr.write(f'vim.validate: {", ".join(missing)} is not installed: pip install "vimamba[train]"\n')
+        return 2
+
+    from vim.engine.distributed import join_processes
+    from vim.engine.validate import ValidateOptions, validate
+
+    with join_processes() as processes:
+        try:
+            validation = validate(ValidateOptions(**arguments), processes)
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            if processes.is_main:
+                sys.stderr.write(f"vim.validate: {error}\n")
+            return 2
+        if processes.is_main:
+            _show(validation)
+    return 1 if validation.unreadable else 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vim.validate",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder, checkpoint file or timm model")
+    parser.add_argument(
+        "--weights",
+        choices=("best", "raw", "ema"),
+        default="best",
+        help="the raw weights, the averaged ones, or what the run found better; raw in files of others (default: best)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="timm model of a checkpoint that vim.train did not write")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="as data.dataset of vim.train (default: the run's, or folder)"
+    )
+    parser.add_argument("--path", metavar="FOLDER", help="where the images are (default: where the run had them)")
+    parser.add_argument("--split", metavar="NAME", help="which images (default: the held-out ones)")
+    parser.add_argument("--input-key", metavar="NAME", help="column of the images in a set of Hugging Face")
+    parser.add_argument("--target-key", metavar="NAME", help="column of the labels in a set of Hugging Face")
+    parser.add_argument("--crop-pct", type=float, metavar="SHARE", help="centre crop (default: the model's)")
+    parser.add_argument("--batch-size", type=int, metavar="IMAGES", help="images in one forward of a process")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images, for each process")
+    parser.add_argument("--precision", choices=("float32", "tf32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for the files (default: RUN/validation, or validation-NAME)"
+    )
+    return parser
+
+
+def _show(validation: "Validation") -> None:
+    """Print the figures, what was missing, and where the files are."""
+    result = validation.result
+    top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"
+    lines = [f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}  on {result.count:,} images"]
+    if validation.unreadable:
+        lines.append(f"{validation.unreadable:,} more images could not be read and are missing from these figures")
+    sys.stdout.write("\n".join([*lines, f"files: {validation.folder}"]) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
