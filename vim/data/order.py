@@ -27,9 +27,10 @@ class TrainOrder(Sampler[list[Place]]):
     them out like cards to its micro-batches, of which there are `batch_size / micro_batch_size` on all processes
     together. The micro-batches are therefore the same whether one process accumulates them or many share them.
 
-    With repeated augmentation an image is shown `repeats` times in a row, so that its copies are in one step or in two
-    that follow each other and, being dealt out, in different micro-batches if a step has as many; an epoch shows as many images as without, of fewer. (Hoffer et al.
-    2020, arXiv:1901.09335; the sampler of DeiT, which the original uses, gives the same micro-batches to its GPUs.)
+    With repeated augmentation an image is shown `repeats` times in a row, so that its copies are in one step, or in two
+    that follow each other, and in different micro-batches if a step has as many; an epoch shows as many images as
+    without, of fewer. (Hoffer et al. 2020, arXiv:1901.09335; the sampler of DeiT, which the original uses, gives the
+    same micro-batches to its GPUs.)
 
     Args:
         num_images: Images in the training set.
