@@ -139,8 +139,8 @@ def test_every_file_of_a_run_predicts_alike_where_it_holds_the_same_weights(run,
     assert not torch.equal(raw.probabilities(image), averaged.probabilities(image))
     best = load_predictor(str(run.folder.path)).probabilities(image)
     assert torch.equal(load_predictor(str(run.folder.best_weights)).probabilities(image), best)
-    chosen = {"raw": raw, "ema": averaged}[run.best["weights"]]
-    if run.best["epoch"] == 2:
+    chosen = {"raw": raw, "ema": averaged}[run.position.best["weights"]]
+    if run.position.best["epoch"] == 2:
         assert torch.equal(chosen.probabilities(image), best)
 
 
