@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import triton
@@ -46,6 +48,16 @@ def optional_rows(tensor: Tensor | None) -> Rows | None:
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor, if there is one, dense."""
     return None if tensor is None else tensor.contiguous()
+
+
+def channels_last(A: Tensor) -> tuple[Tensor, int, int]:
+    """(dim, numbers) as kernels take it: dense as (numbers, dim), and the strides of dim and of numbers."""
+    return A.T.contiguous(), 1, A.shape[0]
+
+
+def common_alignment(strides: Iterable[int]) -> int:
+    """The widest load of B and C, up to 8 numbers, that divides all of these strides."""
+    return math.gcd(8, *strides)
 
 
 @triton.jit
@@ -94,13 +106,14 @@ def load_map(map, batch, first, token, START: tl.constexpr, SIZE: tl.constexpr, 
 def at_states(base, channel_stride, state_stride, channels, inside, STATES: tl.constexpr):
     """Pointers to a number for each state (padded to a power of two) and channel, and which of them exist.
 
-    For the compiler neither index is contiguous: both are multiplied by a 1 that it cannot know (no grid here has a
-    third axis). For loads that it took for wide, it would choose a layout that splits a channel's states over lanes.
-    The hardware joins neighbouring lanes all the same.
+    The compiler shall lay channels over lanes, one each, and a channel's states into one thread. It goes by what loads
+    and stores look like: states are multiplied by a 1 that it cannot know (no grid here has a third axis), so that they
+    are not contiguous, and a 0 that it cannot know is added, so that no alignment allows several channels in a thread.
+    Tensors with channels in the last place have the layout, therefore, in every version of Triton.
     """
     one = tl.num_programs(2)
     index = tl.arange(0, triton.next_power_of_2(STATES))[:, None]
-    at = base + index * (state_stride * one) + channels[None, :] * (channel_stride * one)
+    at = base + (one - 1) + index * (state_stride * one) + channels[None, :] * channel_stride
     return at, (index < STATES) & inside[None, :]
 
 

@@ -17,13 +17,12 @@ from vim.ops._layout import num_chunks
 from vim.ops._triton import lanes, on_device
 from vim.ops.selective_scan.triton import (
     SUBCHUNK,
-    common_alignment,
     place_program,
     scan_backward,
     scan_forward,
     scratch_states,
 )
-from vim.ops.triton import Map, Rows, load_tile, place_tile, rows, store_tile
+from vim.ops.triton import Map, Rows, channels_last, common_alignment, load_tile, place_tile, rows, store_tile
 
 # Tokens and channels that a program merges.
 _TOKENS, _CHANNELS = 8, 128
@@ -205,9 +204,9 @@ def _direction(
     return Direction(
         rows(u.mT),
         Map(x_dbl, batch, 0, number, token, u.shape[2]),
-        (dt_weight, dt_weight.stride(0), dt_weight.stride(1)),
+        channels_last(dt_weight),
         dt_bias.contiguous(),
-        (A_log, A_log.stride(0), A_log.stride(1)),
+        channels_last(A_log),
         D.contiguous(),
         rows(y.mT),
         entry,

@@ -21,6 +21,8 @@ from vim.ops._triton import lanes, on_device
 from vim.ops.selective_scan.reference import is_constant
 from vim.ops.triton import (
     Map,
+    channels_last,
+    common_alignment,
     contiguous,
     load_map,
     load_rows,
@@ -34,8 +36,6 @@ from vim.ops.triton import (
 
 # Tokens whose states the backward pass holds in registers at a time.
 SUBCHUNK = 4
-# Numbers of B and C that one load takes at most.
-_WIDEST_LOAD = 8
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -393,7 +393,7 @@ def selective_scan(
     cut = _Cut(u, B, C)
     with on_device(u):
         selective_scan_fwd_kernel[(batch * cut.blocks,)](
-            rows(u), rows(delta), (A, *A.stride()), cut.map(B), cut.map(C), contiguous(D), optional_rows(z),
+            rows(u), rows(delta), channels_last(A), cut.map(B), cut.map(C), contiguous(D), optional_rows(z),
             contiguous(delta_bias), rows(out), last_state, entry, seqlen, dim, cut.blocks, cut.segment,
             EVERY=checkpoint_every, **cut.settings(d_state, reverse, delta_softplus),
         )  # fmt: skip
@@ -425,7 +425,7 @@ def selective_scan_backward(
     dD, dbias = A.new_empty(2, batch, dim)
     with on_device(u):
         selective_scan_bwd_kernel[(batch * cut.blocks,)](
-            rows(dout), contiguous(dlast_state), rows(u), rows(delta), (A, *A.stride()), cut.map(B), cut.map(C),
+            rows(dout), contiguous(dlast_state), rows(u), rows(delta), channels_last(A), cut.map(B), cut.map(C),
             contiguous(D), optional_rows(z), contiguous(delta_bias), contiguous(checkpoints),
             cut.scratch(d_state, checkpoint_every), rows(du), rows(ddelta), optional_rows(dz), dA, dB, dC, dD, dbias,
             seqlen, dim, cut.blocks, cut.segment,
@@ -460,7 +460,8 @@ class _Cut:
     def map(self, B: Tensor) -> Map:
         """B or C as kernels take it."""
         if is_constant(B):
-            return Map(B, 0, B.stride(0), B.stride(1), 0, 1)
+            dense, channel, state = channels_last(B)
+            return Map(dense, 0, channel, state, 0, 1)
         grouped = B if B.dim() == 4 else B[:, None]
         batch, group, state, token = grouped.stride()
         return Map(B, batch, group, state, token, self._channels_in_a_group(B))
@@ -496,8 +497,3 @@ class _Cut:
         groups = t.shape[1] if t.dim() == 4 else 1
         total = partials.unflatten(1, (groups, self.blocks // groups)).sum(2).mT.to(t.dtype)
         return total.reshape(t.shape).contiguous()
-
-
-def common_alignment(strides: Any) -> int:
-    """The widest load, a power of two, that divides all of these strides."""
-    return math.gcd(_WIDEST_LOAD, *strides)
