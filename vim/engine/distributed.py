@@ -81,7 +81,12 @@ def join_processes() -> Iterator[Processes]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group()  # gloo for tensors on a CPU, NCCL for those on a GPU
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts the processes once more, and in it the addresses of those that died, which
+    # gloo would wait for.
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size} processes"
+    # Without a name of a backend: gloo for tensors on a CPU, NCCL for those on a GPU.
+    dist.init_process_group(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
     try:
         yield Processes(rank=dist.get_rank(), local_rank=local_rank, size=size)
     finally:
