@@ -1,10 +1,20 @@
 #!/usr/bin/env bash
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer: every kernel over
 # awkward shapes in buffers of exact size, by one thread and by three (scripts/kernel_driver.cpp). No torch needed.
-# Usage: scripts/sanitize.sh [--time]     (--time measures optimised kernels instead; CXX chooses the compiler)
+# Usage: scripts/sanitize.sh [--time | --cuda]     (--time measures optimised kernels instead; --cuda takes the CUDA
+# kernels, emulated on the host, through their tests instead, with the installed torch; CXX chooses the compiler)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cxx=${CXX:-g++}
+
+if [[ ${1:-} == --cuda ]]; then
+  # Python is not built for sanitizers, so their libraries must be loaded first. Leaks are Python's own business.
+  export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)"
+  export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
+  export VIM_EMULATED_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
+  exec python -m pytest -q -n 0 tests/ops/test_cuda_kernels.py -k "not opcheck" "${@:2}"
+fi
+
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 

@@ -19,7 +19,18 @@ from vim.ops._library import define_family
 
 SUFFIX = "_emulated"
 _SOURCES = Path(__file__).parents[1] / "csrc"
-_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-DVIM_EMULATED")
+# More flags for the compiler and the linker, such as sanitizers (scripts/sanitize.sh)
+_EXTRA = tuple(os.environ.get("VIM_EMULATED_FLAGS", "").split())
+_FLAGS = (
+    *_EXTRA,
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-DVIM_EMULATED",
+)
 _KERNEL_FLAGS = (*_FLAGS, "-O1", "-march=native", "-fno-math-errno", "-ffp-contract=fast")
 _BINDING_FLAGS = (*_FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
@@ -89,5 +100,5 @@ def _build(library: Path) -> None:
             objects = list(pool.map(compile_file, sources))
         linked = f"{aside}/libemulated.so"
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-        subprocess.run([*_compiler(), "-shared", "-o", linked, *objects, *libraries], check=True)
+        subprocess.run([*_compiler(), *_EXTRA, "-shared", "-o", linked, *objects, *libraries], check=True)
         os.replace(linked, library)

@@ -51,6 +51,8 @@ struct SelectiveInputs {
     const Sizes sizes = sizes_of(u);
     STD_TORCH_CHECK(sizes.size() == 3, "vim: u must be (batch, dim, len)");
     const int64_t batch = sizes[0], dim = sizes[1], length = sizes[2], d_state = A.size(1);
+    for (const Tensor* x : {&delta, &A, &B, &C}) check_device("delta, A, B or C", *x, u);
+    for (const OptionalTensor* x : {&D, &z, &delta_bias}) check_device("D, z or delta_bias", *x, u);
     check_sizes("delta", delta, sizes);
     check_sizes("A", A, {dim, d_state});
     for (const Tensor* x : {&B, &C}) {
@@ -149,6 +151,9 @@ SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor&
   k.scan = inputs.scan(delta_softplus, reverse);
   Scan& scan = k.scan;
   scan.checkpoint_every = checkpoint_every;
+  check_device("dout", dout, u);
+  check_device("dlast_state", dlast_state, u);
+  check_device("checkpoints", checkpoints, u);
   check_sizes("dout", dout, sizes_of(u));
   check_sizes("dlast_state", dlast_state, {scan.batch, scan.dim, scan.d_state});
   check_sizes("checkpoints", checkpoints,
@@ -191,6 +196,7 @@ struct Operands {
   void check(const Tensor& like, int64_t dt_rank, int64_t d_state) const {
     const Sizes sizes = sizes_of(like);
     STD_TORCH_CHECK(sizes.size() == 3, "vim: u must be (batch, len, dim)");
+    for (const Tensor* x : {&u, &x_dbl, &dt_weight, &dt_bias, &A_log, &D}) check_device("an operand", *x, like);
     check_sizes("u", u, sizes);
     check_sizes("x_dbl", x_dbl, {sizes[0], sizes[1], dt_rank + 2 * d_state});
     check_sizes("dt_weight", dt_weight, {sizes[2], dt_rank});
@@ -232,6 +238,7 @@ struct BidirectionalInputs {
 
   void check() const {
     for (const Operands& side : sides) side.check(sides[0].u, sides[0].dt_weight.size(1), sides[0].A_log.size(1));
+    check_device("z", z, sides[0].u);
     check_sizes("z", z, sizes_of(sides[0].u));
   }
 
@@ -315,6 +322,8 @@ BidirectionalGrads bidirectional_scan_backward(
   Scan& scan = k.scan;
   scan.checkpoint_every = checkpoint_every;
   const int64_t chunks = chunks_of(scan.length, checkpoint_every);
+  check_device("dy", dy, u);
+  check_device("checkpoints", checkpoints, u);
   check_sizes("dy", dy, sizes_of(u));
   check_sizes("checkpoints", checkpoints, {2, scan.batch, chunks, scan.d_state, scan.dim});
   const Tensor states = dense(checkpoints);

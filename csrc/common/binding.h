@@ -75,6 +75,16 @@ inline void check_sizes(const char* name, const OptionalTensor& x, const Sizes& 
   if (x.has_value()) check_sizes(name, *x, sizes);
 }
 
+// A kernel must not follow a pointer into another device's memory.
+inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), "vim: ", name,
+                  " is on another device than the first argument");
+}
+
+inline void check_device(const char* name, const OptionalTensor& x, const Tensor& like) {
+  if (x.has_value()) check_device(name, *x, like);
+}
+
 inline Sizes sizes_of(const Tensor& x) {
   const auto sizes = x.sizes();
   return Sizes(sizes.begin(), sizes.end());

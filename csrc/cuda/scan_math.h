@@ -8,6 +8,19 @@ namespace VIM_ISA {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
+// 2^x without the special function unit, to 2 units in the last place; results below the normal numbers are about 0.
+VIM_DEVICE float exp2_polynomial(float x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const float shifted = fmaxf(x, -126.0f) + kRound, f = fmaxf(x, -126.0f) - (shifted - kRound);
+  float p = 0.00132764713f;
+  p = fmaf(p, f, 0.00967554189f);
+  p = fmaf(p, f, 0.0555071309f);
+  p = fmaf(p, f, 0.240221202f);
+  p = fmaf(p, f, 0.693146944f);
+  p = fmaf(p, f, 1.0f);
+  return bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));
+}
+
 // log(1 + e^x) to 3 units in the last place, also where it is tiny, and its derivative where `slope` is given. The
 // logarithm is a polynomial: one special function less per step, and those are what limits a scan.
 VIM_DEVICE float softplus(float x, float* slope = nullptr) {

@@ -77,6 +77,14 @@ def test_golden(case, path):
         assert_golden(parameter.grad, tensors[key], listed[key], key)
 
 
+@pytest.mark.parametrize("path", ["fused", "all hooked"])
+@pytest.mark.parametrize("case", CASES)
+def test_golden_of_the_cuda_kernels(case, path):
+    """Emulated on the host"""
+    with vim.ops.default_backend("emulated"):
+        test_golden(case, path)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_golden_in_float64(case):
     mixer, tensors = _from_golden(case)
