@@ -290,7 +290,7 @@ def _wait() -> None:
 # Each with the seconds it may take at most.
 SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
     "build": (build, 200.0),
-    "parity": (parity, 170.0),
+    "parity": (parity, 190.0),
     "kernels": (kernels, 50.0),
     "models": (models, 400.0),
     "training": (training, 70.0),
@@ -325,7 +325,8 @@ def main() -> int:
         "sections": {},
     }
     for section in options.sections:
-        record["sections"][section] = _run(section, start + options.seconds, output)
+        # A rehearsal takes the time it takes: one processor compiles for minutes what many do in one.
+        record["sections"][section] = _run(section, start + (options.seconds if GPU else 3600), output)
         record["seconds"] = round(time.time() - start, 1)
         write_gpu_report(record, output)
     steps = [row for part in record["sections"].values() for row in part["rows"]]
@@ -337,7 +338,9 @@ def main() -> int:
 def _run(section: str, deadline: float, output: Path) -> dict[str, Any]:
     """One section in a process of its own."""
     print(f"== {section}", flush=True)
-    limit = min(deadline - (AFTER_MODELS if section == "models" else 0), time.time() + SECTIONS[section][1])
+    limit = deadline
+    if GPU:
+        limit = min(deadline - (AFTER_MODELS if section == "models" else 0), time.time() + SECTIONS[section][1])
     path = output.with_name(f"{output.name}-{section}.part.json")
     path.write_text(json.dumps({"rows": [], "not_run": []}))
     command = [sys.executable, __file__, "--section", section, "--deadline", str(limit), "--record", str(path)]
