@@ -179,4 +179,8 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, damage, message):
 
 def test_a_checkpoint_goes_before_published_weights(released):
     path, source = released
-    assert_same(build_model(model_config(pretrained=True, checkpoint=str(path)), 7), source.state_dict())
+    config = model_config(pretrained=True, checkpoint=str(path))
+    assert_same(build_model(config, 7), source.state_dict())
+    assert describe_model(source, config).endswith(f"M parameters, weights of {path}")
+    assert describe_model(source, model_config(pretrained=True)).endswith("M parameters, published weights")
+    assert describe_model(source, model_config()).endswith("M parameters")

@@ -165,7 +165,6 @@ def describe_model(model: nn.Module, config: ModelConfig) -> str:
     """Return the model's name, arguments and size in a few words."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     arguments = ", ".join(f"{name}={value}" for name, value in config.args.items())
-    start = (
-        ", published weights" if config.pretrained else f", weights of {config.checkpoint}" if config.checkpoint else ""
-    )
+    start = f", weights of {config.checkpoint}" if config.checkpoint else ", published weights"
+    start = start if config.checkpoint or config.pretrained else ""
     return f"{config.name}{f' ({arguments})' if arguments else ''}, {millions:.2f} M parameters{start}"
