@@ -76,6 +76,7 @@ def test_without_the_files_the_install_line_is_named(tmp_path):
         (gzip.compress(idx(2051, (20, 28, 28), bytes(21 * 784))), "got more"),
         (gzip.compress(idx(2051, (19, 28, 28), bytes(19 * 784))), "has 19 images and 20 labels of the part 'train'"),
     ],
+    ids=["text", "cut", "checksum", "header", "kind", "shape", "count", "short", "long", "labels"],
 )
 def test_a_damaged_or_foreign_file_is_refused(folder, contents, message):
     (folder / "train-images-idx3-ubyte.gz").write_bytes(contents)
