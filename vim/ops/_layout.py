@@ -49,6 +49,15 @@ def empty_like_layout(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(batch, dim, seqlen)
 
 
+def checkpoint_interval(*inputs: torch.Tensor | None) -> int:
+    """Tokens between the states that an op saves for its backward pass; 0 where it saves none.
+
+    An exported program saves none, and its backward pass makes them: their number is a symbol there, of which
+    torch.export asks whether it is one, and the answer would bind the program to sequences of one kind.
+    """
+    return CHECKPOINT_EVERY if needs_grad(*inputs) and not torch.compiler.is_exporting() else 0
+
+
 def num_chunks(seqlen: int, checkpoint_every: int) -> int:
     """Number of chunks whose entry states are saved; none where `checkpoint_every` is 0."""
     return 0 if checkpoint_every == 0 else (seqlen + checkpoint_every - 1) // checkpoint_every

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vim.ops._backends import resolve_backend
-from vim.ops._checks import check_activation, check_choice, check_length, check_like, check_operand, needs_grad
-from vim.ops._layout import CHECKPOINT_EVERY, accumulate_dtype, as_dtype
+from vim.ops._checks import check_activation, check_choice, check_length, check_like, check_operand
+from vim.ops._layout import accumulate_dtype, as_dtype, checkpoint_interval
 from vim.ops.bidirectional_scan import library as library
 
 MERGES = {"mean": 0.5, "sum": 1.0}
@@ -80,7 +80,7 @@ def run_bidirectional_scan(
     u, x_dbl, *weights = forward
     u_b, x_dbl_b, *weights_b = backward
     operands = (u, x_dbl, *as_dtype(acc, weights), u_b, x_dbl_b, *as_dtype(acc, weights_b), z)
-    every = CHECKPOINT_EVERY if needs_grad(*operands) else 0
+    every = checkpoint_interval(*operands)
     return resolve_backend("bidirectional_scan", backend, z)(*operands, MERGES[merge], every)[0]
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vim.ops._backends import resolve_backend
-from vim.ops._checks import needs_grad
-from vim.ops._layout import CHECKPOINT_EVERY, accumulate_dtype
+from vim.ops._layout import accumulate_dtype, checkpoint_interval
 from vim.ops.selective_scan import library as library
 from vim.ops.selective_scan.checks import check_scan_inputs, decay_dtype
 
@@ -67,6 +66,6 @@ def selective_scan(
     D = None if D is None else D.to(acc)
     delta_bias = None if delta_bias is None else delta_bias.to(acc)
     op = resolve_backend("selective_scan", backend, u)
-    every = CHECKPOINT_EVERY if needs_grad(u, delta, A, B, C, D, z, delta_bias) else 0
+    every = checkpoint_interval(u, delta, A, B, C, D, z, delta_bias)
     out, last_state, _ = op(u, delta, A.to(decay), B, C, D, z, delta_bias, delta_softplus, reverse, every)
     return (out, last_state) if return_last_state else out
