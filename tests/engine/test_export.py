@@ -80,10 +80,9 @@ def test_float16(tmp_path):
     assert write_onnx(model, tmp_path / "m.onnx", 3, 32, tolerance=3e-2) < 1e-2
 
 
-@pytest.mark.parametrize("sample", [(24, 40), (72, 80)], ids=str)
-@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize(("sample", "gradients"), [((72, 80), False), ((72, 80), True), ((24, 40), True)], ids=str)
 def test_torch_export_with_any_batch_and_resolution(sample, gradients):
-    """Whether the image that is traced has fewer tokens than lie between two saved states, or more."""
+    """Whether the image that is traced has fewer tokens than lie between two states saved for gradients, or more."""
     torch.manual_seed(0)
     model = vim.VisionMamba(**SMALL, dynamic_img_size=True, drop_path_rate=0.0).eval()
     side = {name: 8 * torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns")}

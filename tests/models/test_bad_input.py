@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models._features_fx import FeatureGraphNet
 
 import vim
 
@@ -140,6 +141,14 @@ NAMES = {
     "features of a block that is not there": (
         lambda: timm.create_model(NAME, depth=2, img_size=32, features_only=True, out_indices=(2,)),
         r"indices must be a list of blocks, from -2 to 1, got \(2,\)",
+    ),
+    "features by hooks, which see the order of the scan": (
+        lambda: timm.create_model(NAME, depth=2, features_only=True, feature_cls="hook"),
+        "feature_cls must be 'getter' or a class such as vim.models.VimPyramid, got 'hook'",
+    ),
+    "features of a traced graph": (
+        lambda: timm.create_model(NAME, depth=2, features_only=True, feature_cls=FeatureGraphNet),
+        "feature_cls must be .* got 'FeatureGraphNet'",
     ),
 }
 

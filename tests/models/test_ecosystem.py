@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import timm
 import timm.optim
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 
 import vim
 from tests.helpers import assert_close
@@ -167,3 +171,43 @@ def test_a_resized_model_equals_one_built_at_that_size(size, kwargs):
     x = images(*size)
     assert torch.equal(built(x), resized(x))
     assert_close(dynamic(x), resized(x), 1e-5)
+
+
+class FolderHub:
+    """A hub in a folder, in place of the functions of huggingface_hub that timm calls."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder = folder
+        monkeypatch.setattr(timm.models._hub, "HfApi", lambda **kwargs: self)
+        monkeypatch.setattr(timm.models._hub, "hf_hub_download", self.download)
+
+    def create_repo(self, repo_id, **kwargs):
+        (self.folder / repo_id).mkdir(parents=True)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def file_exists(self, repo_id, filename, revision=None):
+        return (self.folder / repo_id / filename).is_file()
+
+    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+
+    def download(self, repo_id, filename, **kwargs):
+        if not self.file_exists(repo_id, filename):
+            raise EntryNotFoundError(f"{repo_id} has no {filename}")
+        return str(self.folder / repo_id / filename)
+
+
+@pytest.mark.parametrize("safe", [True, False, "both"])
+def test_a_model_pushed_to_the_hub_comes_back_by_its_name(safe, tmp_path, monkeypatch):
+    FolderHub(tmp_path, monkeypatch)
+    model = small(in_chans=1, cls_position="head", global_pool="avg").eval()
+    timm.models.push_to_hf_hub(model, "someone/vim-small-digits", safe_serialization=safe)
+    other = timm.create_model("hf-hub:someone/vim-small-digits", pretrained=True).eval()
+    x = images()[:, :1]
+    assert torch.equal(other(x), model(x))
+    assert (other.cls_position, other.global_pool, other.depth, other.in_chans) == ("head", "avg", 2, 1)
+    features = timm.create_model(
+        "hf-hub:someone/vim-small-digits", pretrained=True, features_only=True, out_indices=(0, 1)
+    ).eval()
+    (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
+    assert torch.equal(features(x)[-1], last)

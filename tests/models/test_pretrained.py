@@ -105,6 +105,23 @@ def test_features_only(released):
     assert_close(features.eval()(x)[0], wanted[0], 1e-5)
 
 
+def test_a_pyramid_has_the_published_backbone(released, monkeypatch):
+    model, path = released
+    asked = []
+
+    def find(repo, filename, **kwargs):
+        asked.append((repo, filename))
+        return str(path)
+
+    monkeypatch.setattr("vim.models.pretrained.try_to_load_from_cache", find)
+    pyramid = timm.create_model("vim_tiny_pyramid_patch16_224", pretrained=True, features_only=True, depth=1).eval()
+    assert asked == [("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth")]
+    x = torch.randn(1, 3, 224, 224)
+    (tap,) = model.eval().forward_intermediates(x, indices=[0], intermediates_only=True)
+    for level, resize in zip(pyramid(x), pyramid.resize, strict=True):
+        assert_close(level, resize(tap), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "grid"),
     [

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import vim
-from vim.models import VimPyramid
+from tests.helpers import assert_close
+from vim.engine.export import write_onnx
+from vim.models import VimPyramid, variants
 
 NAME = "vim_tiny_pyramid_patch16_224"
 SMALL = {"patch_size": 16, "embed_dim": 16, "depth": 4, "d_state": 4, "dynamic_img_size": True, "img_size": 64}
@@ -98,17 +100,46 @@ def test_what_is_refused(kwargs, arguments, message):
         VimPyramid(small(**kwargs), **arguments)
 
 
-@pytest.mark.parametrize("head", ["UPerNet", "FPN", "Unet", "Segformer"])
-def test_segmentation_models_pytorch_trains_a_step(head):
+@pytest.fixture
+def segmentation(monkeypatch):
+    """A function that makes models of segmentation-models-pytorch, with small backbones, by the name of the head."""
     smp = pytest.importorskip("segmentation_models_pytorch", reason='needs pip install "vimamba[dense]"')
+    monkeypatch.setitem(variants._TINY_SIZE, "depth", 4)
+    monkeypatch.setitem(variants._TINY_SIZE, "embed_dim", 32)
     torch.manual_seed(0)
-    net = getattr(smp, head)(f"tu-{NAME}", encoder_weights=None, classes=5)
+
+    def make(head: str, **kwargs) -> nn.Module:
+        # DPT makes the levels itself, of the tokens of a plain model.
+        plain = {"dynamic_img_size": True} if head == "DPT" else {}
+        name = "tu-vim_tiny_patch16_224" if head == "DPT" else f"tu-{NAME}"
+        return getattr(smp, head)(name, encoder_weights=None, classes=5, **plain, **kwargs)
+
+    return make
+
+
+@pytest.mark.parametrize("head", ["UPerNet", "FPN", "Unet", "Segformer", "DPT"])
+def test_segmentation_models_pytorch_trains_a_step(head, segmentation):
+    net = segmentation(head)
     logits = net(torch.randn(2, 3, 64, 96))
     assert logits.shape == (2, 5, 64, 96)
     nn.functional.cross_entropy(logits, torch.zeros(2, 64, 96, dtype=torch.long)).backward()
-    assert net.encoder.model.model.patch_embed.proj.weight.grad.abs().sum() > 0
+    grads = [p.grad for name, p in net.named_parameters() if name.endswith("patch_embed.proj.weight")]
+    assert grads[0].abs().sum() > 0
     with torch.no_grad():
-        net.eval()(torch.randn(1, 3, 128, 64))
+        assert net.eval()(torch.randn(1, 3, 128, 64)).shape == (1, 5, 128, 64)
+
+
+@pytest.mark.parametrize("head", ["UPerNet", "DPT"])
+@torch.no_grad()
+def test_segmentation_models_pytorch_exports(head, segmentation):
+    net, x = segmentation(head).eval(), torch.randn(2, 3, 64, 96)
+    assert_close(torch.export.export(net, (x,)).module()(x), net(x), 1e-4)
+
+
+def test_a_segmentation_head_in_onnxruntime(segmentation, monkeypatch, tmp_path):
+    monkeypatch.setitem(variants._TINY_SIZE, "depth", 1)
+    net = segmentation("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32).eval()
+    assert write_onnx(net, tmp_path / "fpn.onnx", 3, 64, tolerance=1e-4) < 1e-5
 
 
 def test_upernet_of_transformers_trains_a_step():
@@ -139,24 +170,42 @@ class DetectorBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(x))))
 
 
-def test_faster_rcnn_of_torchvision_trains_a_step():
-    from torchvision.models.detection import FasterRCNN
+@pytest.mark.parametrize("masks", [False, True], ids=["Faster R-CNN", "Mask R-CNN"])
+def test_detectors_of_torchvision_train_a_step(masks):
+    from torchvision.models.detection import FasterRCNN, MaskRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
 
     torch.manual_seed(0)
     names = ["0", "1", "2", "3"]
-    net = FasterRCNN(
+    pools = {"box_roi_pool": MultiScaleRoIAlign(names, output_size=3, sampling_ratio=1)}
+    if masks:
+        pools["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=4, sampling_ratio=1)
+    net = (MaskRCNN if masks else FasterRCNN)(
         DetectorBackbone(VimPyramid(small()), 16),
         num_classes=3,
         min_size=64,
         max_size=96,
         rpn_anchor_generator=AnchorGenerator(tuple((8 * 2**i,) for i in range(4)), ((1.0,),) * 4),
-        box_roi_pool=MultiScaleRoIAlign(names, output_size=3, sampling_ratio=1),
+        **pools,
     )
     images = [torch.rand(3, 64, 80), torch.rand(3, 64, 64)]
     targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])} for _ in images]
-    sum(net(images, targets).values()).backward()
+    for image, target in zip(images, targets, strict=True):
+        target["masks"] = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
+        target["masks"][:, 8:40, 8:40] = 1
+    losses = net(images, targets)
+    assert ("loss_mask" in losses) == masks
+    sum(losses.values()).backward()
     assert net.backbone.body.model.patch_embed.proj.weight.grad.abs().sum() > 0
     with torch.no_grad():
-        assert {"boxes", "labels", "scores"} <= set(net.eval()(images)[0])
+        assert {"boxes", "labels", "scores", *(["masks"] if masks else [])} <= set(net.eval()(images)[0])
+
+
+@torch.no_grad()
+def test_the_backbone_of_a_detector_exports():
+    """A detector of torchvision does not, with any backbone: how many boxes it keeps depends on the image."""
+    backbone, x = DetectorBackbone(VimPyramid(small()), 16).eval(), torch.randn(2, 3, 64, 96)
+    exported = torch.export.export(backbone, (x,)).module()(x)
+    for name, expected in backbone(x).items():
+        assert_close(exported[name], expected, 1e-5, name)

@@ -8,6 +8,8 @@ from typing import Any, get_args
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import FeatureDictNet, FeatureHookNet
+from timm.models._features_fx import FeatureGraphNet
 
 from vim.models.checks import check_kind
 from vim.models.pretrained import (
@@ -77,6 +79,18 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _check_feature_cls(feature_cls: Any) -> None:
+    """Of timm's ways to features only the one through `forward_intermediates` gives those of this model.
+
+    The others take what modules put out, which is in scan order here, and without the residual.
+    """
+    others = (FeatureDictNet, FeatureHookNet, FeatureGraphNet)
+    is_other = isinstance(feature_cls, type) and issubclass(feature_cls, others)
+    if is_other or (isinstance(feature_cls, str) and feature_cls.lower() != "getter"):
+        name = feature_cls if isinstance(feature_cls, str) else feature_cls.__name__
+        raise ValueError(f"feature_cls must be 'getter' or a class such as vim.models.VimPyramid, got {name!r}")
+
+
 def _create_vim(
     variant: str,
     pretrained: bool,
@@ -89,6 +103,7 @@ def _create_vim(
     """Build a variant; the two `pretrained_*` arguments are `weights` and `resampling` of `checkpoint_filter_fn`."""
     check_kind("pretrained_weights", pretrained_weights, get_args(Weights))
     check_kind("pretrained_resampling", pretrained_resampling, get_args(Resampling))
+    _check_feature_cls(kwargs.get("feature_cls"))
     weights: Weights = pretrained_weights
     if pretrained:
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
