@@ -15,6 +15,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -299,6 +300,10 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
                               static_cast<unsigned>(i / block.x / block.y));
       threads[i].lane = static_cast<int>(i % kLanes);
       threads[i].warp = &warps[i / kLanes];
+#if defined(__SANITIZE_ADDRESS__)
+      // The frames of the thread that was here before never returned.
+      __asan_unpoison_memory_region(stacks.at(i), kStackBytes);
+#endif
       threads[i].context = make_context(stacks.at(i), thread_main);
     }
     run_block(threads);
