@@ -41,8 +41,9 @@ def test_kernels_in_the_interpreter(keyword):
     _run_kernel_tests(keyword, TRITON_INTERPRET="1")
 
 
-# The bidirectional scan's backward pass is the selective scan's, twice, and takes as long again to compile.
-@pytest.mark.parametrize("ops", [["selective_scan"], ["bidirectional_conv1d", "causal_conv1d", "add_rms_norm"]])
+# The bidirectional scan's backward pass is the selective scan's, twice, and takes as long again to compile; the script
+# compiles everything.
+@pytest.mark.parametrize("ops", [["selective_scan"], ["add_rms_norm"]])
 def test_kernels_compile_for_a_gpu(ops, tmp_path):
     command = [sys.executable, "scripts/check_triton_compiles.py", "sm_90", "--json", tmp_path / "rows", "--ops", *ops]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
