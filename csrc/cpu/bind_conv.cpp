@@ -1,5 +1,6 @@
 // The convolutions for key CPU.
 #include "../common/bind_conv.h"
+#include "ops.h"
 #include "parallel.h"
 
 namespace vim {
@@ -27,6 +28,13 @@ void run_backward(Conv& conv, const Tensor& like) {
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> on_cpu::bidirectional_conv1d(const Tensor& x, const Tensor& weight,
+                                                        const OptionalTensor& bias, const Tensor& weight_b,
+                                                        const OptionalTensor& bias_b) {
+  return vim::bidirectional_conv1d(x, weight, bias, weight_b, bias_b);
+}
+
 }  // namespace vim
 
 STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) { vim::implement_convolutions(m, ""); }

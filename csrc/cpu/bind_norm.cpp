@@ -1,5 +1,6 @@
 // The norm for key CPU.
 #include "../common/bind_norm.h"
+#include "ops.h"
 #include "parallel.h"
 
 namespace vim {
@@ -28,6 +29,12 @@ void run_backward(Norm& norm, const Tensor& like) {
 bool reads_weight_like_x() { return false; }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> on_cpu::add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
+                                                double eps) {
+  return vim::add_rms_norm(x, residual, weight, eps);
+}
+
 }  // namespace vim
 
 STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) { vim::implement_norm(m, ""); }

@@ -1,6 +1,7 @@
 // The scans for key CPU.
 #include "../common/bind_scan.h"
 
+#include "ops.h"
 #include "parallel.h"
 
 namespace vim {
@@ -31,6 +32,15 @@ void run_backward(const ScanBackward& backward, const Tensor& like) {
 }
 
 }  // namespace
+
+Tensor on_cpu::bidirectional_scan(const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias,
+                                  const Tensor& A_log, const Tensor& D, const Tensor& u_b, const Tensor& x_dbl_b,
+                                  const Tensor& dt_weight_b, const Tensor& dt_bias_b, const Tensor& A_b_log,
+                                  const Tensor& D_b, const Tensor& z, double scale) {
+  return std::get<0>(vim::bidirectional_scan(u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b, dt_weight_b,
+                                             dt_bias_b, A_b_log, D_b, z, scale, 0));
+}
+
 }  // namespace vim
 
 STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) { vim::implement_scans(m, ""); }

@@ -34,15 +34,23 @@ const Kernels& kernels() {
 // For people: which of the tables is in use.
 extern "C" __attribute__((visibility("default"))) const char* vim_cpu_capability() { return vim::kernels().name; }
 
-// For vim/ops/_packed_weights.py: a hash of one number of each row of a (rows, columns) matrix, in different columns.
-// It touches a line of cache a row, a sixteenth of the matrix or less.
-extern "C" __attribute__((visibility("default"))) uint64_t vim_fingerprint(const float* data, int64_t rows,
-                                                                            int64_t columns) {
+// For vim/ops/_fingerprint.py: a hash of one number of each row of matrices of four-byte words, in different columns. It
+// touches a line of cache a row, a sixteenth of a matrix or less.
+struct Matrix {
+  const uint32_t* data;
+  int64_t rows, columns;
+};
+
+extern "C" __attribute__((visibility("default"))) uint64_t vim_fingerprint(const Matrix* matrices, int64_t count) {
   uint64_t hash = 1469598103934665603u;
-  for (int64_t row = 0; row < rows; ++row) {
-    uint32_t bits;
-    std::memcpy(&bits, data + row * columns + row * 40503 % columns, sizeof bits);
-    hash = (hash ^ bits) * 1099511628211u;
+  for (const Matrix* m = matrices; m != matrices + count; ++m) {
+    const int64_t step = 40503 % m->columns;
+    const uint32_t* row = m->data;
+    for (int64_t i = 0, column = 0; i < m->rows; ++i, row += m->columns) {
+      hash = (hash ^ row[column]) * 1099511628211u;
+      column += step;
+      if (column >= m->columns) column -= m->columns;
+    }
   }
   return hash;
 }

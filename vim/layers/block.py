@@ -5,6 +5,8 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vim.layers.whole_block import run_whole_block
+
 
 class Block(nn.Module):
     """Add the residual, normalise, mix. There is no MLP and no second norm.
@@ -35,5 +37,8 @@ class Block(nn.Module):
         """Return the mixer's output and the residual for the next block, (batch, len, dim) each."""
         if residual is not None:
             hidden_states = self.drop_path(hidden_states)
+        at_once = run_whole_block(self.norm, self.mixer, hidden_states, residual)
+        if at_once is not None:
+            return at_once
         hidden_states, residual = self.norm(hidden_states, residual)
         return self.mixer(hidden_states), residual

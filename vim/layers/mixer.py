@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
 from vim.layers.linear import Linear
+from vim.layers.watched import is_readable
 from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, selective_scan
 
 Directions = Literal["none", "v1", "v2"]
@@ -161,7 +161,7 @@ class Mamba(nn.Module):
             raise ValueError(f"hidden_states must be (batch, len, d_model) with d_model = {self.d_model}, got {shape}")
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         directions = self._directions()
-        if self.directions == "v2" and all(_is_readable(d.conv1d) and _is_readable(d.dt_proj) for d in directions):
+        if self.directions == "v2" and all(is_readable(d.conv1d) and is_readable(d.dt_proj) for d in directions):
             y = self._scan_together(x, z, directions)
         else:
             y = self._scan_each(x, z, directions)
@@ -199,7 +199,7 @@ class Mamba(nn.Module):
 
     def _convolve(self, x: Tensor, d: _Direction) -> Tensor:
         """SiLU of the convolution that looks back, or ahead where the direction is reversed, (batch, len, d_inner)."""
-        if _is_readable(d.conv1d):
+        if is_readable(d.conv1d):
             weight, bias = d.conv1d.weight.flatten(1), d.conv1d.bias
             return causal_conv1d(x.mT, weight, bias, "silu", reverse=d.reverse).mT
         x = x.flip(1) if d.reverse else x
@@ -209,7 +209,7 @@ class Mamba(nn.Module):
     def _scan(self, u: Tensor, x_dbl: Tensor, z: Tensor, d: _Direction) -> Tensor:
         """Gated scan of one direction, (batch, len, d_inner)."""
         dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if _is_readable(d.dt_proj):
+        if is_readable(d.dt_proj):
             delta, delta_bias = nn.functional.linear(dt, d.dt_proj.weight.to(dt.dtype)), d.dt_proj.bias
         else:
             delta, delta_bias = d.dt_proj(dt), None
@@ -225,18 +225,6 @@ def _inner_weights(d: _Direction) -> InnerWeights:
     return InnerWeights(
         conv["weight"].flatten(1), conv["bias"], d.x_proj, dt_proj["weight"], dt_proj["bias"], d.A_log, d.D
     )
-
-
-def _is_readable(module: Any) -> bool:
-    """Whether a kernel may read the module's weights in place of calling it: a plain layer that nobody watches."""
-    if type(module) not in (nn.Linear, nn.Conv1d) or "forward" in module.__dict__:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or (bias is None and type(module) is nn.Linear):
-        return False
-    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -5,6 +5,7 @@ from vim.ops import _triton as _triton
 from vim.ops import mamba_ssm as mamba_ssm
 from vim.ops._backends import available_backends, default_backend, unavailable_backends
 from vim.ops.add_rms_norm.interface import add_rms_norm
+from vim.ops.bidirectional_block import BlockWeights, PreparedBlock, bidirectional_block, block_runs_at_once
 from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
@@ -14,13 +15,17 @@ from vim.ops.linear import goes_through_float32, linear, onednn_linear
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [
+    "BlockWeights",
     "InnerWeights",
+    "PreparedBlock",
     "ScanOperands",
     "add_rms_norm",
     "available_backends",
+    "bidirectional_block",
     "bidirectional_conv1d",
     "bidirectional_mixer",
     "bidirectional_scan",
+    "block_runs_at_once",
     "causal_conv1d",
     "default_backend",
     "exportable_ops",

@@ -112,7 +112,9 @@ def cpu_recipe() -> Recipe:
         Unit(f"kernels_{name}", "cpu/kernels.cpp", (*_KERNEL_FLAGS, f"-DVIM_ISA={name}", *flags))
         for name, flags in sets.items()
     ]
-    bindings = [Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", BINDING_FLAGS) for name in ("scan", "conv", "norm")]
+    bindings = [
+        Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", BINDING_FLAGS) for name in ("scan", "conv", "norm", "block")
+    ]
     compiler = find_compiler()
     return Recipe(
         library=LIBRARY,

@@ -1,22 +1,21 @@
 """Weights in oneDNN's own layout, for products in inference: 1.25 times faster with two threads.
 
 A packed weight is used while the tensor it was made from is the same one, at the same place in memory, with the same
-version, and with the same fingerprint: a number of each row. The version misses writes through `.data`, as adapters do
-when they are merged; the fingerprint finds any that changes whole rows. A write through `.data` to single numbers may
-go unnoticed: change weights under `torch.no_grad()` instead.
+version and the same fingerprint (see `_fingerprint` for what that may miss: change weights under `torch.no_grad()`
+rather than through `.data`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vim.ops import _native
+from vim.ops._fingerprint import Fingerprint
 
 _SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 # oneDNN chooses one layout for any number of rows but one; this stands for all of them.
@@ -28,7 +27,8 @@ class _Entry(NamedTuple):
     memory: torch.UntypedStorage  # kept, so that no other tensor can come to stand at its address
     pointer: int
     version: int
-    fingerprint: int
+    fingerprint: Fingerprint
+    taken: int
     packed: Tensor
 
 
@@ -46,33 +46,32 @@ def packed_weight(weight: Tensor) -> Tensor | None:
 
     In float32 where oneDNN does not multiply in the dtype of `weight`.
     """
-    fingerprint_of = _fingerprint_function()
-    if fingerprint_of is None or weight.is_inference() or not weight.is_contiguous():
+    if not weight.is_contiguous():
         return None
-    rows, columns = weight.shape
-    words = columns * weight.element_size() // 4  # looked at four bytes at a time: two numbers of bfloat16
-    if words == 0:
-        return None
-    pointer, version = weight.data_ptr(), weight._version
-    fingerprint = fingerprint_of(pointer, rows, words)
     entry = _entries.get(id(weight))
     if (
         entry is not None
-        and entry.fingerprint == fingerprint
-        and entry.version == version
-        and entry.pointer == pointer
         and entry.owner() is weight
+        and entry.version == weight._version
+        and entry.pointer == weight.data_ptr()
+        and entry.taken == entry.fingerprint.take()
     ):
         return entry.packed
-    return _pack(weight, pointer, version, fingerprint)
+    return _pack(weight)
 
 
-def _pack(weight: Tensor, pointer: int, version: int, fingerprint: int) -> Tensor:
+def _pack(weight: Tensor) -> Tensor | None:
+    # A fingerprint looks at four bytes at a time.
+    if weight.is_inference() or weight.nbytes < 4 or _native.load() is not None:
+        return None
     key = id(weight)
     owner = weakref.ref(weight, lambda ref: _forget(key, ref))
+    fingerprint = Fingerprint([weight])
+    place = (weight.untyped_storage(), weight.data_ptr(), weight._version)
+    taken = fingerprint.take()
     weight_in_its_dtype = weight.detach() if multiplies_in(weight.dtype) else weight.detach().float()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_in_its_dtype, _ROWS)
-    _entries[key] = _Entry(owner, weight.untyped_storage(), pointer, version, fingerprint, packed)
+    _entries[key] = _Entry(owner, *place, fingerprint, taken, packed)
     return packed
 
 
@@ -80,14 +79,3 @@ def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
     entry = _entries.get(key)
     if entry is not None and entry.owner is owner:
         del _entries[key]
-
-
-@functools.cache
-def _fingerprint_function() -> Any:
-    """`vim_fingerprint` of the native library, or `None` without one."""
-    if _native.load() is not None:
-        return None
-    function = ctypes.CDLL(str(_native.library_path())).vim_fingerprint
-    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    function.restype = ctypes.c_uint64
-    return function

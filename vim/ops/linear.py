@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out_features).
     """
-    if not _onednn_applies(x, weight):
+    if not goes_to_onednn(x, weight):
         return _linear_on_gpu(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
     if needs_grad(x, weight, bias):
         return _linear_with_grad(x, weight, bias)
@@ -73,7 +73,7 @@ def goes_through_float32(x: Tensor, weight: Tensor) -> bool:
 
     Where oneDNN is not used (see `linear`), PyTorch's own products are left as they are.
     """
-    return _onednn_applies(x, weight) and not multiplies_in(x.dtype)
+    return goes_to_onednn(x, weight) and not multiplies_in(x.dtype)
 
 
 def onednn_reason() -> str | None:
@@ -87,7 +87,8 @@ def onednn_reason() -> str | None:
     return None
 
 
-def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
+def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of these two is oneDNN's here and now."""
     # The cheap questions first: this is asked four times a block.
     return bool(
         type(x) is Tensor

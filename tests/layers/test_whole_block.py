@@ -1,0 +1,276 @@
+"""A block in one call: the same bits as its modules give, never out of date, and out of the way of whoever watches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vim
+from vim.layers import Block, RMSNorm, block, whole_block
+from vim.ops import default_backend, onednn_linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WATCHED = ("norm", "mixer", *(f"mixer.{name}" for name in whole_block._PARTS))
+
+
+def _block(dtype: torch.dtype = torch.float32, **settings) -> Block:
+    torch.manual_seed(0)
+    made = Block(vim.Mamba(24, d_state=5, **settings), RMSNorm(24))
+    for name, p in made.named_parameters():
+        if "A_" not in name:
+            nn.init.normal_(p, std=0.3)
+    return made.to(dtype).eval()
+
+
+def _inputs(batch: int = 2, length: int = 7, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(batch, length, 24).to(dtype), torch.randn(batch, length, 24)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[bool]:
+    """For each block that ran, whether it was one call."""
+    seen, original = [], whole_block.run_whole_block
+
+    def counted(*args):
+        result = original(*args)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(block, "run_whole_block", counted)
+    return seen
+
+
+def _by_modules(made: Block, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, residual = made.norm(*inputs)
+    return made.mixer(normed), residual
+
+
+def _assert_same(made: Block, *inputs: torch.Tensor | None) -> None:
+    for actual, expected in zip(made(*inputs), _by_modules(made, *inputs), strict=True):
+        assert actual.dtype is expected.dtype
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "length"), [(2, 7), (1, 1), (3, 130)])
+@pytest.mark.parametrize("settings", [{}, {"bias": True, "conv_bias": False, "merge": "sum"}], ids=["plain", "other"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_bits_of_the_modules(dtype, batch, length, settings, mode, calls):
+    made = _block(dtype, **settings)
+    x, residual = _inputs(batch, length, dtype)
+    with mode():
+        _assert_same(made, x, None)
+        _assert_same(made, x, residual)
+        _assert_same(made, torch.cat((x, x), dim=2)[..., ::2], residual)
+    assert calls == [True] * 3
+
+
+@torch.no_grad()
+def test_weights_of_several_dtypes(calls):
+    made = _block(torch.bfloat16)
+    made.mixer.A_log.data = made.mixer.A_log.data.double()
+    made.norm.float()
+    _assert_same(made, *_inputs(dtype=torch.bfloat16))
+    made.mixer.x_proj.float()
+    normed, _ = made.norm(*_inputs(dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="dtype"):
+        made.mixer(normed)
+    with pytest.raises(RuntimeError, match="dtype"):
+        made(*_inputs(dtype=torch.bfloat16))
+    assert calls == [True, False]
+
+
+def _in_place(p: nn.Parameter) -> None:
+    p.mul_(1.5)
+
+
+def _through_data(p: nn.Parameter) -> None:
+    p.data.mul_(1.5)
+
+
+def _other_memory(p: nn.Parameter) -> None:
+    p.data = p.data * 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [_in_place, _through_data, _other_memory])
+@torch.no_grad()
+def test_a_change_of_any_weight_is_seen(dtype, change, calls):
+    made, inputs = _block(dtype, bias=True), _inputs(dtype=dtype)
+    for name, p in made.named_parameters():
+        before = made(*inputs)[0]
+        change(p)
+        assert not torch.equal(made(*inputs)[0], before), name
+        _assert_same(made, *inputs)
+    assert all(calls)
+
+
+@torch.no_grad()
+def test_new_parameters_and_loaded_weights(calls):
+    made, inputs = _block(), _inputs()
+    made(*inputs)
+    made.mixer.out_proj.weight = nn.Parameter(torch.randn_like(made.mixer.out_proj.weight))
+    _assert_same(made, *inputs)
+    made.load_state_dict({name: t + 0.1 for name, t in made.state_dict().items()})
+    _assert_same(made, *inputs)
+    made.to(torch.bfloat16)
+    _assert_same(made, *_inputs(dtype=torch.bfloat16))
+    assert calls == [True] * 4
+
+
+def test_a_step_of_an_optimizer(calls):
+    made, inputs = _block(), _inputs()
+    with torch.no_grad():
+        made(*inputs)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
+    made(*inputs)[0].square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        _assert_same(made, *inputs)
+    assert calls == [True, False, True]
+
+
+@torch.no_grad()
+def test_copies_go_their_own_way():
+    made, inputs = _block(), _inputs()
+    before = made(*inputs)[0]
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        other.mixer.out_proj.weight.zero_()
+        assert torch.count_nonzero(other(*inputs)[0]) == 0
+        assert torch.equal(made(*inputs)[0], before)
+
+
+@torch.no_grad()
+def test_what_was_prepared_goes_with_the_block():
+    made = _block()
+    made(*_inputs())
+    weight = weakref.ref(made.mixer.in_proj.weight)
+    assert made.mixer in whole_block._prepared
+    del made
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.parametrize("name", WATCHED)
+@torch.no_grad()
+def test_hooks_on_any_part_fire_and_may_change_its_output(name, calls):
+    made, inputs, seen = _block(), _inputs(), []
+    before = made(*inputs)[0]
+    part = made.get_submodule(name)
+    handle = part.register_forward_pre_hook(lambda module, args: seen.append(name))
+    made(*inputs)
+    assert seen == [name]
+    handle.remove()
+    part.forward = lambda *args, original=part.forward: [seen.append(name), original(*args)][1]
+    made(*inputs)
+    assert seen == [name] * 2
+    del part.forward
+    assert torch.equal(made(*inputs)[0], before)
+    assert calls == [True, False, False, True]
+
+
+@torch.no_grad()
+def test_global_hooks_see_every_part(calls):
+    made, inputs, seen = _block(), _inputs(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.add(module))
+    try:
+        made(*inputs)
+    finally:
+        handle.remove()
+    assert {made.norm, made.mixer, made.mixer.in_proj, made.mixer.out_proj} <= seen
+    assert calls == [False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: setattr(made, "norm", vim.layers.LayerNorm(24)),
+        lambda made: setattr(made.mixer, "out_proj", nn.Linear(48, 24)),
+        lambda made: setattr(made.mixer, "directions", "v1"),
+        lambda made: nn.utils.parametrizations.weight_norm(made.mixer.dt_proj),
+        lambda made: setattr(made.mixer.x_proj, "weight", nn.Parameter(torch.randn(24 * 2, 2 + 10).t())),
+        lambda made: made.double(),
+    ],
+    ids=["layer norm", "another class", "another kind", "parametrised", "strided", "float64"],
+)
+@torch.no_grad()
+def test_other_blocks_are_left_to_their_modules(change, calls):
+    made, (x, residual) = _block(), _inputs()
+    change(made)
+    x = x.to(made.mixer.in_proj.weight.dtype)
+    _assert_same(made, x, residual)
+    assert calls == [False]
+
+
+@torch.no_grad()
+def test_modes_and_switches_are_respected(calls):
+    made, inputs = _block(), _inputs()
+    with FlopCounterMode(display=False) as counted:
+        made(*inputs)
+    with FlopCounterMode(display=False) as expected:
+        _by_modules(made, *inputs)
+    assert counted.get_total_flops() == expected.get_total_flops() > 0
+    with default_backend("reference"):
+        made(*inputs)
+    with onednn_linear(False):
+        made(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        made(*inputs)
+    torch.func.vmap(lambda x: made(x[None])[0])(inputs[0])
+    with torch.device("cpu"):  # a function mode
+        made(*inputs)
+    assert calls == [False] * 6
+    with default_backend("native"):
+        made(*inputs)
+    assert calls[-1]
+
+
+@torch.no_grad()
+def test_bad_sizes_have_the_words_of_the_modules():
+    made = _block()
+    made(*_inputs())
+    with pytest.raises(ValueError, match="weight must be"):
+        made(torch.randn(2, 7, 23))
+    with pytest.raises(ValueError, match="hidden_states must be"):
+        made(torch.randn(7, 24))
+    with pytest.raises(ValueError, match="residual must be"):
+        made(torch.randn(2, 7, 24), torch.randn(2, 6, 24))
+
+
+@torch.no_grad()
+def test_threads_may_share_a_block():
+    made, inputs = _block(), _inputs()
+    expected, wrong = _by_modules(made, *inputs)[0], []
+
+    def run() -> None:
+        with torch.no_grad():
+            wrong.extend(1 for _ in range(50) if not torch.equal(made(*inputs)[0], expected))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@torch.no_grad()
+def test_a_model_uses_it_in_every_block(calls):
+    model = vim.VisionMamba(img_size=32, embed_dim=24, depth=3, d_state=5, num_classes=4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    logits = model(images)
+    assert calls == [True] * 3
+    handles = [layer.mixer.register_forward_hook(lambda *_: None) for layer in model.layers]
+    assert torch.equal(model(images), logits)
+    assert calls == [*[True] * 3, *[False] * 3]
+    assert list(itertools.chain(handles))

@@ -1,0 +1,29 @@
+"""Whether a kernel may read a module's weights in place of calling it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: a hook of its own, or another forward."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_readable(module: Any) -> bool:
+    """Whether the module is a plain linear layer or convolution with plain weights that nobody watches."""
+    if type(module) not in (nn.Linear, nn.Conv1d) or is_watched(module):
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or (bias is None and type(module) is nn.Linear):
+        return False
+    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)

@@ -1,0 +1,76 @@
+"""A block in one call of the native library, in inference on the CPU, where nobody watches its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from vim.layers.linear import Linear
+from vim.layers.mixer import Mamba
+from vim.layers.norm import RMSNorm
+from vim.layers.watched import is_watched
+from vim.ops import BlockWeights, PreparedBlock, bidirectional_block, block_runs_at_once
+
+_PRODUCTS = ("in_proj", "x_proj", "x_proj_b", "out_proj")
+_READ_BY_KERNELS = {"conv1d": nn.Conv1d, "conv1d_b": nn.Conv1d, "dt_proj": nn.Linear, "dt_proj_b": nn.Linear}
+_PARTS = {**dict.fromkeys(_PRODUCTS, Linear), **_READ_BY_KERNELS}
+
+_prepared: WeakKeyDictionary[nn.Module, PreparedBlock] = WeakKeyDictionary()
+
+
+def run_whole_block(
+    norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The mixer's output and the residual for the next block; `None` where the modules have to be called.
+
+    Args:
+        norm: The block's norm.
+        mixer: The block's mixer.
+        x: (batch, len, dim).
+        residual: Like `x`, or `None`.
+    """
+    # These first, so that a compiler sees nothing of the rest.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if type(mixer) is not Mamba or type(norm) is not RMSNorm or mixer.directions != "v2" or mixer.gamma is not None:
+        return None
+    if _any_is_watched(norm, mixer):
+        return None
+    weights = _weights(norm, mixer)
+    if not block_runs_at_once(x, residual, weights):
+        return None
+    prepared = _prepared.get(mixer)
+    if prepared is None or not prepared.is_of(weights):
+        prepared = _prepared[mixer] = PreparedBlock(weights)
+    if prepared.operands is None:
+        return None
+    return bidirectional_block(x, residual, prepared, norm.eps, mixer.merge)
+
+
+def _any_is_watched(norm: nn.Module, mixer: Mamba) -> bool:
+    if torch_module._has_any_global_hook() or is_watched(norm) or is_watched(mixer):
+        return True
+    for name, kind in _PARTS.items():
+        part = mixer._modules.get(name)
+        if part is None or type(part) is not kind or is_watched(part):
+            return True
+    return False
+
+
+def _weights(norm: nn.Module, mixer: Mamba) -> BlockWeights:
+    """What is there; `PreparedBlock` sees to what is not."""
+
+    def of(part: str) -> tuple[Any, Any]:
+        parameters: dict[str, Any] = mixer._modules[part]._parameters  # type: ignore[union-attr]
+        return parameters.get("weight"), parameters.get("bias")
+
+    own: Any = mixer._parameters
+    in_proj, x_proj, out_proj = of("in_proj"), of("x_proj")[0], of("out_proj")
+    forward = (*of("conv1d"), x_proj, *of("dt_proj"), own.get("A_log"), own.get("D"))
+    backward = (*of("conv1d_b"), of("x_proj_b")[0], *of("dt_proj_b"), own.get("A_b_log"), own.get("D_b"))
+    scale: Any = norm._parameters.get("weight")
+    return BlockWeights(scale, *in_proj, *forward, *backward, *out_proj)
