@@ -70,10 +70,13 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_fwd_kernel(Norm norm) {
   });
 }
 
+// Threads of a block of the backward pass: one warp where dweight is summed in the block's row of the partials.
+constexpr int backward_threads(int items) { return items > 0 ? kWarps * kWarp : kWarp; }
+
 // total = dr + (s - n mean(s n)) / rms with n = r / rms and s = dy weight; dweight sums dy n. The lanes of kept rows sum
 // it in registers, those of wider rows in the block's row of the partials.
 template <class T, int kWidth, int kItems>
-__global__ void __launch_bounds__(kWarps* kWarp) norm_bwd_kernel(Norm norm) {
+__global__ void __launch_bounds__(backward_threads(kItems)) norm_bwd_kernel(Norm norm) {
   const int64_t dim = norm.dim, groups = gridDim.x, group = blockIdx.x;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   float* partial = norm.partials + group * dim;
@@ -215,7 +218,7 @@ void norm_backward(const Norm& norm, Stream stream) {
                          is_aligned<kVector, float>(norm.total, norm.dim);
     with_shape(norm.dim, aligned, [&](auto width, auto items) {
       constexpr bool kKept = decltype(items)::value > 0;
-      const unsigned threads = kKept ? kWarps * kWarp : kWarp;
+      const unsigned threads = backward_threads(decltype(items)::value);
       const size_t shared = kKept ? sizeof(float) * kWarps * static_cast<size_t>(norm.dim) : 0;
       launch(norm_bwd_kernel<T, decltype(width)::value, decltype(items)::value>,
              {dim3(static_cast<unsigned>(groups)), dim3(threads), shared}, stream, norm);

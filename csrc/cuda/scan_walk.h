@@ -221,7 +221,7 @@ struct Walk {
       const int end = static_cast<int>(smaller(2 * tile + 2, units)), buffer = tile % 2 * kTile * columns;
       int unit = 2 * tile, at = buffer + own, row_at = 0;
       while (unit < end) {
-        if (unit == save_at) save_at += save(range.token(unit * kUnit));
+        if (kPhase != Phase::ends && unit == save_at) save_at += save(range.token(unit * kUnit));
         const int stop = save_at < end ? save_at : end;
 #pragma unroll 1
         for (; unit < stop; ++unit, at += kUnit * kRow, row_at += kUnit * row_size()) {
@@ -289,6 +289,7 @@ struct Walk {
       }
     }
     if constexpr (kRank == 0) {
+#pragma unroll 2
       for (int r = 0; r < layout.padded; r += 4) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
@@ -415,8 +416,11 @@ __global__ void __launch_bounds__(kMaxThreads) scan_forward_kernel(const __grid_
 
 // ---- chunks ----------------------------------------------------------------------------------------------------
 
+constexpr int kEndsThreads = 2 * kWarp;  // of a direction
+
 template <class T, int kRank>
-__global__ void __launch_bounds__(kMaxThreads) scan_ends_kernel(const __grid_constant__ ForwardPlan plan) {
+__global__ void __launch_bounds__((kRank == kGiven ? 1 : 2) * kEndsThreads) scan_ends_kernel(
+    const __grid_constant__ ForwardPlan plan) {
   Walk<T, 1, kRank> walk(plan, static_cast<int>(threadIdx.y));
   walk.enter(false);
   walk.template walk<Phase::ends>(chunk_of(plan, walk.chunk(), walk.side.reverse));
@@ -460,7 +464,7 @@ inline bool in_pairs(const ForwardPlan& plan, int64_t element) {
 
 template <class T, int kRank>
 void run_ends(const ForwardPlan& plan, Stream stream) {
-  launch(scan_ends_kernel<T, kRank>, geometry_of<T, 1, kRank>(plan, 2 * kWarp), stream, plan);
+  launch(scan_ends_kernel<T, kRank>, geometry_of<T, 1, kRank>(plan, kEndsThreads), stream, plan);
 }
 
 }  // namespace VIM_ISA
