@@ -407,10 +407,11 @@ __global__ void __launch_bounds__(kMaxThreads) scan_forward_kernel(const __grid_
     }
   } else {
     const int middle = range.bottom + range.units() / 2 * kUnit;
-    const Range low{range.bottom, middle, side.reverse}, high{middle, range.top, side.reverse};
-    walk.template walk<Phase::partial>(side.reverse ? high : low);
+    const bool reverse = side.reverse;
+    // Numbers are picked, not ranges: those would lie in memory.
+    walk.template walk<Phase::partial>({reverse ? middle : range.bottom, reverse ? range.top : middle, reverse});
     __syncthreads();
-    walk.template walk<Phase::merge>(side.reverse ? low : high);
+    walk.template walk<Phase::merge>({reverse ? range.bottom : middle, reverse ? middle : range.top, reverse});
   }
 }
 

@@ -45,6 +45,37 @@ def test_without_a_compiler_it_says_so(tmp_path):
     assert "no nvcc" in done.stderr
 
 
+def test_a_kernel_that_spills_is_named(tmp_path):
+    tools = {
+        "nvcc": """
+if [[ $1 == --dryrun ]]; then echo "#\\$ _HERE_=$(dirname "$0")" >&2; exit; fi
+echo "ptxas info : Function properties for _ZN3vim4cuda4goodIfEEvi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info : Used 40 registers, used 0 barriers
+ptxas info : Function properties for _ZN3vim4cuda3badIfEEvi
+    8 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads
+ptxas info : Used 64 registers, used 0 barriers" >&2
+touch "${@: -1}"
+""",
+        "cuobjdump": "",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in tools.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/check_cuda_compiles.sh", "--fast"],
+        env={**os.environ, "CUDA_HOME": str(tmp_path), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    name = "bad<float>(int)" if shutil.which("c++filt") else "_ZN3vim4cuda3badIfEEvi"
+    assert f"WRONG fast_scan.90: {name}: 8 bytes of stack, 16 and 12 of spill stores and loads\n" in done.stdout
+    assert "good" not in done.stdout
+
+
 def test_counts_of_a_loop():
     sass = """
         Function : _Z4scan
