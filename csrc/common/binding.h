@@ -53,13 +53,19 @@ std::tuple<Results...> results_of(const StableIValue* stack, std::index_sequence
   return {torch::stable::detail::to<Results>(stack[kIndex])...};
 }
 
-// Calls an op that is registered under another name; its results come back in order.
+// Calls an overload of an op; its results come back in order.
 template <class... Results, class... Arguments>
-std::tuple<Results...> call_op(const char* name, const Arguments&... arguments) {
+std::tuple<Results...> call_overload(const char* name, const char* overload, const Arguments&... arguments) {
   constexpr size_t size = std::max(sizeof...(Arguments), sizeof...(Results));
   std::array<StableIValue, size> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return results_of<Results...>(stack.data(), std::index_sequence_for<Results...>{});
+}
+
+// Calls an op that is registered under another name.
+template <class... Results, class... Arguments>
+std::tuple<Results...> call_op(const char* name, const Arguments&... arguments) {
+  return call_overload<Results...>(name, "", arguments...);
 }
 
 // ---- shapes ----------------------------------------------------------------------------------------------------

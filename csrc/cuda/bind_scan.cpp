@@ -13,6 +13,14 @@ void run_forward(const Scan& scan, const Tensor& like) {
   cuda::scan_forward(scan, mutable_floats(workspace), device.stream());
 }
 
+// a b of each direction, in float32. Autocast, which may be on while gradients are computed, would make `matmul` return
+// half precision; overloads with `out` it leaves alone.
+Tensor products(const Tensor& a, const Tensor& b) {
+  const Tensor out = allocate(a, {a.size(0), a.size(1), b.size(2)});
+  call_overload<Tensor>("aten::bmm", "out", a, b, out);
+  return out;
+}
+
 void run_backward(const ScanBackward& backward, const Tensor& like) {
   const OnDeviceOf device(like);
   const Scan& scan = backward.scan;
@@ -38,8 +46,8 @@ void run_backward(const ScanBackward& backward, const Tensor& like) {
   passes.dt = mutable_floats(dt);
   passes.dt_weight = mutable_floats(dt_weight);
   cuda::scan_backward(passes, device.stream());
-  const Tensor ddt = torch::stable::matmul(steps, dt_weight);
-  const Tensor ddt_weight = torch::stable::matmul(torch::stable::transpose(steps, 1, 2), dt);
+  const Tensor ddt = products(steps, dt_weight);
+  const Tensor ddt_weight = products(torch::stable::transpose(steps, 1, 2), dt);
   passes.ddt = floats(ddt);
   passes.ddt_weight = floats(ddt_weight);
   cuda::scan_backward_sums(passes, device.stream());

@@ -129,6 +129,16 @@ def test_autocast(model, dtype):
         assert_close(grad, reference, 5e-2)
 
 
+def test_backward_within_autocast(mixer):
+    """Gradients are what they are outside the region: products of the scan's backward pass stay in float32."""
+    with torch.autocast("cuda", torch.bfloat16):
+        out = mixer(tokens()).float().square().sum()
+        within = torch.autograd.grad(out, list(mixer.parameters()), retain_graph=True)
+    outside = torch.autograd.grad(out, list(mixer.parameters()))
+    for grad, wanted in zip(within, outside, strict=True):
+        assert_close(grad, wanted, 2e-2)
+
+
 def _launches(model: torch.nn.Module, x: torch.Tensor) -> Iterator[str]:
     with torch.no_grad():
         model(x)

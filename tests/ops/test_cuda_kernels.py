@@ -185,6 +185,14 @@ def test_every_output_is_written(plain_results):
     assert all(torch.equal(a, b) for a, b in zip(filled, plain_results[torch.float32], strict=True))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_same_bits_under_autocast(dtype, plain_results):
+    """`loss.backward()` within the region: the products of the backward pass stay in float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        again = _everything(dtype)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain_results[dtype], strict=True))
+
+
 def test_wrong_sizes_raise_instead_of_reading_beyond():
     tensors = [t.detach() for t in make_bidirectional_inputs(2, 9, 5, 3, 2)]
     for i in range(13):
