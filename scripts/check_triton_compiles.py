@@ -43,7 +43,8 @@ class _NoDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it has compiled by device: each target is another one.
+        return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -59,6 +59,17 @@ def test_kernels_compile_for_a_gpu(ops, tmp_path):
         assert rows["selective_scan_fwd_kernel"]["shuffles"] == 0, "a channel's states are in one thread"
 
 
+def test_each_target_is_compiled_for(tmp_path):
+    """Triton keeps kernels by device: without a device of its own, a target would be given another one's."""
+    command = [sys.executable, "scripts/check_triton_compiles.py", "sm_90", "gfx942", "--json", tmp_path / "rows"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    subprocess.run([*command, "--ops", "add_rms_norm"], cwd=ROOT, env=environment, capture_output=True, check=True)
+    rows = json.loads((tmp_path / "rows").read_text())
+    # Shuffles are counted in the code of NVIDIA's GPUs alone.
+    assert {(row["target"], "shuffles" in row) for row in rows} == {("sm_90", True), ("gfx942", False)}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_the_gpu():
     _run_kernel_tests("test")
