@@ -46,6 +46,19 @@ def test_matches_single_scans(shape, merge, backend):
         assert_close(got, wanted, 5e-5, name)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    """Neither forward nor where gradients are computed within the region."""
+    tensors = make_bidirectional_inputs(2, 33, 8, 4, 3)
+    expected = _scan(tensors, backend=backend)
+    wanted = gradients(expected, tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = _scan(tensors, backend=backend)
+        grads = gradients(actual, tensors)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
 @pytest.mark.parametrize("every", [64, 2], ids=["one chunk", "chunks of 2"])
 def test_gradcheck_reference(every):
     tensors = make_bidirectional_inputs(2, 5, 3, 2, 2, dtype=torch.float64)

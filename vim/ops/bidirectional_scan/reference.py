@@ -6,7 +6,8 @@ Each direction has its own operands; those of the backward one end in `_b`. With
     y_dir = scan(u, delta, A, B, C, D)            from the first token on, or for `_b` from the last token on
     y     = scale (y_dir + y_dir_b) silu(z)
 
-Channel-last, (batch, len, dim). Arithmetic is float32, or float64 for float64 input, and is rounded once, at the end.
+Channel-last, (batch, len, dim). Arithmetic is float32, or float64 for float64 input, and is rounded once, at the end:
+under autocast too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def bidirectional_scan(
     backward = (u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b)
     outputs, checkpoints = [], []
     for operands, reverse in ((forward, False), (backward, True)):
-        out, _, entry_states = selective_scan(*project(*operands), gate, operands[3], True, reverse, checkpoint_every)
+        with torch.autocast(u.device.type, enabled=False):
+            inputs = project(*operands)
+        out, _, entry_states = selective_scan(*inputs, gate, operands[3], True, reverse, checkpoint_every)
         outputs.append(out)
         checkpoints.append(entry_states)
     y = scale * (outputs[0] + outputs[1])
@@ -76,15 +79,18 @@ def bidirectional_scan_backward(
     dz = torch.zeros_like(gate)
     for operands, reverse in ((forward, False), (backward, True)):
         x_dbl, dt_weight, dt_bias = operands[1:4]
-        scan_inputs = project(*operands)
+        with torch.autocast(u.device.type, enabled=False):
+            scan_inputs = project(*operands)
         A = scan_inputs[2]
         du, ddelta, dA, dB, dC, dD, dz_dir, ddt_bias = selective_scan_backward(
             dout, None, *scan_inputs, gate, dt_bias, checkpoints[int(reverse)], True, reverse, checkpoint_every
         )
         dz += dz_dir
         dt = x_dbl[..., : dt_weight.shape[1]].to(acc)
-        dx_dbl = torch.cat([ddelta.mT @ dt_weight, dB.mT, dC.mT], dim=-1)
-        ddt_weight = ddelta.transpose(0, 1).flatten(1) @ dt.flatten(0, 1)
+        with torch.autocast(u.device.type, enabled=False):
+            ddt = ddelta.mT @ dt_weight
+            ddt_weight = ddelta.transpose(0, 1).flatten(1) @ dt.flatten(0, 1)
+        dx_dbl = torch.cat([ddt, dB.mT, dC.mT], dim=-1)
         grads += [du.mT.to(u.dtype).contiguous(), dx_dbl.to(u.dtype), ddt_weight, ddt_bias, dA * A, dD]
     return *grads, dz.mT.to(u.dtype).contiguous()
 
