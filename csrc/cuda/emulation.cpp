@@ -231,6 +231,7 @@ void run_block(std::vector<Thread>& threads) {
       if (!can_run(threads[i])) continue;
       progress = true;
       go_on(threads[i], stacks.at(i));
+      if (machine.fault != nullptr) throw std::runtime_error(machine.fault);
       if (threads[i].done) ++done;
     }
     if (!progress) throw std::runtime_error("emulation: threads wait at a barrier that others never reach");
@@ -284,6 +285,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   body = &kernel;
   machine.block_size = block;
   machine.grid_size = grid;
+  machine.fault = nullptr;
   std::vector<Thread> threads(count);
   std::vector<Warp> warps(count / kLanes);
   for (size_t n = 0; n < size_t{grid.x} * grid.y * grid.z; ++n) {

@@ -3,7 +3,7 @@
 //
 // It finds what a GPU may hide: shared memory starts as NaN and has exactly the size asked for (AddressSanitizer sees
 // an access beyond it), a copy_async arrives no earlier than it is waited for, a barrier that some threads never reach
-// is an error, and the order in which threads run can be turned around (vim_emulation_order), which changes the result
+// and a copy_async whose addresses are no multiples of its size are errors, and the order in which threads run can be turned around (vim_emulation_order), which changes the result
 // of a kernel that lacks a barrier.
 #pragma once
 
@@ -82,6 +82,7 @@ struct Machine {
   dim3 block_index, block_size, grid_size;
   Barrier barrier, groups[15];
   char* shared = nullptr;
+  const char* fault = nullptr;  // of a thread; ends the launch
 };
 extern Machine machine;
 
@@ -112,6 +113,9 @@ T shuffle(T value, int source) {
 template <int kBytes>
 void copy_async(void* shared, const void* global, bool valid = true) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes != 0) {
+    machine.fault = "emulation: cp.async at an address that is no multiple of its size";
+  }
   std::memset(shared, 0xff, kBytes);
   machine.thread->copies.push_back({shared, global, kBytes, valid, machine.thread->copy_group});
 }

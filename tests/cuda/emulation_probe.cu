@@ -88,7 +88,7 @@ bool throws(const Function& function) {
 
 void run_all(int order) {
   vim_emulation_order(order);
-  std::vector<float> in(256), out(1024);
+  std::vector<float> in(260), out(1024);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i);
   const Pair pair{in.data(), out.data()};
 
@@ -113,6 +113,9 @@ void run_all(int order) {
   expect(right, "asynchronous copies");
   launch(copies<1>, {1, 32, 32 * 32}, nullptr, pair);
   expect(out[0] == in[0] + in[3] && out[1] != out[1], "a copy that is not waited for has not arrived");
+
+  expect(throws([&] { launch(copies<0>, {1, 32, 32 * 32}, nullptr, Pair{in.data() + 1, out.data()}); }),
+         "a copy from an address that is no multiple of its size");
 
   expect(throws([&] { launch(half_a_barrier, {1, 32, 0}, nullptr, out.data()); }), "threads that wait for ever");
   launch(early_end, {1, 64, 0}, nullptr, out.data());

@@ -23,4 +23,4 @@ def test_probe(tmp_path):
     )
     done = subprocess.run([tmp_path / "probe"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("ok ") == 3 * 8 + 2
+    assert done.stdout.count("ok ") == 3 * 9 + 2
