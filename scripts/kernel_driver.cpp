@@ -115,7 +115,7 @@ Activation view(Buffer& buffer, const Shape& s, int64_t channels, int64_t row, i
 struct ScanCase {
   Shape s;
   Buffer u, x_dbl[2], dt_weight[2], bias[2], A[2], D[2], xz, dy, y, checkpoints;
-  Buffer du[2], dx_dbl[2], ddt_weight[2], dbias[2], dA[2], dD[2], dz, shared, weights;
+  Buffer du[2], dx_dbl[2], ddt_weight[2], dbias[2], dA[2], dD[2], dz, shared, weights, rows;
   ScanBackwardTasks k;
 
   explicit ScanCase(const Shape& shape) : s(shape) {
@@ -129,7 +129,7 @@ struct ScanCase {
     dz = Buffer(s.element, tokens * s.dim);
     checkpoints = Buffer(f, 2 * s.batch * chunks * s.d_state * s.dim);
     Scan& scan = k.scan;
-    scan.element = s.element;
+    scan.element = scan.row_element = s.element;
     scan.batch = s.batch;
     scan.length = s.length;
     scan.dim = s.dim;
@@ -181,6 +181,7 @@ struct ScanCase {
       grads.dA = dA[d].floats();
       grads.dD = dD[d].floats();
     }
+    rows = Buffer(f, 2 * tokens * row);
     k.partition = table->scan_partition(scan);
     shared = Buffer(f, k.partition.shared_floats);
     weights = Buffer(f, k.partition.weight_floats);
@@ -189,7 +190,12 @@ struct ScanCase {
   }
 
   void forward() {
-    parallel(table->scan_tasks(k.scan), [&](int64_t b, int64_t e) { return table->scan_forward(k.scan, b, e); });
+    Scan scan = k.scan;
+    if (s.element != Element::float32) {
+      scan = on_float_rows(k.scan, rows.floats());
+      parallel(s.batch * s.length, [&](int64_t b, int64_t e) { return table->scan_widen(k.scan, scan, b, e); });
+    }
+    parallel(table->scan_tasks(scan), [&](int64_t b, int64_t e) { return table->scan_forward(scan, b, e); });
   }
   void backward() {
     const ScanPartition& p = k.partition;

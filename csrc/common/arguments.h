@@ -41,6 +41,7 @@ struct ScanDirection {
 // y = scale (sum of the directions) silu(z)
 struct Scan {
   Element element = Element::float32;
+  Element row_element = Element::float32;  // of dt, B and C
   int64_t batch = 0, length = 0, dim = 0, d_state = 0, dt_rank = 0;
   bool softplus = false, A_is_log = false;
   float scale = 1;

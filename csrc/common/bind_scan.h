@@ -81,7 +81,7 @@ struct SelectiveInputs {
 
   Scan scan(bool softplus, bool reverse) const {
     Scan scan;
-    scan.element = *element_of(u);
+    scan.element = scan.row_element = *element_of(u);
     scan.batch = u.size(0);
     scan.dim = u.size(1);
     scan.length = u.size(2);
@@ -245,7 +245,7 @@ struct BidirectionalInputs {
   Scan scan(double scale) const {
     const Tensor& u = sides[0].u;
     Scan scan;
-    scan.element = *element_of(u);
+    scan.element = scan.row_element = *element_of(u);
     scan.batch = u.size(0);
     scan.length = u.size(1);
     scan.dim = u.size(2);

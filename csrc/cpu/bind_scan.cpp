@@ -9,7 +9,25 @@ namespace {
 
 int64_t work_of(const Scan& scan) { return scan.directions * scan.batch * scan.length * scan.dim; }
 
-void run_forward(const Scan& scan, const Tensor&) {
+// The scan with dt, B and C in float32, where they are in half precision: every block of channels would convert them
+// anew. They are then in `rows`. (A backward pass has no memory to spare for them.)
+Scan widened(const Scan& scan, const Tensor& like, OptionalTensor& rows) {
+  // Those of a bidirectional scan are side by side in x_dbl.
+  if (scan.row_element == Element::float32 || scan.directions != 2 || scan.direction[0].dt.channel != 1 ||
+      scan.direction[1].dt.channel != 1) {
+    return scan;
+  }
+  const int64_t width = scan.dt_rank + 2 * scan.d_state, tokens = scan.batch * scan.length;
+  rows = allocate(like, {2, tokens, width}, ScalarType::Float);
+  const Scan wide = on_float_rows(scan, mutable_floats(*rows));
+  parallel(tokens, tokens * width / 8,
+           [&](int64_t begin, int64_t end) { return kernels().scan_widen(scan, wide, begin, end); });
+  return wide;
+}
+
+void run_forward(const Scan& given, const Tensor& like) {
+  OptionalTensor rows;
+  const Scan scan = widened(given, like, rows);
   parallel(kernels().scan_tasks(scan), work_of(scan),
            [&](int64_t begin, int64_t end) { return kernels().scan_forward(scan, begin, end); });
 }

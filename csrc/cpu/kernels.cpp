@@ -18,6 +18,7 @@ const Kernels& VIM_JOIN(kernels_, VIM_ISA)() {
   static const Kernels table = {
       VIM_TEXT(VIM_ISA),
       kLanes,
+      &scan_widen,
       &scan_tasks,
       &scan_forward,
       &scan_partition,

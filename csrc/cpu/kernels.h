@@ -25,10 +25,25 @@ struct ScanBackwardTasks : ScanBackward {
   float* weights = nullptr;  // partials of the weights' gradients
 };
 
+// A bidirectional scan whose dt, B and C are in `rows`, float (directions, batch, token, dt_rank + 2 d_state).
+inline Scan on_float_rows(const Scan& scan, float* rows) {
+  const int64_t width = scan.dt_rank + 2 * scan.d_state, batch = scan.length * width;
+  Scan wide = scan;
+  wide.row_element = Element::float32;
+  for (int d = 0; d < scan.directions; ++d, rows += scan.batch * batch) {
+    ScanDirection& side = wide.direction[d];
+    side.dt = {rows, batch, width, 1};
+    side.B = {rows + scan.dt_rank, batch, 0, 1, width, scan.dim, nullptr};
+    side.C = {rows + scan.dt_rank + scan.d_state, batch, 0, 1, width, scan.dim, nullptr};
+  }
+  return wide;
+}
+
 // Functions over a range of tasks return false when memory runs out.
 struct Kernels {
   const char* name;
   int lanes;
+  bool (*scan_widen)(const Scan& from, const Scan& to, int64_t begin, int64_t end);  // batch x length tasks
   int64_t (*scan_tasks)(const Scan&);
   bool (*scan_forward)(const Scan&, int64_t begin, int64_t end);
   ScanPartition (*scan_partition)(const Scan&);

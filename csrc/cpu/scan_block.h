@@ -103,7 +103,7 @@ VIM_INLINE Rows load_map(const Scan& scan, const StateMap& map, const Chunk& chu
   if (map.constant != nullptr) return {buffer, 0};
   const int64_t group = block.channel / map.channels_per_group;
   const int64_t offset = chunk.b * map.batch + group * map.group + chunk.first * map.token;
-  return load_rows(scan.element, map.data, offset, map.token, map.state, chunk.count, scan.d_state, states, buffer);
+  return load_rows(scan.row_element, map.data, offset, map.token, map.state, chunk.count, scan.d_state, states, buffer);
 }
 
 // Loads u, delta or dt, B and C of a chunk. `next` is the distance to the next chunk, in tokens.
@@ -117,7 +117,7 @@ inline ChunkRows load_chunk(const Scan& scan, const ScanDirection& side, const C
     load_block(scan.element, side.delta, chunk.b, chunk.first, chunk.count, block, next, buffers.raw);
   } else {
     const int64_t offset = chunk.b * side.dt.batch + chunk.first * side.dt.token;
-    rows.dt = load_rows(scan.element, side.dt.data, offset, side.dt.token, side.dt.channel, chunk.count, scan.dt_rank,
+    rows.dt = load_rows(scan.row_element, side.dt.data, offset, side.dt.token, side.dt.channel, chunk.count, scan.dt_rank,
                         scan.dt_rank, buffers.dt);
   }
   return rows;

@@ -10,6 +10,24 @@
 namespace vim {
 namespace VIM_ISA {
 
+// Copies dt, B and C, which lie side by side in rows, to rows of float.
+inline bool scan_widen(const Scan& from, const Scan& to, int64_t begin, int64_t end) {
+  const int64_t width = from.dt_rank + 2 * from.d_state;
+  with_element(from.row_element, [&](auto* type) {
+    using T = std::remove_reference_t<decltype(*type)>;
+    for (int d = 0; d < from.directions; ++d) {
+      const Activation &source = from.direction[d].dt, &target = to.direction[d].dt;
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t b = row / from.length, t = row % from.length;
+        const T* in = static_cast<const T*>(source.data) + b * source.batch + t * source.token;
+        float* out = static_cast<float*>(target.data) + b * target.batch + t * target.token;
+        for (int64_t i = 0; i < width; i += kLanes) store_some(out + i, width - i, load_some(in + i, width - i));
+      }
+    }
+  });
+  return true;
+}
+
 inline int64_t scan_tasks(const Scan& scan) { return scan.batch * scan_blocks(scan).count(); }
 
 struct ForwardBuffers : BlockBuffers {
