@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vim
 from vim.layers import Block, RMSNorm, block, whole_block
+from vim.layers.linear import Linear
 from vim.ops import default_backend, onednn_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,6 +116,28 @@ def test_a_change_of_any_weight_is_seen(dtype, change, calls):
     assert all(calls)
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.D"])
+@torch.no_grad()
+def test_other_sizes_in_the_same_memory_are_seen(name):
+    made, inputs = _block(torch.bfloat16), _inputs(dtype=torch.bfloat16)
+    made(*inputs)
+    p = made.get_parameter(name)
+    p.data = p.data[:-2]
+    with pytest.raises(ValueError, match="must"):
+        made(*inputs)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "mixer.D"])
+@torch.no_grad()
+def test_another_dtype_in_the_same_memory_is_seen(name, calls):
+    made, inputs = _block(torch.bfloat16), _inputs(dtype=torch.bfloat16)
+    made(*inputs)
+    p = made.get_parameter(name)
+    p.data = p.data.view(torch.float16)
+    _assert_same(made, *inputs)
+    assert calls == [True] * 2
+
+
 @torch.no_grad()
 def test_new_parameters_and_loaded_weights(calls):
     made, inputs = _block(), _inputs()
@@ -191,6 +214,32 @@ def test_global_hooks_see_every_part(calls):
     assert calls == [False]
 
 
+def _as_buffer(part: nn.Module) -> None:
+    bias = part.bias.detach()
+    del part.bias
+    part.register_buffer("bias", bias)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "conv1d", "conv1d_b", "out_proj"])
+@torch.no_grad()
+def test_a_bias_that_is_no_parameter_takes_part(name):
+    made, inputs = _block(bias=True), _inputs()
+    expected = made(*inputs)[0]
+    _as_buffer(made.mixer.get_submodule(name))
+    torch.testing.assert_close(made(*inputs)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [vim.Mamba, RMSNorm, Linear])
+@torch.no_grad()
+def test_another_forward_of_a_class_is_called(kind, calls, monkeypatch):
+    made, inputs, seen, original = _block(), _inputs(), [], kind.forward
+    before = made(*inputs)[0]
+    monkeypatch.setattr(kind, "forward", lambda module, *args: [seen.append(module), original(module, *args)][1])
+    assert torch.equal(made(*inputs)[0], before)
+    assert seen
+    assert calls == [True, False]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -198,14 +247,21 @@ def test_global_hooks_see_every_part(calls):
         lambda made: setattr(made.mixer, "out_proj", nn.Linear(48, 24)),
         lambda made: setattr(made.mixer, "directions", "v1"),
         lambda made: nn.utils.parametrizations.weight_norm(made.mixer.dt_proj),
+        lambda made: setattr(made.mixer.x_proj, "bias", nn.Parameter(torch.randn(12))),
+        lambda made: _as_buffer(made.mixer.in_proj),
+        lambda made: _as_buffer(made.mixer.conv1d_b),
+        lambda made: made.mixer.compile(backend="eager"),
         lambda made: setattr(made.mixer.x_proj, "weight", nn.Parameter(torch.randn(24 * 2, 2 + 10).t())),
         lambda made: made.double(),
     ],
-    ids=["layer norm", "another class", "another kind", "parametrised", "strided", "float64"],
+    ids=[
+        *("layer norm", "another class", "another kind", "parametrised", "bias of x_proj", "bias of in_proj"),
+        *("bias of a convolution", "compiled", "strided", "float64"),
+    ],
 )
 @torch.no_grad()
 def test_other_blocks_are_left_to_their_modules(change, calls):
-    made, (x, residual) = _block(), _inputs()
+    made, (x, residual) = _block(bias=True), _inputs()
     change(made)
     x = x.to(made.mixer.in_proj.weight.dtype)
     _assert_same(made, x, residual)
@@ -245,6 +301,35 @@ def test_bad_sizes_have_the_words_of_the_modules():
         made(torch.randn(7, 24))
     with pytest.raises(ValueError, match="residual must be"):
         made(torch.randn(2, 7, 24), torch.randn(2, 6, 24))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "match"),
+    [
+        ("norm.weight", (23,), r"weight must be \(dim,\) = \(24,\), got \(23,\)"),
+        ("norm.weight", (), r"weight must be \(dim,\) = \(24,\), got \(\)"),
+        ("mixer.D", (0,), "forward weights must be for dim = 48"),
+        ("mixer.A_b_log", (48, 4), "backward.A_log must be"),
+        ("mixer.x_proj.weight", (13, 48), "x_proj must make"),
+        ("mixer.in_proj.weight", (94, 24), "forward weights must be for dim = 47"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_weights_of_wrong_sizes_have_the_words_of_the_modules(name, sizes, match, dtype):
+    made = _block(dtype)
+    part, _, parameter = name.rpartition(".")
+    setattr(made.get_submodule(part), parameter, nn.Parameter(torch.zeros(sizes, dtype=dtype)))
+    with pytest.raises(ValueError, match=match):
+        made(*_inputs(dtype=dtype))
+
+
+@torch.no_grad()
+def test_an_unknown_merge_is_named():
+    made = _block()
+    made.mixer.merge = "max"
+    with pytest.raises(ValueError, match="merge must be one of"):
+        made(*_inputs())
 
 
 @torch.no_grad()

@@ -160,6 +160,14 @@ def test_a_merged_adapter_is_seen(calls):
         assert not torch.allclose(layer(x), before)
 
 
+@torch.no_grad()
+def test_fewer_rows_in_the_same_memory_are_seen(calls):
+    layer, x = Linear(16, 8, bias=False), torch.randn(5, 16)
+    layer(x)
+    layer.weight.data = layer.weight.data[:6]
+    assert_close(layer(x), F.linear(x, layer.weight), 1e-6)
+
+
 def test_packed_weights_go_with_their_owner(calls):
     from vim.ops._packed_weights import _entries
 

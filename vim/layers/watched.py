@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: a hook of its own, or another forward."""
+    """Whether a call of the module does more than its class says: a hook of its own, or another forward or call."""
     return bool(
         "forward" in module.__dict__
+        or module._compiled_call_impl is not None
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -23,7 +24,10 @@ def is_readable(module: Any) -> bool:
     """Whether the module is a plain linear layer or convolution with plain weights that nobody watches."""
     if type(module) not in (nn.Linear, nn.Conv1d) or is_watched(module):
         return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    # One that is not among the parameters may be an attribute or a buffer.
+    if "weight" not in module._parameters or "bias" not in module._parameters:
+        return False
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
     if weight is None or (bias is None and type(module) is nn.Linear):
         return False
     return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)

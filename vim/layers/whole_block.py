@@ -18,6 +18,8 @@ from vim.ops import BlockWeights, PreparedBlock, bidirectional_block, block_runs
 _PRODUCTS = ("in_proj", "x_proj", "x_proj_b", "out_proj")
 _READ_BY_KERNELS = {"conv1d": nn.Conv1d, "conv1d_b": nn.Conv1d, "dt_proj": nn.Linear, "dt_proj_b": nn.Linear}
 _PARTS = {**dict.fromkeys(_PRODUCTS, Linear), **_READ_BY_KERNELS}
+# A class may be given another one.
+_FORWARDS = {kind: kind.forward for kind in (Mamba, RMSNorm, Linear)}
 
 _prepared: WeakKeyDictionary[nn.Module, PreparedBlock] = WeakKeyDictionary()
 
@@ -38,7 +40,7 @@ def run_whole_block(
         return None
     if type(mixer) is not Mamba or type(norm) is not RMSNorm or mixer.directions != "v2" or mixer.gamma is not None:
         return None
-    if _any_is_watched(norm, mixer):
+    if _any_is_watched(norm, mixer) or not _biases_are_known(mixer):
         return None
     weights = _weights(norm, mixer)
     if not block_runs_at_once(x, residual, weights):
@@ -54,11 +56,21 @@ def run_whole_block(
 def _any_is_watched(norm: nn.Module, mixer: Mamba) -> bool:
     if torch_module._has_any_global_hook() or is_watched(norm) or is_watched(mixer):
         return True
+    if any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
+        return True
     for name, kind in _PARTS.items():
         part = mixer._modules.get(name)
         if part is None or type(part) is not kind or is_watched(part):
             return True
     return False
+
+
+def _biases_are_known(mixer: Mamba) -> bool:
+    """Whether none is an attribute or a buffer in place of a parameter, nor one that the call has no room for."""
+    parts: dict[str, Any] = mixer._modules
+    if not all("bias" in parts[name]._parameters for name in _PARTS):
+        return False
+    return all(parts[name]._parameters["bias"] is None for name in ("x_proj", "x_proj_b"))
 
 
 def _weights(norm: nn.Module, mixer: Mamba) -> BlockWeights:

@@ -22,11 +22,16 @@ class _Matrix(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64)]
 
 
+def announced(t: Tensor) -> tuple[object, ...]:
+    """What PyTorch tells of a change: version, place in memory, sizes and dtype."""
+    return t._version, t.data_ptr(), t.shape, t.dtype
+
+
 class Fingerprint:
     """What there is to hash of these tensors, as long as they stay where they are in memory.
 
     Args:
-        tensors: Contiguous, on the CPU.
+        tensors: Contiguous, on the CPU, none empty.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

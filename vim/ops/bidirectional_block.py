@@ -1,7 +1,7 @@
 """A whole layer of the model in one call, for inference on the CPU: the ops without the Python between them.
 
 What the call reads of the weights (products in oneDNN's layout, the others in float32) is made once and used while
-every weight is the same tensor, at the same place, with the same version and the same fingerprint.
+every weight is the same tensor, at the same place, with the same sizes, dtype, version and fingerprint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn import Parameter
 
 from vim.ops import _native
 from vim.ops._backends import resolve_backend
-from vim.ops._fingerprint import Fingerprint
+from vim.ops._checks import check_choice
+from vim.ops._fingerprint import Fingerprint, announced
 from vim.ops._packed_weights import multiplies_in, packed_weight
 from vim.ops.bidirectional_scan.interface import MERGES
 from vim.ops.linear import goes_to_onednn
@@ -73,9 +74,8 @@ class PreparedBlock:
         self._weights = weights
         self._present = [t for t in weights if t is not None]
         self.operands: tuple[Tensor | None, ...] | None = None
-        if _is_complete(weights) and all(map(_is_plain, self._present)):
-            self._pointers = [t.data_ptr() for t in self._present]
-            self._versions = [t._version for t in self._present]
+        if _is_complete(weights) and _fit_together(weights) and all(map(_is_plain, self._present)):
+            self._announced = list(map(announced, self._present))
             # Taken first: a change while the operands are made is found at the next call.
             copied = [t for t in self._present if t.dtype is not torch.float32] + [
                 getattr(weights, n) for n in _PRODUCTS
@@ -91,8 +91,7 @@ class PreparedBlock:
         if not all(map(is_, weights, self._weights)):
             return False
         return self.operands is None or (
-            [t._version for t in self._present] == self._versions
-            and [t.data_ptr() for t in self._present] == self._pointers
+            list(map(announced, self._present)) == self._announced
             and all(map(Tensor.is_contiguous, self._present))
             and self._fingerprint.take() == self._taken
         )
@@ -103,6 +102,20 @@ def _is_complete(weights: BlockWeights) -> bool:
     there = {name: t.dtype for name, t in weights._asdict().items() if t is not None}
     products = {dtype for name, dtype in there.items() if name in _PRODUCTS + _PRODUCT_BIASES}
     return len(products) == 1 and there.keys() >= weights._asdict().keys() - _OPTIONAL
+
+
+def _fit_together(weights: BlockWeights) -> bool:
+    """Whether they have the sizes that `BlockWeights` says. For others the modules have better words."""
+    if weights.out_proj.dim() != 2:
+        return False
+    d_model, d_inner = weights.out_proj.shape
+    taps, rank, states = (t.shape[-1:] for t in (weights.conv_weight, weights.dt_weight, weights.A_log))
+    x_proj = (sum(rank) + 2 * sum(states), d_inner)
+    channels = (d_inner,)
+    direction = ((d_inner, 1, *taps), channels, x_proj, (d_inner, *rank), channels, (d_inner, *states), channels)
+    in_proj, out_proj = ((2 * d_inner, d_model), (2 * d_inner,)), ((d_model, d_inner), (d_model,))
+    sizes = ((d_model,), *in_proj, *direction, *direction, *out_proj)
+    return all(t is None or (t.shape == size and t.numel() > 0) for t, size in zip(weights, sizes, strict=True))
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -127,7 +140,7 @@ def block_runs_at_once(x: Tensor, residual: Tensor | None, weights: BlockWeights
         not torch.is_grad_enabled()
         and goes_to_onednn(x, weights.in_proj)
         and x.dim() == 3
-        and x.shape[2] == weights.in_proj.shape[1]
+        and x.shape[2] == weights.in_proj.shape[-1]
         and (residual is None or _is_residual(residual, x))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
@@ -160,7 +173,11 @@ def bidirectional_block(
     Returns:
         The mixer's output in the dtype of `x`, and the sum in float32.
 
+    Raises:
+        ValueError: `merge` is neither.
+
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1.
     """
     assert prepared.operands is not None
+    check_choice("merge", merge, tuple(MERGES))
     return torch.ops.vim.bidirectional_block_inference.default(x, residual, *prepared.operands, eps, MERGES[merge])
