@@ -184,6 +184,19 @@ def test_what_was_prepared_goes_with_the_block():
     assert weight() is None
 
 
+@pytest.mark.parametrize("move", [lambda made: made.to("meta"), lambda made: made.bfloat16()], ids=["to", "bfloat16"])
+@torch.no_grad()
+def test_what_was_prepared_is_given_back_when_the_block_is_moved_or_cast(move):
+    made = _block()
+    made(*_inputs())
+    prepared = whole_block._prepared[made.mixer]
+    held = [weakref.ref(t) for t in (*prepared.operands, made.mixer.in_proj.weight.untyped_storage()) if t is not None]
+    del prepared
+    move(made)
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+
+
 @pytest.mark.parametrize("name", WATCHED)
 @torch.no_grad()
 def test_hooks_on_any_part_fire_and_may_change_its_output(name, calls):

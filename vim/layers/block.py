@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vim.layers.whole_block import run_whole_block
+from vim.layers.whole_block import forget_whole_block, run_whole_block
 
 
 class Block(nn.Module):
@@ -42,3 +45,8 @@ class Block(nn.Module):
             return at_once
         hidden_states, residual = self.norm(hidden_states, residual)
         return self.mixer(hidden_states), residual
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Block:
+        """Move or cast, as every module does; what was prepared of the weights is given back first."""
+        forget_whole_block(self.mixer)
+        return super()._apply(fn, recurse)

@@ -53,6 +53,11 @@ def run_whole_block(
     return bidirectional_block(x, residual, prepared, norm.eps, mixer.merge)
 
 
+def forget_whole_block(mixer: nn.Module) -> None:
+    """Give back the memory of what was prepared of a block whose weights are about to be moved or cast."""
+    _prepared.pop(mixer, None)
+
+
 def _any_is_watched(norm: nn.Module, mixer: Mamba) -> bool:
     if torch_module._has_any_global_hook() or is_watched(norm) or is_watched(mixer):
         return True

@@ -73,6 +73,11 @@ def _pack(weight: Tensor) -> Tensor | None:
     return packed
 
 
+def forget_packed(weight: Tensor) -> None:
+    """Give back the memory of what was packed of this weight, which is about to be moved or cast."""
+    _entries.pop(id(weight), None)
+
+
 def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
     entry = _entries.get(key)
     if entry is not None and entry.owner is owner:
