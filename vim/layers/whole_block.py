@@ -17,9 +17,9 @@ from vim.ops import BlockWeights, PreparedBlock, bidirectional_block, block_runs
 
 _PRODUCTS = ("in_proj", "x_proj", "x_proj_b", "out_proj")
 _READ_BY_KERNELS = {"conv1d": nn.Conv1d, "conv1d_b": nn.Conv1d, "dt_proj": nn.Linear, "dt_proj_b": nn.Linear}
-_PARTS = {**dict.fromkeys(_PRODUCTS, Linear), **_READ_BY_KERNELS}
+_PARTS: dict[str, type[nn.Module]] = {**dict.fromkeys(_PRODUCTS, Linear), **_READ_BY_KERNELS}
 # A class may be given another one.
-_FORWARDS = {kind: kind.forward for kind in (Mamba, RMSNorm, Linear)}
+_FORWARDS = (Mamba.forward, RMSNorm.forward, Linear.forward)
 
 _prepared: WeakKeyDictionary[nn.Module, PreparedBlock] = WeakKeyDictionary()
 
@@ -40,7 +40,7 @@ def run_whole_block(
         return None
     if type(mixer) is not Mamba or type(norm) is not RMSNorm or mixer.directions != "v2" or mixer.gamma is not None:
         return None
-    if _any_is_watched(norm, mixer) or not _biases_are_known(mixer):
+    if _needs_its_modules(norm, mixer):
         return None
     weights = _weights(norm, mixer)
     if not block_runs_at_once(x, residual, weights):
@@ -58,24 +58,19 @@ def forget_whole_block(mixer: nn.Module) -> None:
     _prepared.pop(mixer, None)
 
 
-def _any_is_watched(norm: nn.Module, mixer: Mamba) -> bool:
+def _needs_its_modules(norm: nn.Module, mixer: Mamba) -> bool:
+    """Whether a part is watched, of another class, or has a bias that the call would not know of."""
     if torch_module._has_any_global_hook() or is_watched(norm) or is_watched(mixer):
         return True
-    if any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
+    if (Mamba.forward, RMSNorm.forward, Linear.forward) != _FORWARDS:
         return True
-    for name, kind in _PARTS.items():
-        part = mixer._modules.get(name)
-        if part is None or type(part) is not kind or is_watched(part):
-            return True
-    return False
-
-
-def _biases_are_known(mixer: Mamba) -> bool:
-    """Whether none is an attribute or a buffer in place of a parameter, nor one that the call has no room for."""
     parts: dict[str, Any] = mixer._modules
-    if not all("bias" in parts[name]._parameters for name in _PARTS):
-        return False
-    return all(parts[name]._parameters["bias"] is None for name in ("x_proj", "x_proj_b"))
+    for name, kind in _PARTS.items():
+        part = parts.get(name)
+        # A bias that is not among the parameters may be an attribute or a buffer.
+        if part is None or type(part) is not kind or is_watched(part) or "bias" not in part._parameters:
+            return True
+    return parts["x_proj"]._parameters["bias"] is not None or parts["x_proj_b"]._parameters["bias"] is not None
 
 
 def _weights(norm: nn.Module, mixer: Mamba) -> BlockWeights:

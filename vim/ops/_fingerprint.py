@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -22,9 +23,12 @@ class _Matrix(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64)]
 
 
-def announced(t: Tensor) -> tuple[object, ...]:
-    """What PyTorch tells of a change: version, place in memory, sizes and dtype."""
-    return t._version, t.data_ptr(), t.shape, t.dtype
+_told = attrgetter("_version", "shape", "dtype")
+
+
+def announced(tensors: Sequence[Tensor]) -> list[object]:
+    """What PyTorch tells of changes: places in memory, versions, sizes and dtypes."""
+    return [*map(Tensor.data_ptr, tensors), *map(_told, tensors)]
 
 
 class Fingerprint:

@@ -25,7 +25,7 @@ _ROWS = 197
 class _Entry(NamedTuple):
     owner: weakref.ref[Tensor]
     memory: torch.UntypedStorage  # kept, so that no other tensor can come to stand at its address
-    announced: tuple[object, ...]
+    announced: list[object]
     fingerprint: Fingerprint
     taken: int
     packed: Tensor
@@ -51,7 +51,7 @@ def packed_weight(weight: Tensor) -> Tensor | None:
     if (
         entry is not None
         and entry.owner() is weight
-        and entry.announced == announced(weight)
+        and entry.announced == announced([weight])
         and entry.taken == entry.fingerprint.take()
     ):
         return entry.packed
@@ -65,7 +65,7 @@ def _pack(weight: Tensor) -> Tensor | None:
     key = id(weight)
     owner = weakref.ref(weight, lambda ref: _forget(key, ref))
     fingerprint = Fingerprint([weight])
-    place = (weight.untyped_storage(), announced(weight))
+    place = (weight.untyped_storage(), announced([weight]))
     taken = fingerprint.take()
     weight_in_its_dtype = weight.detach() if multiplies_in(weight.dtype) else weight.detach().float()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_in_its_dtype, _ROWS)

@@ -75,7 +75,7 @@ class PreparedBlock:
         self._present = [t for t in weights if t is not None]
         self.operands: tuple[Tensor | None, ...] | None = None
         if _is_complete(weights) and _fit_together(weights) and all(map(_is_plain, self._present)):
-            self._announced = list(map(announced, self._present))
+            self._announced = announced(self._present)
             # Taken first: a change while the operands are made is found at the next call.
             copied = [t for t in self._present if t.dtype is not torch.float32] + [
                 getattr(weights, n) for n in _PRODUCTS
@@ -91,7 +91,7 @@ class PreparedBlock:
         if not all(map(is_, weights, self._weights)):
             return False
         return self.operands is None or (
-            list(map(announced, self._present)) == self._announced
+            announced(self._present) == self._announced
             and all(map(Tensor.is_contiguous, self._present))
             and self._fingerprint.take() == self._taken
         )
