@@ -14,7 +14,8 @@ command -v "$nvcc" >/dev/null || { echo "no nvcc: install the CUDA toolkit or se
 # What is on the path may be a link or a script: nvcc itself knows where it lies.
 toolkit=$(realpath "$("$nvcc" --dryrun -c x.cu 2>&1 | sed -n 's/^#\$ _HERE_=//p')/..")
 
-# A toolkit whose nvcc leaves the other generations out.
+# A toolkit whose nvcc leaves the other generations out, and compilers that take the sources for C++20, as torch's headers
+# from 2.12 on ask and their set-up does not.
 shim=$(mktemp -d)
 trap 'rm -rf "$shim"' EXIT
 mkdir "$shim/bin"
@@ -27,6 +28,7 @@ while ((\$#)); do
   case \$1 in
   -gencode) shift ;;
   -gencode=*) ;;
+  -std=c++17) kept+=(-std=c++20) ;;
   *) kept+=("\$1") ;;
   esac
   shift
@@ -35,10 +37,14 @@ done
 [[ " \${kept[*]} " == *.cu* ]] && kept+=(-gencode "arch=compute_$architecture,code=sm_$architecture")
 exec "$toolkit/bin/nvcc" "\${kept[@]}"
 WRAPPER
-chmod +x "$shim/bin/nvcc"
+cat >"$shim/bin/c++" <<WRAPPER
+#!/usr/bin/env bash
+exec ${CXX:-c++} "\${@/-std=c++17/-std=c++20}"
+WRAPPER
+chmod +x "$shim/bin/nvcc" "$shim/bin/c++"
 
 mkdir -p "$folder"
-export CUDA_HOME=$shim PATH=$shim/bin:$PATH CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE
+export CUDA_HOME=$shim CXX=$shim/bin/c++ CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE
 for package in causal-conv1d mamba-ssm; do
   source=$(find "$folder" -maxdepth 1 -name "${package//-/_}-*.tar.gz" | sort | tail -1)
   if [[ -z $source ]]; then
