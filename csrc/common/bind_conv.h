@@ -10,16 +10,21 @@
 namespace vim {
 namespace {
 
+// A weight is (dim, width), or (dim, 1, width) as modules have it.
 struct Filter {
   Tensor weight;
   OptionalTensor bias;
+  const char* side = "";
 
-  bool supported() const { return is_float(weight) && is_float(bias) && weight.size(1) > 0; }
+  bool supported() const { return is_float(weight) && is_float(bias) && width() > 0; }
 
-  void check(int64_t dim) const {
-    STD_TORCH_CHECK(weight.dim() == 2, "vim: weight must be (dim, width)");
-    check_sizes("weight", weight, {dim, weight.size(1)});
-    check_sizes("bias", bias, {dim});
+  int64_t width() const { return weight.dim() > 0 ? weight.size(weight.dim() - 1) : 0; }
+
+  void check(const Tensor& x, int64_t dim) const {
+    check_device("weight", weight, x);
+    check_device("bias", bias, x);
+    check_sizes("weight", weight, weight.dim() == 3 ? Sizes{dim, 1, width()} : Sizes{dim, width()}, side);
+    check_sizes("bias", bias, {dim}, side);
   }
 
   void make_dense() {
@@ -31,7 +36,7 @@ struct Filter {
     ConvDirection side;
     side.weight = floats(weight);
     side.bias = floats(bias);
-    side.width = weight.size(1);
+    side.width = width();
     side.reverse = reverse;
     return side;
   }
@@ -62,7 +67,8 @@ Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor
     return std::get<0>(call_op<Tensor>("vim::causal_conv1d_reference", x, weight, bias, silu, reverse));
   }
   STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
-  filter.check(x.size(1));
+  check_memory("x", x);
+  filter.check(x, x.size(1));
   filter.make_dense();
   Conv conv = causal(x, filter, silu, reverse);
   const Tensor out = allocate_like_layout(x);
@@ -78,8 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& dout, co
     return call_op<Tensor, Tensor, Tensor>("vim::causal_conv1d_backward_reference", dout, x, weight, bias, silu, reverse);
   }
   STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
+  check_memory("x", x);
+  check_device("dout", dout, x);
   check_sizes("dout", dout, sizes_of(x));
-  filter.check(x.size(1));
+  filter.check(x, x.size(1));
   filter.make_dense();
   Conv conv = causal(x, filter, silu, reverse);
   const Tensor dx = allocate_like_layout(x), dweight = allocate_like(weight);
@@ -110,13 +118,14 @@ Conv bidirectional(const Tensor& x, const Filter (&filters)[2]) {
 
 std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                     const Tensor& weight_b, const OptionalTensor& bias_b) {
-  Filter filters[2] = {{weight, bias}, {weight_b, bias_b}};
+  Filter filters[2] = {{weight, bias}, {weight_b, bias_b, kBackwardSide}};
   if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported()) {
     return call_op<Tensor, Tensor>("vim::bidirectional_conv1d_reference", x, weight, bias, weight_b, bias_b);
   }
   STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, len, dim)");
+  check_memory("x", x);
   for (Filter& filter : filters) {
-    filter.check(x.size(2));
+    filter.check(x, x.size(2));
     filter.make_dense();
   }
   Conv conv = bidirectional(x, filters);
@@ -130,17 +139,20 @@ std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& w
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_conv1d_backward(
     const Tensor& dout, const Tensor& dout_b, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const Tensor& weight_b, const OptionalTensor& bias_b) {
-  Filter filters[2] = {{weight, bias}, {weight_b, bias_b}};
+  Filter filters[2] = {{weight, bias}, {weight_b, bias_b, kBackwardSide}};
   if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported() || !same_type(dout, x) ||
       !same_type(dout_b, x)) {
     return call_op<Tensor, Tensor, Tensor, Tensor, Tensor>("vim::bidirectional_conv1d_backward_reference", dout, dout_b,
                                                            x, weight, bias, weight_b, bias_b);
   }
   STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, len, dim)");
+  check_memory("x", x);
+  check_device("dout", dout, x);
   check_sizes("dout", dout, sizes_of(x));
+  check_device("dout_b", dout_b, x);
   check_sizes("dout_b", dout_b, sizes_of(x));
   for (Filter& filter : filters) {
-    filter.check(x.size(2));
+    filter.check(x, x.size(2));
     filter.make_dense();
   }
   Conv conv = bidirectional(x, filters);

@@ -42,6 +42,9 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& r
   if (!element_of(x).has_value() || !is_float(residual) || !(is_float(weight) || like_x) || !has_channels(x)) {
     return call_op<Tensor, Tensor>("vim::add_rms_norm_reference", x, residual, weight, eps);
   }
+  check_device("residual", residual, x);
+  check_device("weight", weight, x);
+  check_memory("x", x);
   check_sizes("residual", residual, sizes_of(x));
   check_sizes("weight", weight, {x.size(x.dim() - 1)});
   const Tensor rows = as_rows(x), scale = dense(weight);
@@ -68,6 +71,10 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& dy, const
       !has_channels(r)) {
     return call_op<Tensor, Tensor>("vim::add_rms_norm_backward_reference", dy, dr, r, weight, eps);
   }
+  check_device("dy", dy, r);
+  check_device("dr", dr, r);
+  check_device("weight", weight, r);
+  check_memory("r", r);
   check_sizes("dy", dy, sizes_of(r));
   check_sizes("dr", dr, sizes_of(r));
   check_sizes("weight", weight, {r.size(r.dim() - 1)});

@@ -53,6 +53,7 @@ struct SelectiveInputs {
     const int64_t batch = sizes[0], dim = sizes[1], length = sizes[2], d_state = A.size(1);
     for (const Tensor* x : {&delta, &A, &B, &C}) check_device("delta, A, B or C", *x, u);
     for (const OptionalTensor* x : {&D, &z, &delta_bias}) check_device("D, z or delta_bias", *x, u);
+    check_memory("u", u);
     check_sizes("delta", delta, sizes);
     check_sizes("A", A, {dim, d_state});
     for (const Tensor* x : {&B, &C}) {
@@ -187,6 +188,7 @@ SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor&
 
 struct Operands {
   Tensor u, x_dbl, dt_weight, dt_bias, A_log, D;
+  const char* side = "";
 
   bool supported(const Tensor& like) const {
     return same_type(u, like) && same_type(x_dbl, like) && is_float(dt_weight) && is_float(dt_bias) && is_float(A_log) &&
@@ -197,12 +199,12 @@ struct Operands {
     const Sizes sizes = sizes_of(like);
     STD_TORCH_CHECK(sizes.size() == 3, "vim: u must be (batch, len, dim)");
     for (const Tensor* x : {&u, &x_dbl, &dt_weight, &dt_bias, &A_log, &D}) check_device("an operand", *x, like);
-    check_sizes("u", u, sizes);
-    check_sizes("x_dbl", x_dbl, {sizes[0], sizes[1], dt_rank + 2 * d_state});
-    check_sizes("dt_weight", dt_weight, {sizes[2], dt_rank});
-    check_sizes("dt_bias", dt_bias, {sizes[2]});
-    check_sizes("A_log", A_log, {sizes[2], d_state});
-    check_sizes("D", D, {sizes[2]});
+    check_sizes("u", u, sizes, side);
+    check_sizes("x_dbl", x_dbl, {sizes[0], sizes[1], dt_rank + 2 * d_state}, side);
+    check_sizes("dt_weight", dt_weight, {sizes[2], dt_rank}, side);
+    check_sizes("dt_bias", dt_bias, {sizes[2]}, side);
+    check_sizes("A_log", A_log, {sizes[2], d_state}, side);
+    check_sizes("D", D, {sizes[2]}, side);
   }
 
   void make_dense() {
@@ -278,7 +280,7 @@ std::tuple<Tensor, Tensor> bidirectional_scan(
     const Tensor& D, const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b, const Tensor& dt_bias_b,
     const Tensor& A_b_log, const Tensor& D_b, const Tensor& z, double scale, int64_t checkpoint_every) {
   BidirectionalInputs inputs{
-      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b}}, z};
+      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}}, z};
   if (!inputs.supported()) {
     return call_op<Tensor, Tensor>("vim::bidirectional_scan_reference", u, x_dbl, dt_weight, dt_bias, A_log, D, u_b,
                                    x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, z, scale, checkpoint_every);
@@ -308,7 +310,7 @@ BidirectionalGrads bidirectional_scan_backward(
     const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b, const Tensor& z, const Tensor& checkpoints,
     double scale, int64_t checkpoint_every) {
   BidirectionalInputs inputs{
-      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b}}, z};
+      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}}, z};
   if (!inputs.supported() || !same_type(dy, u) || !is_float(checkpoints)) {
     return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
         "vim::bidirectional_scan_backward_reference", dy, u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b,

@@ -70,15 +70,31 @@ std::tuple<Results...> call_op(const char* name, const Arguments&... arguments) 
 
 // ---- shapes ----------------------------------------------------------------------------------------------------
 
-// Only what memory safety needs: the Python side has checked the arguments with better messages.
-inline void check_sizes(const char* name, const Tensor& x, const Sizes& sizes) {
-  bool same = x.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = x.size(static_cast<int64_t>(i)) == sizes[i];
-  STD_TORCH_CHECK(same, "vim: ", name, " does not have the sizes that the other arguments imply");
+// Only what memory safety needs: the Python side has checked the arguments with better messages. `side` is what follows
+// the name of an argument that both directions have.
+constexpr const char* kBackwardSide = " of the backward direction";
+
+// Sharding and offloading take the memory from under a tensor that keeps its sizes: `untyped_storage().resize_(0)`.
+inline void check_memory(const char* name, const Tensor& x, const char* side = "") {
+  if (x.numel() == 0) return;
+  int64_t last = x.storage_offset(), held = 0;
+  for (int64_t axis = 0; axis < x.dim(); ++axis) last += (x.size(axis) - 1) * x.stride(axis);
+  const int64_t needed = (last + 1) * static_cast<int64_t>(x.element_size());
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &held));
+  STD_TORCH_CHECK(held >= needed, "vim: ", name, side, " needs ", needed, " bytes of memory and its storage has ", held,
+                  ": it was freed or cut short");
 }
 
-inline void check_sizes(const char* name, const OptionalTensor& x, const Sizes& sizes) {
-  if (x.has_value()) check_sizes(name, *x, sizes);
+// Of a tensor that kernels are about to read: its sizes, and that they lie in its memory.
+inline void check_sizes(const char* name, const Tensor& x, const Sizes& sizes, const char* side = "") {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = x.size(static_cast<int64_t>(i)) == sizes[i];
+  STD_TORCH_CHECK(same, "vim: ", name, side, " does not have the sizes that the other arguments imply");
+  check_memory(name, x, side);
+}
+
+inline void check_sizes(const char* name, const OptionalTensor& x, const Sizes& sizes, const char* side = "") {
+  if (x.has_value()) check_sizes(name, *x, sizes, side);
 }
 
 // A kernel must not follow a pointer into another device's memory.

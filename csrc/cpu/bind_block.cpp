@@ -26,6 +26,8 @@ std::tuple<Tensor, Tensor> block(
     const OptionalTensor& conv_bias_b, const Tensor& x_proj_b, const Tensor& dt_weight_b, const Tensor& dt_bias_b,
     const Tensor& A_b_log, const Tensor& D_b, const Tensor& out_proj, const OptionalTensor& out_bias, double eps,
     double scale) {
+  if (in_bias.has_value()) check_memory("in_bias", *in_bias);
+  if (out_bias.has_value()) check_memory("out_bias", *out_bias);
   auto [normed, sum] = on_cpu::add_rms_norm(hidden_states, residual, norm_weight, eps);
   Tensor xz = multiply(normed, in_proj, in_bias);
   const int64_t d_inner = xz.size(2) / 2;

@@ -53,6 +53,26 @@ def check_device(name: str, value: torch.Tensor, like: torch.Tensor, like_name: 
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
 
 
+def check_memory(name: str, value: object) -> None:
+    """A plain tensor must lie within its memory, which sharding and offloading take from under tensors that keep sizes.
+
+    Torch's own kernels read what is not there: `untyped_storage().resize_(0)` makes most of them crash.
+    """
+    if type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter:
+        return
+    held = value.untyped_storage().nbytes()
+    if value.is_contiguous():
+        reach = value.numel()
+    else:
+        steps = zip(value.shape, value.stride(), strict=True)
+        reach = 1 + sum((size - 1) * stride for size, stride in steps)
+    needed = (value.storage_offset() + reach) * value.itemsize
+    if held < needed and value.numel() > 0:
+        raise RuntimeError(
+            f"{name} needs {needed} bytes of memory and its storage has {held}: it was freed or cut short"
+        )
+
+
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """`value` must be one of `choices`."""
     if value not in choices:

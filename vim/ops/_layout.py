@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from vim.ops._checks import needs_grad
+from vim.ops._checks import check_memory, needs_grad
 
 # Tokens between two saved states. A backward pass rebuilds the states of one chunk at a time.
 CHECKPOINT_EVERY = 64
@@ -17,10 +17,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def as_dtype(dtype: torch.dtype, tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def as_dtype(
+    dtype: torch.dtype, names: Sequence[str], tensors: Iterable[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
     """The tensors in this dtype; those that have it already, and `None`, as they are.
 
     On a GPU without gradients all are converted by one kernel: the conversions are small and their launches are not.
+
+    Raises:
+        RuntimeError: The memory of one to convert was freed or cut short; the message has its name.
     """
     result = list(tensors)
     others = [i for i, t in enumerate(result) if t is not None and t.dtype is not dtype]
@@ -29,16 +34,25 @@ def as_dtype(dtype: torch.dtype, tensors: Iterable[torch.Tensor | None]) -> list
         targets = [torch.empty_like(t, dtype=dtype) for t in sources]
         torch._foreach_copy_(targets, sources)
     else:
-        targets = [t.to(dtype) for t in sources]
+        targets = [to_dtype(names[i], t, dtype) for i, t in zip(others, sources, strict=True)]
     for i, target in zip(others, targets, strict=True):
         result[i] = target
     return result
 
 
+def to_dtype(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`t` in this dtype; an error with its name where the memory to convert was freed or cut short."""
+    if t.dtype is not dtype and t.is_cpu and _is_eager():
+        check_memory(name, t)
+    return t.to(dtype)
+
+
 def _is_eager_inference(tensors: list[torch.Tensor]) -> bool:
-    if needs_grad(*tensors) or torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return not needs_grad(*tensors) and _is_eager()
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def empty_like_layout(x: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from vim.ops._backends import register_reference
+from vim.ops._checks import check_memory
 
 Implement = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
@@ -41,7 +43,9 @@ class _Autograd:
         forward_op = getattr(torch.ops.vim, self.name + family).default
         backward_op = getattr(torch.ops.vim, f"{self.name}_backward{family}").default
         torch.library.register_autograd(
-            f"vim::{self.name}{family}", partial(self.backward, backward_op, forward_op), setup_context=self.save
+            f"vim::{self.name}{family}",
+            functools.partial(self.backward, backward_op, forward_op),
+            setup_context=self.save,
         )
 
 
@@ -50,7 +54,15 @@ _autograds: list[_Autograd] = []
 
 
 def _by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    return reference
+    names = tuple(inspect.signature(reference).parameters)
+
+    @functools.wraps(reference)
+    def checked(*args: Any) -> Any:
+        for argument, value in zip(names, args, strict=True):
+            check_memory(argument, value)
+        return reference(*args)
+
+    return checked
 
 
 # Endings of the families' names: the portable one, the one pinned to the reference (see `_backends`), and those added.

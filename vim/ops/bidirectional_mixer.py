@@ -41,6 +41,10 @@ class InnerWeights(NamedTuple):
     D: Tensor
 
 
+_OF_A_SIDE = tuple(name for name in InnerWeights._fields if name != "x_proj")
+_TENSORS = (*(f"forward.{name}" for name in _OF_A_SIDE), *(f"backward.{name}" for name in _OF_A_SIDE))
+
+
 def bidirectional_mixer(
     x: Tensor,
     z: Tensor,
@@ -67,14 +71,14 @@ def bidirectional_mixer(
 
     Raises:
         ValueError: Sizes do not belong together; the message names both.
-        RuntimeError: The named backend cannot run here; the message says why.
+        RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1, lines 5 to 20.
     """
     _check_sizes(x, z, forward, backward)
     check_choice("merge", merge, tuple(MERGES))
     # All at once: see `as_dtype`.
-    tensors = as_dtype(accumulate_dtype(x.dtype), (*_tensors(forward), *_tensors(backward)))
+    tensors = as_dtype(accumulate_dtype(x.dtype), _TENSORS, (*_tensors(forward), *_tensors(backward)))
     forward, backward = _with_tensors(forward, tensors[:6]), _with_tensors(backward, tensors[6:])
     conv_operands = (x, forward.conv_weight, forward.conv_bias, backward.conv_weight, backward.conv_bias)
 

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
-from vim.ops._checks import needs_grad
+from vim.ops._checks import check_memory, needs_grad
 from vim.ops._packed_weights import multiplies_in, packed_weight
 
 _switched_on = os.environ.get("VIM_ONEDNN_LINEAR", "1") != "0"
@@ -45,10 +45,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (..., out_features).
+
+    Raises:
+        RuntimeError: On oneDNN's way, the memory of an argument was freed or cut short.
     """
     if not goes_to_onednn(x, weight):
         return _linear_on_gpu(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
+    check_memory("x", x)
+    if bias is not None:
+        check_memory("bias", bias)
     if needs_grad(x, weight, bias):
+        check_memory("weight", weight)
         return _linear_with_grad(x, weight, bias)
     packed = packed_weight(weight)
     if not multiplies_in(x.dtype):

@@ -30,7 +30,7 @@ def add_rms_norm(
     Raises:
         ValueError: A shape or device disagrees with `x`, `dim` is 0, or `eps` is not positive.
         TypeError: An argument is no floating tensor.
-        RuntimeError: The named backend cannot run here; the message says why.
+        RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
@@ -47,7 +47,8 @@ def add_rms_norm(
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
     acc = accumulate_dtype(x.dtype)
-    residual, converted = as_dtype(acc, (residual, None if _reads_as_it_is(x, residual, weight) else weight))
+    weight_to_convert = None if _reads_as_it_is(x, residual, weight) else weight
+    residual, converted = as_dtype(acc, ("residual", "weight"), (residual, weight_to_convert))
     return resolve_backend("add_rms_norm", backend, x)(x, residual, weight if converted is None else converted, eps)
 
 

@@ -34,6 +34,10 @@ class ScanOperands(NamedTuple):
     D: Tensor
 
 
+_FORWARD_WEIGHTS = tuple(f"forward.{name}" for name in ScanOperands._fields[2:])
+_BACKWARD_WEIGHTS = tuple(f"backward.{name}" for name in ScanOperands._fields[2:])
+
+
 def bidirectional_scan(
     forward: ScanOperands, backward: ScanOperands, z: Tensor, merge: str = "mean", *, backend: str | None = None
 ) -> Tensor:
@@ -59,7 +63,7 @@ def bidirectional_scan(
     Raises:
         ValueError: A shape, dtype or device disagrees with `forward.u`, `len` is 0, or `merge` is unknown.
         TypeError: An argument is no floating tensor.
-        RuntimeError: The named backend cannot run here; the message says why.
+        RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1, lines 8 to 20.
     """
@@ -79,7 +83,8 @@ def run_bidirectional_scan(
     acc = accumulate_dtype(z.dtype)
     u, x_dbl, *weights = forward
     u_b, x_dbl_b, *weights_b = backward
-    operands = (u, x_dbl, *as_dtype(acc, weights), u_b, x_dbl_b, *as_dtype(acc, weights_b), z)
+    converted, converted_b = as_dtype(acc, _FORWARD_WEIGHTS, weights), as_dtype(acc, _BACKWARD_WEIGHTS, weights_b)
+    operands = (u, x_dbl, *converted, u_b, x_dbl_b, *converted_b, z)
     every = checkpoint_interval(*operands)
     return resolve_backend("bidirectional_scan", backend, z)(*operands, MERGES[merge], every)[0]
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vim.ops._backends import resolve_backend
 from vim.ops._checks import check_activation, check_choice, check_length, check_operand
-from vim.ops._layout import accumulate_dtype
+from vim.ops._layout import accumulate_dtype, as_dtype
 from vim.ops.causal_conv1d import library as library
 
 
@@ -38,7 +38,7 @@ def causal_conv1d(
     Raises:
         ValueError: A shape or device disagrees with `x`, `len` is 0, or `activation` is unknown.
         TypeError: An argument is no floating tensor.
-        RuntimeError: The named backend cannot run here; the message says why.
+        RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Gu and Dao 2023, arXiv:2312.00752, section 3.4; argument order of causal-conv1d's `causal_conv1d_fn`.
     """
@@ -50,7 +50,7 @@ def causal_conv1d(
     check_choice("activation", activation, (None, "silu", "swish"))
     acc = accumulate_dtype(x.dtype)
     op = resolve_backend("causal_conv1d", backend, x)
-    return op(x, weight.to(acc), None if bias is None else bias.to(acc), activation is not None, reverse)
+    return op(x, *as_dtype(acc, ("weight", "bias"), (weight, bias)), activation is not None, reverse)
 
 
 def check_filter(name: str, weight: Tensor, dim: int, x: Tensor) -> None:

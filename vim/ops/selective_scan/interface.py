@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vim.ops._backends import resolve_backend
-from vim.ops._layout import accumulate_dtype, checkpoint_interval
+from vim.ops._layout import accumulate_dtype, checkpoint_interval, to_dtype
 from vim.ops.selective_scan import library as library
 from vim.ops.selective_scan.checks import check_scan_inputs, decay_dtype
 
@@ -55,17 +55,18 @@ def selective_scan(
     Raises:
         ValueError: A shape, dtype or device disagrees with `u`, or `len` is 0; the message names both values.
         TypeError: An argument is no tensor, or of a dtype that no scan has.
-        RuntimeError: The named backend cannot run here; the message says why.
+        RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Gu and Dao 2023, arXiv:2312.00752, Algorithm 2; argument order of mamba-ssm's `selective_scan_fn`.
     """
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias)
     acc, decay = accumulate_dtype(u.dtype), decay_dtype(A, u)
-    B = B.to(decay) if B.dim() == 2 else B
-    C = C.to(decay) if C.dim() == 2 else C
-    D = None if D is None else D.to(acc)
-    delta_bias = None if delta_bias is None else delta_bias.to(acc)
+    A = to_dtype("A", A, decay)
+    B = to_dtype("B", B, decay) if B.dim() == 2 else B
+    C = to_dtype("C", C, decay) if C.dim() == 2 else C
+    D = None if D is None else to_dtype("D", D, acc)
+    delta_bias = None if delta_bias is None else to_dtype("delta_bias", delta_bias, acc)
     op = resolve_backend("selective_scan", backend, u)
     every = checkpoint_interval(u, delta, A, B, C, D, z, delta_bias)
-    out, last_state, _ = op(u, delta, A.to(decay), B, C, D, z, delta_bias, delta_softplus, reverse, every)
+    out, last_state, _ = op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, every)
     return (out, last_state) if return_last_state else out
