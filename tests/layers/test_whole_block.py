@@ -184,17 +184,121 @@ def test_what_was_prepared_goes_with_the_block():
     assert weight() is None
 
 
+def _copies(made: Block) -> list[torch.Tensor]:
+    return [copy for _, copy in whole_block._prepared[made.mixer]._copies]
+
+
 @pytest.mark.parametrize("move", [lambda made: made.to("meta"), lambda made: made.bfloat16()], ids=["to", "bfloat16"])
 @torch.no_grad()
 def test_what_was_prepared_is_given_back_when_the_block_is_moved_or_cast(move):
     made = _block()
     made(*_inputs())
-    prepared = whole_block._prepared[made.mixer]
-    held = [weakref.ref(t) for t in (*prepared.operands, made.mixer.in_proj.weight.untyped_storage()) if t is not None]
-    del prepared
+    memory = made.mixer.in_proj.weight.untyped_storage()
+    held = [weakref.ref(t) for t in (*_copies(made), memory)]
+    assert len(held) > 4
+    del memory
     move(made)
-    gc.collect()
     assert not any(ref() is not None for ref in held)
+
+
+@torch.no_grad()
+def test_weights_of_functional_call_are_given_back(calls):
+    made, inputs = _block(), _inputs()
+    expected = made(*inputs)[0]
+    weights = {name: p.detach() * 1.5 for name, p in made.named_parameters()}
+    other = torch.func.functional_call(made, weights, inputs)[0]
+    memory = [weakref.ref(t.untyped_storage()) for t in weights.values()]
+    held = [weakref.ref(t) for t in _copies(made)]
+    del weights
+    assert not any(ref() is not None for ref in memory + held)
+    assert torch.equal(made(*inputs)[0], expected)
+    assert not torch.equal(other, expected)
+    assert calls == [True] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_swapped_weights(dtype, calls):
+    made, inputs = [_block(dtype, bias=True) for _ in range(2)], _inputs(dtype=dtype)
+    for p in made[1].parameters():
+        p.mul_(1.5)
+    before = [each(*inputs)[0] for each in made]
+    for mine, others in zip(made[0].parameters(), made[1].parameters(), strict=True):
+        torch.utils.swap_tensors(mine, others)
+    assert not torch.equal(*before)
+    for each, expected in zip(made, reversed(before), strict=True):
+        assert torch.equal(each(*inputs)[0], expected)
+        _assert_same(each, *inputs)
+    assert all(calls)
+
+
+@torch.no_grad()
+def test_conversions_by_swapping(calls):
+    made, inputs = _block(), _inputs()
+    made(*inputs)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        made.load_state_dict({name: t * 1.5 for name, t in made.state_dict().items()})
+        _assert_same(made, *inputs)
+        made.bfloat16()
+        _assert_same(made, *_inputs(dtype=torch.bfloat16))
+        made.load_state_dict(_block(torch.bfloat16).state_dict(), assign=True)
+        _assert_same(made, *_inputs(dtype=torch.bfloat16))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", [0, 0.5])
+@torch.no_grad()
+def test_freed_memory_of_any_weight_is_an_error(part, dtype, calls):
+    made, inputs = _block(dtype, bias=True), _inputs(dtype=dtype)
+    expected = made(*inputs)[0]
+    for name, p in made.named_parameters():
+        values, memory = p.clone(), p.untyped_storage()
+        memory.resize_(int(part * values.nbytes))
+        with pytest.raises(RuntimeError, match=f"needs {values.nbytes} bytes of memory and its storage has"):
+            made(*inputs)
+        memory.resize_(values.nbytes)
+        p.data.copy_(values * 1.5)
+        assert not torch.equal(made(*inputs)[0], expected), name
+        _assert_same(made, *inputs)
+        p.data.copy_(values)
+        assert torch.equal(made(*inputs)[0], expected)
+    assert all(calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "as_it_is", "copied"),
+    [
+        ("norm.weight", "weight", "norm_weight"),
+        ("mixer.in_proj.weight", "in_proj", "in_proj"),
+        ("mixer.out_proj.bias", "out_bias", "out_bias"),
+        ("mixer.conv1d_b.weight", "weight of the backward direction", "conv_weight_b"),
+        ("mixer.A_b_log", "A_log of the backward direction", "A_b_log"),
+    ],
+)
+@torch.no_grad()
+def test_freed_memory_is_named(name, as_it_is, copied):
+    for dtype, said in ((torch.float32, as_it_is), (torch.bfloat16, copied)):
+        made, inputs = _block(dtype, bias=True), _inputs(dtype=dtype)
+        made(*inputs)
+        made.get_parameter(name).untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=rf"(^|\s){said} needs"):
+            made(*inputs)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["hidden_states", "residual"])
+@torch.no_grad()
+def test_freed_memory_of_an_input_is_an_error(which):
+    made, inputs = _block(), _inputs()
+    made(*inputs)
+    inputs[which].untyped_storage().resize_(8)
+    with pytest.raises(
+        RuntimeError, match=f"{('x', 'residual')[which]} needs .* bytes of memory and its storage has 8"
+    ):
+        made(*inputs)
 
 
 @pytest.mark.parametrize("name", WATCHED)

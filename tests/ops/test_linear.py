@@ -10,13 +10,14 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import assert_close
 from vim.layers.convolution import Conv2d
 from vim.layers.linear import Linear
-from vim.ops import linear, onednn_linear
+from vim.ops import _packed_weights, linear, onednn_linear
 
 module = sys.modules["vim.ops.linear"]
 
@@ -168,16 +169,78 @@ def test_fewer_rows_in_the_same_memory_are_seen(calls):
     assert_close(layer(x), F.linear(x, layer.weight), 1e-6)
 
 
-def test_packed_weights_go_with_their_owner(calls):
-    from vim.ops._packed_weights import _entries
+def _let_go(layer: Linear) -> None:
+    layer.weight = None
 
+
+def _put_other_memory(layer: Linear) -> None:
+    layer.weight.data = torch.randn(8, 16)
+
+
+@pytest.mark.parametrize("change", [_let_go, _put_other_memory])
+@torch.no_grad()
+def test_packed_weights_go_with_their_memory(change, calls):
     layer = Linear(16, 8)
-    with torch.no_grad():
-        layer(torch.randn(5, 16))
-    key = id(layer.weight)
-    assert key in _entries, "the native library packs weights; is it built?"
-    del layer
-    assert key not in _entries
+    layer(torch.randn(5, 16))
+    place = _packed_weights._place(layer.weight)
+    assert place in _packed_weights._entries, "the native library packs weights; is it built?"
+    change(layer)
+    assert place not in _packed_weights._entries
+
+
+@torch.no_grad()
+def test_weights_that_share_their_memory(monkeypatch):
+    """Slices of one storage, and aliases of one weight: each packed once."""
+    packed, original = [], _packed_weights._pack
+    monkeypatch.setattr(_packed_weights, "_pack", lambda weight: [packed.append(1), original(weight)][1])
+    torch.manual_seed(0)
+    together, x = torch.randn(3, 8, 16), torch.randn(5, 16)
+    for _ in range(2):
+        for i in range(3):
+            assert_close(linear(x, together[i]), F.linear(x, together[i]), 1e-6)
+            assert_close(linear(x, nn.Parameter(together[i])), F.linear(x, together[i]), 1e-6)
+    assert len(packed) == 3
+    assert_close(linear(x, together[0, :5]), F.linear(x, together[0, :5]), 1e-6)
+    together[1].mul_(2)
+    assert_close(linear(x, together[1]), F.linear(x, together[1]), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_swapped_weights(dtype, calls):
+    """What torchao does, and PyTorch itself for conversions if asked; it allows no weak reference to a weight."""
+    torch.manual_seed(0)
+    layers, x = [Linear(16, 8).to(dtype) for _ in range(2)], torch.randn(5, 16).to(dtype)
+    before = [layer(x) for layer in layers]
+    for name in ("weight", "bias"):
+        torch.utils.swap_tensors(getattr(layers[0], name), getattr(layers[1], name))
+    assert all(map(torch.equal, (layer(x) for layer in layers), reversed(before)))
+    layers[1].weight.mul_(2)
+    assert torch.equal(layers[0](x), before[1])
+    assert_close(layers[1](x), F.linear(x, layers[1].weight, layers[1].bias), 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("held", [0, 30])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_freed_memory_is_an_error(grad, held, dtype, calls):
+    torch.manual_seed(0)
+    made = {"x": torch.randn(5, 16, dtype=dtype), "weight": torch.randn(8, 16, dtype=dtype)}
+    made["bias"] = torch.randn(8, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        for name, t in made.items():
+            leaves = {n: other.clone().requires_grad_(grad) for n, other in made.items()}
+            expected = linear(**leaves)
+            memory = leaves[name].untyped_storage()
+            memory.resize_(held if held < memory.nbytes() else held // 2)
+            with pytest.raises(RuntimeError, match=rf"{name} needs {t.nbytes} bytes of memory and its storage has"):
+                linear(**leaves)
+            memory.resize_(t.nbytes)
+            leaves[name].data.copy_(t)
+            assert torch.equal(linear(**leaves), expected)
+            leaves[name].data.mul_(2)
+            others = {n: leaf.detach() for n, leaf in leaves.items()}
+            assert_close(linear(**leaves), F.linear(others["x"], others["weight"], others["bias"]), 1e-2)
 
 
 def test_two_threads_with_two_models(calls):

@@ -10,13 +10,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class says: a hook of its own, or another forward or call."""
+    own = module.__dict__  # asked ten times a block: attributes take longer
     return bool(
-        "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        "forward" in own
+        or own.get("_compiled_call_impl") is not None
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     )
 
 

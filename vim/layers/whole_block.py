@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from vim.ops import BlockWeights, PreparedBlock, bidirectional_block, block_runs
 _PRODUCTS = ("in_proj", "x_proj", "x_proj_b", "out_proj")
 _READ_BY_KERNELS = {"conv1d": nn.Conv1d, "conv1d_b": nn.Conv1d, "dt_proj": nn.Linear, "dt_proj_b": nn.Linear}
 _PARTS: dict[str, type[nn.Module]] = {**dict.fromkeys(_PRODUCTS, Linear), **_READ_BY_KERNELS}
+_parts, _parameters = itemgetter(*_PARTS), attrgetter("_parameters")
 # A class may be given another one.
 _FORWARDS = (Mamba.forward, RMSNorm.forward, Linear.forward)
 
@@ -46,11 +48,11 @@ def run_whole_block(
     if not block_runs_at_once(x, residual, weights):
         return None
     prepared = _prepared.get(mixer)
-    if prepared is None or not prepared.is_of(weights):
+    operands = None if prepared is None else prepared.operands(weights)
+    if operands is None:
         prepared = _prepared[mixer] = PreparedBlock(weights)
-    if prepared.operands is None:
-        return None
-    return bidirectional_block(x, residual, prepared, norm.eps, mixer.merge)
+        operands = prepared.operands(weights)
+    return bidirectional_block(x, residual, operands, norm.eps, mixer.merge) if operands else None
 
 
 def forget_whole_block(mixer: nn.Module) -> None:
@@ -75,14 +77,27 @@ def _needs_its_modules(norm: nn.Module, mixer: Mamba) -> bool:
 
 def _weights(norm: nn.Module, mixer: Mamba) -> BlockWeights:
     """What is there; `PreparedBlock` sees to what is not."""
-
-    def of(part: str) -> tuple[Any, Any]:
-        parameters: dict[str, Any] = mixer._modules[part]._parameters  # type: ignore[union-attr]
-        return parameters.get("weight"), parameters.get("bias")
-
     own: Any = mixer._parameters
-    in_proj, x_proj, out_proj = of("in_proj"), of("x_proj")[0], of("out_proj")
-    forward = (*of("conv1d"), x_proj, *of("dt_proj"), own.get("A_log"), own.get("D"))
-    backward = (*of("conv1d_b"), of("x_proj_b")[0], *of("dt_proj_b"), own.get("A_b_log"), own.get("D_b"))
     scale: Any = norm._parameters.get("weight")
-    return BlockWeights(scale, *in_proj, *forward, *backward, *out_proj)
+    in_proj, x_proj, x_proj_b, out_proj, conv1d, conv1d_b, dt_proj, dt_proj_b = map(_parameters, _parts(mixer._modules))
+    return BlockWeights(
+        scale,
+        in_proj.get("weight"),
+        in_proj.get("bias"),
+        conv1d.get("weight"),
+        conv1d.get("bias"),
+        x_proj.get("weight"),
+        dt_proj.get("weight"),
+        dt_proj.get("bias"),
+        own.get("A_log"),
+        own.get("D"),
+        conv1d_b.get("weight"),
+        conv1d_b.get("bias"),
+        x_proj_b.get("weight"),
+        dt_proj_b.get("weight"),
+        dt_proj_b.get("bias"),
+        own.get("A_b_log"),
+        own.get("D_b"),
+        out_proj.get("weight"),
+        out_proj.get("bias"),
+    )

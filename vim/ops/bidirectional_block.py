@@ -1,13 +1,13 @@
 """A whole layer of the model in one call, for inference on the CPU: the ops without the Python between them.
 
-What the call reads of the weights (products in oneDNN's layout, the others in float32) is made once and used while
-every weight is the same tensor, at the same place, with the same sizes, dtype, version and fingerprint.
+Weights in float32 are read as they are. Copies of the others (products in oneDNN's layout, the rest in float32) are
+made once and used while they are those of the same tensors: memory, sizes, dtype, version and fingerprint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import is_
+from itertools import compress
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 from vim.ops import _native
 from vim.ops._backends import resolve_backend
-from vim.ops._checks import check_choice
-from vim.ops._fingerprint import Fingerprint, announced
+from vim.ops._checks import check_choice, check_memory
+from vim.ops._fingerprint import Origin
 from vim.ops._packed_weights import multiplies_in, packed_weight
 from vim.ops.bidirectional_scan.interface import MERGES
 from vim.ops.linear import goes_to_onednn
@@ -59,42 +59,64 @@ class BlockWeights(NamedTuple):
 
 _PRODUCTS = ("in_proj", "x_proj", "x_proj_b", "out_proj")
 _PRODUCT_BIASES = ("in_bias", "out_bias")
-_CONVOLUTIONS = ("conv_weight", "conv_weight_b")
 _OPTIONAL = {"in_bias", "conv_bias", "conv_bias_b", "out_bias"}
+_dtype = attrgetter("dtype")
 
 
 class PreparedBlock:
-    """A layer's weights as the call reads them.
+    """Copies of those of a layer's weights that the call does not read as they are. It keeps no weight's memory alive.
 
-    Attributes:
-        operands: In the order of `BlockWeights`; `None` where these weights cannot be run in one call.
+    Args:
+        weights: Those of the layer.
+
+    Raises:
+        RuntimeError: The memory of a weight was freed or cut short; the message has its name.
     """
 
     def __init__(self, weights: BlockWeights) -> None:
-        self._weights = weights
-        self._present = [t for t in weights if t is not None]
-        self.operands: tuple[Tensor | None, ...] | None = None
-        if _is_complete(weights) and _fit_together(weights) and all(map(_is_plain, self._present)):
-            self._announced = announced(self._present)
-            # Taken first: a change while the operands are made is found at the next call.
-            copied = [t for t in self._present if t.dtype is not torch.float32] + [
-                getattr(weights, n) for n in _PRODUCTS
-            ]
-            self._fingerprint = Fingerprint(copied)
-            self._taken = self._fingerprint.take()
-            operands = tuple(_operands(weights))
-            if not any(t is None for t, weight in zip(operands, weights, strict=True) if weight is not None):
-                self.operands = operands
+        self._identities = [*map(id, weights)]
+        self._types = [*map(type, weights)]
+        self._unfit: BlockWeights | None = weights
+        if not (_is_complete(weights) and _fit_together(weights) and all(t is None or _is_plain(t) for t in weights)):
+            return
+        names = BlockWeights._fields
+        for name, t in zip(names, weights, strict=True):
+            check_memory(name, t)
+        self._is_copied = [t is not None and not _reads_as_it_is(n, t) for n, t in zip(names, weights, strict=True)]
+        self._is_read = [t is not None and not copied for t, copied in zip(weights, self._is_copied, strict=True)]
+        self._read_dtypes = [*map(_dtype, _select(weights, self._is_read))]
+        # Place among the weights, and copy.
+        self._copies: list[tuple[int, Tensor]] = []
+        # Taken first: a change while the copies are made is found at the next call.
+        self._origin = Origin(_select(weights, self._is_copied), self._copies.clear)
+        copies = [(i, _copy(names[i], t)) for i, t in enumerate(weights) if t is not None and self._is_copied[i]]
+        if all(copy is not None for _, copy in copies):
+            self._copies += copies  # type: ignore[arg-type]
+            self._unfit = None
 
-    def is_of(self, weights: BlockWeights) -> bool:
-        """Whether these are still the weights, with the values they had."""
-        if not all(map(is_, weights, self._weights)):
-            return False
-        return self.operands is None or (
-            announced(self._present) == self._announced
-            and all(map(Tensor.is_contiguous, self._present))
-            and self._fingerprint.take() == self._taken
-        )
+    def operands(self, weights: BlockWeights) -> list[Tensor | None] | None:
+        """What the call takes for these weights, in their order.
+
+        Nothing (an empty list) where they cannot be run in one call; `None` where the copies are not of these weights,
+        or of values that they no longer have. Of weights that are read as they are, the call itself checks the sizes.
+        """
+        if [*map(id, weights)] != self._identities or [*map(type, weights)] != self._types:
+            return None
+        if self._unfit is not None:
+            return []
+        copies = self._copies[:]  # another thread may drop them
+        copied = _select(weights, self._is_copied)
+        if not (
+            copies
+            and [*map(_dtype, _select(weights, self._is_read))] == self._read_dtypes
+            and all(map(Tensor.is_contiguous, copied))
+            and self._origin.is_still(copied)
+        ):
+            return None
+        operands: list[Tensor | None] = [*weights]
+        for i, copy in copies:
+            operands[i] = copy
+        return operands
 
 
 def _is_complete(weights: BlockWeights) -> bool:
@@ -122,16 +144,19 @@ def _is_plain(t: Tensor) -> bool:
     return (type(t) is Parameter or type(t) is Tensor) and t.is_cpu and t.is_contiguous() and not t.is_inference()
 
 
-def _operands(weights: BlockWeights) -> Iterator[Tensor | None]:
-    for name, t in weights._asdict().items():
-        if t is None:
-            yield None
-        elif name in _PRODUCTS:
-            yield packed_weight(t)
-        elif name in _PRODUCT_BIASES:
-            yield t.detach() if multiplies_in(t.dtype) else t.detach().float()
-        else:
-            yield t.detach().float().flatten(1) if name in _CONVOLUTIONS else t.detach().float()
+def _select(weights: BlockWeights, which: list[bool]) -> list[Tensor]:
+    """Of those that are there."""
+    return [*compress(weights, which)]  # type: ignore[list-item]
+
+
+def _reads_as_it_is(name: str, t: Tensor) -> bool:
+    if name in _PRODUCT_BIASES:
+        return multiplies_in(t.dtype)
+    return name not in _PRODUCTS and t.dtype is torch.float32
+
+
+def _copy(name: str, t: Tensor) -> Tensor | None:
+    return packed_weight(t) if name in _PRODUCTS else t.detach().float()
 
 
 def block_runs_at_once(x: Tensor, residual: Tensor | None, weights: BlockWeights) -> bool:
@@ -159,14 +184,14 @@ def _runs_native(x: Tensor) -> bool:
 
 
 def bidirectional_block(
-    x: Tensor, residual: Tensor | None, prepared: PreparedBlock, eps: float, merge: str
+    x: Tensor, residual: Tensor | None, operands: list[Tensor | None], eps: float, merge: str
 ) -> tuple[Tensor, Tensor]:
     """Residual addition, RMSNorm and bidirectional mixer, without gradients.
 
     Args:
         x: (batch, len, d_model), for which `block_runs_at_once`.
         residual: Like `x` in float32, or `None`.
-        prepared: Weights whose `operands` are not `None`.
+        operands: What a `PreparedBlock` makes of the weights.
         eps: Of the norm.
         merge: "mean" or "sum" of the directions.
 
@@ -175,9 +200,9 @@ def bidirectional_block(
 
     Raises:
         ValueError: `merge` is neither.
+        RuntimeError: The memory of an argument was freed or cut short; the message names it.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1.
     """
-    assert prepared.operands is not None
     check_choice("merge", merge, tuple(MERGES))
-    return torch.ops.vim.bidirectional_block_inference.default(x, residual, *prepared.operands, eps, MERGES[merge])
+    return torch.ops.vim.bidirectional_block_inference.default(x, residual, *operands, eps, MERGES[merge])
