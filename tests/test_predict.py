@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import re
 import subprocess
 import sys
+import weakref
+from contextlib import redirect_stdout
 
 import pytest
 import timm
@@ -183,3 +187,32 @@ def test_images_below_a_folder_are_found_in_order_whatever_the_case_of_their_nam
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a/1.jpg", "b/2.PNG", "c.jpeg"]
+
+
+def test_a_batch_of_photographs_is_never_in_memory_as_a_whole(run, held_out, monkeypatch):
+    predictor = load_predictor(str(run.folder.path))
+    transform, seen, alive = predictor._transform, [], []
+
+    def counting(image):
+        seen.append(weakref.ref(image))
+        alive.append(sum(reference() is not None for reference in seen))
+        return transform(image)
+
+    monkeypatch.setattr(predictor, "_transform", counting)
+    assert len(list(predictor.predict_files(list_images(held_out[0])[:6], topk=1))) == 6
+    assert len(alive) == 6
+    assert max(alive) <= 2
+
+
+def test_a_name_that_the_output_cannot_show_ends_nothing(run, held_out):
+    folder, _ = held_out
+    image = folder / "000.png"
+    names = [b"0_\xff.png", "1_\u56fe.png".encode(), b"2.png"]
+    for name in names:
+        with open(os.path.join(os.fsencode(folder), b"odd_" + name), "wb") as file:
+            file.write(image.read_bytes())
+    with io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True) as stream, redirect_stdout(stream):
+        assert predict.main([str(run.folder.path), str(folder), "--topk", "1"]) == 0
+        lines = stream.buffer.getvalue().decode("latin-1").splitlines()
+    shown = [line.rpartition("odd_")[2] for line in lines if "odd_" in line]
+    assert shown == [r"0_\udcff.png", r"1_\u56fe.png", "2.png"]

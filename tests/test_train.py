@@ -100,6 +100,13 @@ def test_a_loss_that_explodes_ends_in_one_line_and_code_1(tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run" / "last.pth")["position"]["epoch"] == 1
 
 
+def test_a_folder_that_cannot_be_written_ends_in_one_line_and_code_1(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert train.main([*SYNTHETIC, *TINY_BATCH, "--output", str(tmp_path / "file" / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error == f"vim.train: [Errno 20] Not a directory: '{tmp_path / 'file' / 'run'}'\n"
+
+
 def test_an_interrupted_run_says_how_to_carry_on_and_that_works(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     run_epoch = Trainer._run_epoch

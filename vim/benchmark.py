@@ -14,7 +14,7 @@ def main() -> None:
     from vim.engine.benchmark import run_benchmark
 
     try:
-        CLI(run_benchmark, as_positional=False)
+        CLI(run_benchmark, as_positional=False, prog="python -m vim.benchmark")
     except (ValueError, RuntimeError) as error:
         sys.exit(f"vim.benchmark: {error}")
 

@@ -17,7 +17,7 @@ def main() -> None:
     from vim.engine.export import export_onnx
 
     try:
-        CLI(export_onnx)
+        CLI(export_onnx, prog="python -m vim.export")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         sys.exit(f"vim.export: {error}")
 

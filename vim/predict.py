@@ -1,6 +1,7 @@
 """`python -m vim.predict`: name what is on an image, or on every image of a folder."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vim.engine.model import resolve_device
     from vim.engine.predictor import list_images, load_predictor
 
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text, nor fit the terminal
     try:
         files = list_images(options.images)
         predictor = load_predictor(options.source, options.weights, options.model, resolve_device(options.device))

@@ -100,17 +100,22 @@ def _train(trainer: "Trainer") -> int:
     folder = shlex.quote(str(trainer.folder.path))
     carry_on = f"python -m vim.train --resume {folder}"
     is_main = trainer.processes.is_main
+
+    def how_to_carry_on() -> str:
+        return f"; carry on with: {carry_on}" if trainer.folder.last.exists() else ""
+
     try:
         best = trainer.fit()
     except NonFiniteError as error:
         return _fail(str(error), 1) if is_main else 1
+    except OSError as error:  # a full disk, a folder that nobody may write to, images that are gone
+        return _fail(f"{error}{how_to_carry_on()}", 1)
     except RunStopped as stopped:
         if is_main:
             sys.stdout.write(f"{stopped}; carry on with: {carry_on}\n")
         return 0
     except KeyboardInterrupt:
-        how = f"; carry on with: {carry_on}" if trainer.folder.last.exists() else ""
-        return _fail(f"interrupted after step {trainer.position.step}{how}", 130) if is_main else 130
+        return _fail(f"interrupted after step {trainer.position.step}{how_to_carry_on()}", 130) if is_main else 130
     if not is_main:
         return 0
     weights = "averaged weights" if best["weights"] == "ema" else "weights"

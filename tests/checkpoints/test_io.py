@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import resource
 
 import numpy as np
 import pytest
@@ -50,6 +52,17 @@ def test_a_checkpoint_gives_back_what_was_saved(checkpoint):
     contents = load_checkpoint(checkpoint)
     assert torch.equal(contents["model"]["weight"], torch.arange(2000.0))
     assert (contents["epoch"], contents["names"], contents["best"]) == (3, ["a", "b"], None)
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_named_with_the_reason(checkpoint):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"File too large: '{checkpoint}'")):
+            save_checkpoint(checkpoint, {"weight": torch.zeros(100_000), "bias": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(checkpoint)["epoch"] == 3
 
 
 def test_a_failure_while_writing_leaves_the_file_from_before_and_nothing_else(checkpoint):

@@ -81,7 +81,10 @@ def test_a_value_of_a_wrong_type_is_refused_with_the_name_of_the_setting():
             {"batch_size": 15, "micro_batch_size": 5, "augment__mixup": 0.8},
             "micro_batch_size must be even when augment.mixup or augment.cutmix is on, which pair images, got 5",
         ),
-        ({"epochs": 3, "schedule__warmup_epochs": 4}, "schedule.warmup_epochs must be <= epochs = 3, got 4"),
+        (
+            {"epochs": 3, "schedule__warmup_epochs": 4},
+            "schedule.warmup_epochs must be <= epochs = 3, got 4: .*_epochs 0",
+        ),
         ({"schedule__unit": "step", "schedule__lag_epochs": 1}, "schedule.lag_epochs must be 0 .* got 1"),
         ({"data__mean": (0.5, 0.5)}, r"data.mean must be one number .* model.in_chans = 1 .* got \(0.5, 0.5\)"),
         ({"data__dataset": "folder"}, "data.path must name the image folder .* got None"),

@@ -155,3 +155,4 @@ def test_bad_arguments(kwargs, message):
 def test_help():
     result = subprocess.run([sys.executable, "-m", "vim.export", "--help"], capture_output=True, text=True, check=True)
     assert "checkpoint_path" in result.stdout
+    assert result.stdout.startswith("usage: python -m vim.export ")

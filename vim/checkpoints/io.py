@@ -67,9 +67,18 @@ def save_checkpoint(path: str | os.PathLike[str], contents: Mapping[str, Any]) -
     Args:
         path: The file to make or replace.
         contents: Tensors, numbers, strings, and dicts, lists and tuples of them: what `weights_only` reads back.
+
+    Raises:
+        OSError: The folder is missing or not writable, or the disk is full.
     """
-    with atomic_writer(path) as file:
-        torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **contents}, file)
+    try:
+        with atomic_writer(path) as file:
+            torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **contents}, file)
+    except RuntimeError as error:
+        cause = error.__context__  # torch says "unexpected pos" of a disk that is full
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -360,7 +360,8 @@ class TrainConfig:
             raise ValueError("best_by must be 'raw' or 'better' when ema_decay is null, got 'ema'")
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
-                f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {self.schedule.warmup_epochs}"
+                f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {self.schedule.warmup_epochs}: a run "
+                "of few epochs needs --schedule.warmup_epochs 0"
             )
         start = self.progressive.start_size
         if start is not None and start > min(self.model.image_shape):

@@ -13,7 +13,7 @@ from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 
 from vim.data.image_files import BAD_IMAGE
-from vim.data.preprocessing import Preprocessing, to_color_mode
+from vim.data.preprocessing import Preprocessing
 from vim.engine.trained_model import TrainedModel, Weights, load_trained_model
 
 _BATCH_SIZE = 64
@@ -49,7 +49,6 @@ class Predictor:
         self._device = device
         self._transform = preprocessing.transform()
 
-    @torch.inference_mode()
     def probabilities(self, images: Sequence[Image.Image]) -> Tensor:
         """Classify images.
 
@@ -59,8 +58,11 @@ class Predictor:
         Returns:
             Probabilities, (images, classes), float32, on the CPU.
         """
-        inputs = torch.stack([self._transform(image) for image in images]).to(self._device)
-        return self.model(inputs).float().softmax(dim=1).cpu()
+        return self._classify([self._transform(image) for image in images])
+
+    @torch.inference_mode()
+    def _classify(self, inputs: Sequence[Tensor]) -> Tensor:
+        return self.model(torch.stack(list(inputs)).to(self._device)).float().softmax(dim=1).cpu()
 
     def predict_files(self, paths: Sequence[Path], topk: int) -> Iterator[Prediction]:
         """Classify image files, in order; a file that cannot be read gives a prediction with an error.
@@ -78,15 +80,15 @@ class Predictor:
             yield from self._predict_batch(paths[start : start + _BATCH_SIZE], min(topk, len(self.class_names)))
 
     def _predict_batch(self, paths: Sequence[Path], topk: int) -> Iterator[Prediction]:
-        images: dict[Path, Image.Image] = {}
+        inputs: dict[Path, Tensor] = {}  # of their size in the model: whole photographs would take gigabytes
         errors: dict[Path, str] = {}
         for path in paths:
             try:
                 with Image.open(path) as image:
-                    images[path] = to_color_mode(image, self.preprocessing.color_mode)
+                    inputs[path] = self._transform(image)
             except BAD_IMAGE as error:
                 errors[path] = " ".join(str(error).split())
-        rows: Iterator[Tensor] = iter(self.probabilities(list(images.values())) if images else [])
+        rows: Iterator[Tensor] = iter(self._classify(list(inputs.values())) if inputs else [])
         for path in paths:
             if path in errors:
                 yield Prediction(path=path, error=errors[path])
