@@ -206,3 +206,28 @@ def test_a_size_that_rotary_tables_refuse_changes_nothing():
     with pytest.raises(ValueError, match=r"even number of patches, got the grid \(3, 3\)"):
         model.set_input_size(24)
     assert model(image(1, 3, 32, 32)).shape == (1, 10)
+
+
+# What ours say, and PyTorch's own layers.
+FREED = r"needs .* bytes of memory|not allocated yet|out of bounds for storage"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"layer_scale": 1.0}, {"directions": "v1", "bias": True}, {"directions": "none", "norm": "layer"}],
+    ids=["plain", "layer scale", "v1", "forward only"],
+)
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_a_parameter_whose_memory_was_freed(settings, grad):
+    """As sharding and offloading do. Without checks the process ends."""
+    model, images = small(depth=1, **settings).eval(), torch.randn(1, 3, 32, 32)
+    with torch.set_grad_enabled(grad):
+        expected = model(images)
+        for name, p in model.named_parameters():
+            values, memory, last = p.detach().clone(), p.untyped_storage(), name.rpartition(".")[2]
+            memory.resize_(0)
+            with pytest.raises(RuntimeError, match=f"{last} needs" if last in ("pos_embed", "gamma") else FREED):
+                model(images)
+            memory.resize_(values.nbytes)
+            p.data.copy_(values)
+            assert torch.equal(model(images), expected), name

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
 from vim.layers.linear import Linear
 from vim.layers.watched import is_readable
-from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, selective_scan
+from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, check_memory, selective_scan
 
 Directions = Literal["none", "v1", "v2"]
 Merge = Literal["mean", "sum"]
@@ -166,7 +166,10 @@ class Mamba(nn.Module):
         else:
             y = self._scan_each(x, z, directions)
         out = self.out_proj(y)
-        return out if self.gamma is None else out * self.gamma
+        if self.gamma is None:
+            return out
+        check_memory("gamma", self.gamma)
+        return out * self.gamma
 
     def _directions(self) -> list[_Direction]:
         own = self._modules
@@ -213,6 +216,7 @@ class Mamba(nn.Module):
             delta, delta_bias = nn.functional.linear(dt, d.dt_proj.weight.to(dt.dtype)), d.dt_proj.bias
         else:
             delta, delta_bias = d.dt_proj(dt), None
+        check_memory("A_b_log" if d.reverse else "A_log", d.A_log)
         A = -torch.exp(d.A_log.to(torch.promote_types(torch.float32, d.A_log.dtype)))
         scan_inputs = (u.mT, delta.to(u.dtype).mT, A, B.mT, C.mT, d.D, z.to(u.dtype).mT)
         y: Any = selective_scan(*scan_inputs, delta_bias, delta_softplus=True, reverse=d.reverse)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vim.layers.token_sequence import extract_tokens, insert_tokens
+from vim.ops import check_memory
 
 CLS_POSITIONS = ("none", "head", "middle", "double", "random")
 
@@ -38,7 +39,11 @@ def resample_pos_embed(
 
     Returns:
         (1, new patches + class tokens, dim), bicubic without antialiasing, as the original resamples.
+
+    Raises:
+        RuntimeError: The memory of `pos_embed` was freed or cut short.
     """
+    check_memory("pos_embed", pos_embed)
     # A symbol, in an export for images of any size, is not compared: that would pin it to one side of the question.
     if not any(isinstance(side, torch.SymInt) for side in new_grid) and old_grid == new_grid:
         return pos_embed

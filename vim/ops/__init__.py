@@ -4,6 +4,7 @@ from vim.ops import _native as _native
 from vim.ops import _triton as _triton
 from vim.ops import mamba_ssm as mamba_ssm
 from vim.ops._backends import available_backends, default_backend, unavailable_backends
+from vim.ops._checks import check_memory
 from vim.ops._packed_weights import forget_packed
 from vim.ops.add_rms_norm.interface import add_rms_norm
 from vim.ops.bidirectional_block import BlockWeights, PreparedBlock, bidirectional_block, block_runs_at_once
@@ -28,6 +29,7 @@ __all__ = [
     "bidirectional_scan",
     "block_runs_at_once",
     "causal_conv1d",
+    "check_memory",
     "default_backend",
     "exportable_ops",
     "forget_packed",

@@ -56,9 +56,10 @@ def check_device(name: str, value: torch.Tensor, like: torch.Tensor, like_name: 
 def check_memory(name: str, value: object) -> None:
     """A plain tensor must lie within its memory, which sharding and offloading take from under tensors that keep sizes.
 
-    Torch's own kernels read what is not there: `untyped_storage().resize_(0)` makes most of them crash.
+    Torch's own kernels read what is not there: `untyped_storage().resize_(0)` makes most of them crash. Nothing is
+    asked where graphs are recorded or functions transformed: tensors may have no memory there.
     """
-    if type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter:
+    if (type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter) or not _is_eager():
         return
     held = value.untyped_storage().nbytes()
     if value.is_contiguous():
@@ -71,6 +72,14 @@ def check_memory(name: str, value: object) -> None:
         raise RuntimeError(
             f"{name} needs {needed} bytes of memory and its storage has {held}: it was freed or cut short"
         )
+
+
+def _is_eager() -> bool:
+    return bool(
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -42,17 +42,15 @@ def as_dtype(
 
 def to_dtype(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`t` in this dtype; an error with its name where the memory to convert was freed or cut short."""
-    if t.dtype is not dtype and t.is_cpu and _is_eager():
+    if t.dtype is not dtype and t.is_cpu:
         check_memory(name, t)
     return t.to(dtype)
 
 
 def _is_eager_inference(tensors: list[torch.Tensor]) -> bool:
-    return not needs_grad(*tensors) and _is_eager()
-
-
-def _is_eager() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    if needs_grad(*tensors) or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def empty_like_layout(x: torch.Tensor) -> torch.Tensor:
