@@ -305,6 +305,31 @@ struct NormCase {
   std::vector<Buffer*> outputs() { return {&y, &r, &total, &dweight}; }
 };
 
+struct ProductCase {
+  Buffer x, weight, packed, bias, y;
+  Product product;
+  Unpacked unpacked;
+
+  ProductCase(const Shape& s, int64_t depth, int64_t columns) {
+    const int64_t rows = s.batch * s.length, panels = (columns + table->panel - 1) / table->panel;
+    x = random(s.element, rows * depth);
+    weight = random(s.element, columns * depth);
+    packed = Buffer(Element::float32, panels * table->panel * depth);
+    bias = random(Element::float32, columns);
+    y = Buffer(s.element, rows * columns);
+    product = {s.element, rows, depth, columns, x.data(), depth, packed.floats(), bias.floats(), y.data()};
+    // (columns, depth) in memory either way around.
+    unpacked = {s.element, weight.data(), s.channel_first ? 1 : depth, s.channel_first ? columns : 1};
+    parallel(panels, [&](int64_t b, int64_t e) { return table->product_pack(product, unpacked, packed.floats(), b, e); });
+  }
+
+  void forward() {
+    parallel(table->product_tasks(product), [&](int64_t b, int64_t e) { return table->product_forward(product, b, e); });
+  }
+  void backward() {}  // two more products
+  std::vector<Buffer*> outputs() { return {&packed, &y}; }
+};
+
 template <class Case, class... Arguments>
 void check(const char* what, const Shape& s, const Arguments&... arguments) {
   std::vector<std::vector<char>> first;
@@ -340,6 +365,8 @@ void check_all() {
           check<ScanCase>("scan", s);
           check<ConvCase>("conv", s, length % 3 + 3);
           if (!channel_first) check<NormCase>("norm", s);
+          check<ProductCase>("product", s, d_state, dim);
+          check<ProductCase>("product", s, 2500, dim);
         }
       }
     }
@@ -371,12 +398,13 @@ void time_all() {
     ScanCase scan(s);
     ConvCase conv(s, 4);
     NormCase norm({1, 197, 192, 16, 12, 64, element, false});
+    ProductCase in_proj({1, 197, 0, 0, 0, 0, element, false}, 192, 768);
     const double forward = seconds([&] { scan.forward(); }), backward = seconds([&] { scan.backward(); });
     std::printf("%s %s: scan %.1f us, %.3f G channel-steps/s, backward %.2fx; conv %.1f us, backward %.1f us; norm %.1f us, "
-                "backward %.1f us\n", table->name, element == Element::float32 ? "float32" : "bfloat16", forward * 1e6,
+                "backward %.1f us; product %.1f us\n", table->name, element == Element::float32 ? "float32" : "bfloat16", forward * 1e6,
                 197 * 384 * 2 / forward * 1e-9, backward / forward, seconds([&] { conv.forward(); }) * 1e6,
                 seconds([&] { conv.backward(); }) * 1e6, seconds([&] { norm.forward(); }) * 1e6,
-                seconds([&] { norm.backward(); }) * 1e6);
+                seconds([&] { norm.backward(); }) * 1e6, seconds([&] { in_proj.forward(); }) * 1e6);
   }
 }
 

@@ -14,7 +14,7 @@ import torch
 
 from vim.ops import _native, _native_build, _native_cuda, available_backends, unavailable_backends
 from vim.ops._packed_weights import multiplies_in
-from vim.ops.linear import onednn_reason
+from vim.ops.linear import default_linear_reason, onednn_is_faster
 from vim.version import __version__
 
 OPS = ("add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan")
@@ -122,11 +122,13 @@ def _backends() -> Iterator[str]:
 
 
 def _products() -> Iterator[str]:
-    reason = onednn_reason()
+    reason = default_linear_reason()
     if reason is not None:
-        yield f"PyTorch's default, not oneDNN: {reason}"
+        yield f"PyTorch's default: {reason}"
         return
-    yield "float32: oneDNN"
+    training = "oneDNN" if onednn_is_faster() else "PyTorch's default"
+    inference = "kernels of vim" if _native.load() is None else training
+    yield f"float32: {inference} in inference, {training} in training"
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         yield f"{name}: oneDNN" if multiplies_in(dtype) else f"{name}: in float32; this processor multiplies no {name}"

@@ -9,16 +9,6 @@
 namespace vim {
 namespace {
 
-// Rows of x, (..., dim): x itself where its rows lie at one distance from each other, else a copy.
-Tensor as_rows(const Tensor& x) {
-  if (x.is_contiguous() || (x.dim() == 2 && x.stride(1) == 1)) return x;
-  bool regular = x.stride(x.dim() - 1) == 1;
-  for (int64_t axis = 0; axis + 2 < x.dim(); ++axis) {
-    regular = regular && x.stride(axis) == x.stride(axis + 1) * x.size(axis + 1);
-  }
-  return regular ? x : torch::stable::contiguous(x);
-}
-
 Norm norm_of(const Tensor& x, const Tensor& weight, double eps) {
   Norm norm;
   norm.dim = x.size(x.dim() - 1);

@@ -137,6 +137,16 @@ inline OptionalTensor dense(const OptionalTensor& x) {
   return x.has_value() ? OptionalTensor(dense(*x)) : std::nullopt;
 }
 
+// Rows of x, (..., dim): x itself where its rows lie at one distance from each other, else a copy.
+inline Tensor as_rows(const Tensor& x) {
+  if (x.is_contiguous() || (x.dim() == 2 && x.stride(1) == 1)) return x;
+  bool regular = x.stride(x.dim() - 1) == 1;
+  for (int64_t axis = 0; axis + 2 < x.dim(); ++axis) {
+    regular = regular && x.stride(axis) == x.stride(axis + 1) * x.size(axis + 1);
+  }
+  return regular ? x : torch::stable::contiguous(x);
+}
+
 inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 inline const float* floats(const OptionalTensor& x) { return x.has_value() ? floats(*x) : nullptr; }
 inline float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

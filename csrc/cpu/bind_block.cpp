@@ -7,16 +7,17 @@
 namespace vim {
 namespace {
 
-// x weight^T + bias by oneDNN, the weight in its layout. A weight in float32 multiplies any x, in float32.
-Tensor multiply(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const bool as_it_is = same_type(weight, x);
-  const Tensor operand = as_it_is ? x : torch::stable::to(x, ScalarType::Float);
+// Weights that vim::pack_weight has packed have three dimensions, those in oneDNN's layout two.
+bool is_packed(const Tensor& weight) { return weight.dim() == 3; }
+
+// x weight^T + bias, (..., columns)
+Tensor multiply(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t columns) {
+  if (is_packed(weight)) return on_cpu::packed_linear(x, weight, bias, columns);
   const std::string no_attribute = "none";
   const std::vector<int64_t> no_scalars;
   const std::optional<std::string> no_algorithm = "";
-  const Tensor out = std::get<0>(
-      call_op<Tensor>("mkldnn::_linear_pointwise", operand, weight, bias, no_attribute, no_scalars, no_algorithm));
-  return as_it_is ? out : torch::stable::to(out, x.scalar_type());
+  return std::get<0>(
+      call_op<Tensor>("mkldnn::_linear_pointwise", x, weight, bias, no_attribute, no_scalars, no_algorithm));
 }
 
 std::tuple<Tensor, Tensor> block(
@@ -29,14 +30,17 @@ std::tuple<Tensor, Tensor> block(
   if (in_bias.has_value()) check_memory("in_bias", *in_bias);
   if (out_bias.has_value()) check_memory("out_bias", *out_bias);
   auto [normed, sum] = on_cpu::add_rms_norm(hidden_states, residual, norm_weight, eps);
-  Tensor xz = multiply(normed, in_proj, in_bias);
-  const int64_t d_inner = xz.size(2) / 2;
+  const int64_t d_inner = conv_weight.size(0), x_dbl_columns = dt_weight.size(1) + 2 * A_log.size(1);
+  Tensor xz = multiply(normed, in_proj, in_bias, 2 * d_inner);
   const Tensor x = torch::stable::narrow(xz, 2, 0, d_inner), z = torch::stable::narrow(xz, 2, d_inner, d_inner);
   const auto [u, u_b] = on_cpu::bidirectional_conv1d(x, conv_weight, conv_bias, conv_weight_b, conv_bias_b);
-  const Tensor x_dbl = multiply(u, x_proj, std::nullopt), x_dbl_b = multiply(u_b, x_proj_b, std::nullopt);
+  const auto [x_dbl, x_dbl_b] =
+      is_packed(x_proj) && is_packed(x_proj_b)
+          ? on_cpu::packed_linear_pair(u, x_proj, u_b, x_proj_b, x_dbl_columns)
+          : std::tuple(multiply(u, x_proj, std::nullopt, x_dbl_columns), multiply(u_b, x_proj_b, std::nullopt, x_dbl_columns));
   const Tensor y = on_cpu::bidirectional_scan(u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b, dt_weight_b,
                                               dt_bias_b, A_b_log, D_b, z, scale);
-  return {multiply(y, out_proj, out_bias), sum};
+  return {multiply(y, out_proj, out_bias, hidden_states.size(2)), sum};
 }
 
 }  // namespace
@@ -51,5 +55,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vim, m) {
       "-> (Tensor, Tensor)");
 }
 
-// The weights of the products decide: they are in oneDNN's layout.
+STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) { m.impl("bidirectional_block_inference", TORCH_BOX(&vim::block)); }
+
+// For weights in oneDNN's layout.
 STABLE_TORCH_LIBRARY_IMPL(vim, MkldnnCPU, m) { m.impl("bidirectional_block_inference", TORCH_BOX(&vim::block)); }

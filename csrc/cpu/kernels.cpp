@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "norm.h"
+#include "product.h"
 #include "scan_forward.h"
 #include "scan_reduce.h"
 
@@ -33,6 +34,10 @@ const Kernels& VIM_JOIN(kernels_, VIM_ISA)() {
       &norm_forward,
       &norm_backward,
       &norm_reduce,
+      kPanel,
+      &product_pack,
+      &product_tasks,
+      &product_forward,
   };
   return table;
 }

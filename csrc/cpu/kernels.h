@@ -39,6 +39,25 @@ inline Scan on_float_rows(const Scan& scan, float* rows) {
   return wide;
 }
 
+// y = x weight^T + bias over rows, in float32 inside. `weight` is packed; x and y have the type `element`, their numbers
+// of a row lie side by side, and so do the rows of y.
+struct Product {
+  Element element = Element::float32;
+  int64_t rows = 0, depth = 0, columns = 0;
+  const void* x = nullptr;
+  int64_t x_row = 0;
+  const float* weight = nullptr;
+  const float* bias = nullptr;  // (columns,) or null
+  void* y = nullptr;
+};
+
+// A weight (columns, depth) before it is packed, with its strides.
+struct Unpacked {
+  Element element = Element::float32;
+  const void* data = nullptr;
+  int64_t column = 0, depth = 0;
+};
+
 // Functions over a range of tasks return false when memory runs out.
 struct Kernels {
   const char* name;
@@ -58,6 +77,10 @@ struct Kernels {
   bool (*norm_forward)(const Norm&, int64_t begin, int64_t end);   // rows tasks
   bool (*norm_backward)(const Norm&, int64_t begin, int64_t end);  // row_groups tasks
   bool (*norm_reduce)(const Norm&, int64_t begin, int64_t end);    // dim tasks
+  int64_t panel;  // columns of a panel of a packed weight
+  bool (*product_pack)(const Product&, const Unpacked&, float* packed, int64_t begin, int64_t end);  // panels tasks
+  int64_t (*product_tasks)(const Product&);
+  bool (*product_forward)(const Product&, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels_baseline();

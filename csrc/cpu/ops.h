@@ -19,4 +19,11 @@ Tensor bidirectional_scan(const Tensor& u, const Tensor& x_dbl, const Tensor& dt
                           const Tensor& dt_weight_b, const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b,
                           const Tensor& z, double scale);
 
+// x weight^T + bias for x (..., depth) and a weight (columns, depth) that vim::pack_weight has packed.
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t columns);
+
+// Two of them at once, without biases: threads share them out.
+std::tuple<Tensor, Tensor> packed_linear_pair(const Tensor& x, const Tensor& packed, const Tensor& x_b,
+                                              const Tensor& packed_b, int64_t columns);
+
 }  // namespace vim::on_cpu

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import pickle
 import threading
 import weakref
@@ -17,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vim
 from vim.layers import Block, RMSNorm, block, whole_block
 from vim.layers.linear import Linear
-from vim.ops import default_backend, onednn_linear
+from vim.ops import default_backend, fast_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WATCHED = ("norm", "mixer", *(f"mixer.{name}" for name in whole_block._PARTS))
@@ -40,14 +39,14 @@ def _inputs(batch: int = 2, length: int = 7, dtype: torch.dtype = torch.float32)
 @pytest.fixture
 def calls(monkeypatch) -> list[bool]:
     """For each block that ran, whether it was one call."""
-    seen, original = [], whole_block.run_whole_block
+    seen, original = [], whole_block.ready_block
 
     def counted(*args):
         result = original(*args)
         seen.append(result is not None)
         return result
 
-    monkeypatch.setattr(block, "run_whole_block", counted)
+    monkeypatch.setattr(block, "ready_block", counted)
     return seen
 
 
@@ -395,7 +394,7 @@ def test_modes_and_switches_are_respected(calls):
     assert counted.get_total_flops() == expected.get_total_flops() > 0
     with default_backend("reference"):
         made(*inputs)
-    with onednn_linear(False):
+    with fast_linear(False):
         made(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
         made(*inputs)
@@ -466,13 +465,78 @@ def test_threads_may_share_a_block():
     assert not wrong
 
 
+def _model(**settings) -> vim.VisionMamba:
+    torch.manual_seed(0)
+    return vim.VisionMamba(img_size=32, embed_dim=24, depth=4, d_state=5, num_classes=4, **settings).eval()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"pairwise_layers": True}, {"rotary": "hidden"}, {"rotary": "residual"}], ids=str
+)
 @torch.no_grad()
-def test_a_model_uses_it_in_every_block(calls):
-    model = vim.VisionMamba(img_size=32, embed_dim=24, depth=3, d_state=5, num_classes=4).eval()
-    images = torch.randn(2, 3, 32, 32)
+def test_a_model_makes_all_blocks_ready_before_the_first_one_runs(settings, calls, monkeypatch):
+    model, images = _model(**settings), torch.randn(2, 3, 32, 32)
+    called = []
+    monkeypatch.setattr(Block, "__call__", lambda block, *args: [called.append(block), block.forward(*args)][1])
     logits = model(images)
-    assert calls == [True] * 3
-    handles = [layer.mixer.register_forward_hook(lambda *_: None) for layer in model.layers]
+    assert calls == [True] * 4
+    assert not called, "without the blocks' own calls"
+    model.layers[2].register_forward_hook(lambda *_: None)
     assert torch.equal(model(images), logits)
-    assert calls == [*[True] * 3, *[False] * 3]
-    assert list(itertools.chain(handles))
+    assert len(called) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1", "layers.1.drop_path", "layers.2.mixer", "layers.3.norm", "layers.2.mixer.x_proj"]
+)
+@torch.no_grad()
+def test_hooks_anywhere_in_a_model_fire_and_may_change_later_weights(name, calls):
+    model, images, seen = _model(drop_path_rate=0.1), torch.randn(2, 3, 32, 32), []
+    before = model(images)
+
+    def double_the_last_projection(*_: object) -> None:
+        seen.append(name)
+        model.layers[3].mixer.out_proj.weight.mul_(2)
+
+    handle = model.get_submodule(name).register_forward_hook(double_the_last_projection)
+    changed = model(images)
+    handle.remove()
+    assert seen == [name]
+    assert not torch.allclose(changed, before)
+    assert torch.equal(model(images), changed), "the weight was changed before it was used"
+
+
+@torch.no_grad()
+def test_blocks_of_other_kinds_are_called(calls, monkeypatch):
+    class Louder(Block):
+        def forward(self, hidden_states, residual=None):
+            hidden_states, residual = super().forward(hidden_states, residual)
+            return 2 * hidden_states, residual
+
+    images, quiet, loud, patched = torch.randn(2, 3, 32, 32), _model(), _model(), _model()
+    loud.layers[1].__class__ = Louder
+    patched.layers[1].forward = Louder.forward.__get__(loud.layers[1])
+    expected = quiet(images)
+    assert not torch.allclose(loud(images), expected)
+    assert torch.equal(patched(images), loud(images))
+    training = _model(drop_path_rate=0.9)
+    training.layers[3].drop_path.train()
+    assert not torch.allclose(training(images), expected), "stochastic depth acts in training"
+    original = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, *args: [2 * t for t in original(block, *args)])
+    assert not torch.allclose(quiet(images), expected)
+
+
+@torch.no_grad()
+def test_weights_that_change_between_two_calls_of_a_model(calls):
+    model, images = _model(), torch.randn(2, 3, 32, 32)
+    before = model(images)
+    for change in (lambda t: t.mul_(1.5), lambda t: t.data.mul_(1.5)):
+        for layer in model.layers:
+            change(layer.mixer.in_proj.weight)
+        after = model(images)
+        assert not torch.allclose(after, before)
+        handle = model.layers[0].mixer.register_forward_hook(lambda *_: None)
+        assert torch.equal(model(images), after)
+        handle.remove()
+        before = after

@@ -1,4 +1,4 @@
-"""Products through oneDNN: the same numbers, never out of date, plain where graphs are recorded."""
+"""Products of our own and of oneDNN: the same numbers, never out of date, plain where graphs are recorded."""
 
 from __future__ import annotations
 
@@ -17,36 +17,41 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import assert_close
 from vim.layers.convolution import Conv2d
 from vim.layers.linear import Linear
-from vim.ops import _packed_weights, linear, onednn_linear
+from vim.ops import _packed_weights, fast_linear, linear
 
 module = sys.modules["vim.ops.linear"]
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[int]:
-    """Number of products that went through oneDNN; fails where this machine's PyTorch cannot."""
-    assert module.onednn_reason() is None, module.onednn_reason()
-    seen, original = [], module._onednn_linear
+def calls(monkeypatch) -> list[str]:
+    """Names of the products that were not PyTorch's default; fails where this machine's PyTorch has none."""
+    assert module.default_linear_reason() is None, module.default_linear_reason()
+    seen: list[str] = []
 
-    def counted(*args):
-        seen.append(1)
-        return original(*args)
+    def count(name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: [seen.append(name), original(*args)][1])
 
-    monkeypatch.setattr(module, "_onednn_linear", counted)
+    count("_onednn_linear")
+    count("_packed_linear")
     return seen
 
 
 @pytest.mark.parametrize("shape", [(197, 192), (2, 17, 192), (1, 192), (192,), (2, 3, 5, 192)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients(shape, bias, calls):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_values_and_gradients(shape, bias, onednn, calls, monkeypatch):
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: onednn)
     torch.manual_seed(0)
     layer, x = Linear(192, 44, bias=bias), torch.randn(shape, requires_grad=True)
     leaves = [x, *layer.parameters()]
+    with torch.no_grad():
+        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+    assert calls == ["_packed_linear"]
     if len(shape) == 1:
         assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
         return
     actual, expected = layer(x), F.linear(x, layer.weight, layer.bias)
-    assert calls
     assert_close(actual, expected, 1e-6)
     for got, wanted in zip(
         torch.autograd.grad(actual.square().sum(), leaves),
@@ -54,7 +59,7 @@ def test_values_and_gradients(shape, bias, calls):
         strict=True,
     ):
         assert_close(got, wanted, 1e-5)
-    assert len(calls) == 3, "one product forward, two backward"
+    assert calls[1:] == ["_onednn_linear"] * (3 if onednn else 0), "one product forward, two backward"
 
 
 def test_strided_input(calls):
@@ -118,8 +123,11 @@ def test_packed_bfloat16_weights(features, change, calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_without_instructions_for_it(dtype, monkeypatch, calls):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_half_precision_without_instructions_for_it(onednn, dtype, monkeypatch, calls):
     """Such products go through float32, rounded once, and fast: PyTorch's own are 10 times slower there."""
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: onednn)
+    seen, original = [], F.linear
     for name in ("vim.ops.linear", "vim.ops._packed_weights"):
         monkeypatch.setattr(sys.modules[name], "multiplies_in", lambda dtype: dtype is torch.float32)
     torch.manual_seed(0)
@@ -127,14 +135,17 @@ def test_half_precision_without_instructions_for_it(dtype, monkeypatch, calls):
     leaves = [x, *layer.parameters()]
     exact = [t.detach().float().requires_grad_() for t in leaves]
     wanted = torch.autograd.grad(F.linear(*exact).square().sum(), exact)
-    got = torch.autograd.grad(layer(x).square().sum(), leaves)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", lambda x, *args: seen.append(x.dtype) or original(x, *args))
+        got = torch.autograd.grad(layer(x).square().sum(), leaves)
+    assert (seen, calls) == (([], ["_onednn_linear"] * 3) if onednn else ([torch.float32], []))
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype is dtype
         assert_close(a.float(), b, 1e-2)
     with torch.no_grad():
         once_rounded = F.linear(*exact).to(dtype)
         assert_close(layer(x).float(), once_rounded.float(), 2 * torch.finfo(dtype).eps)
-    assert len(calls) == 4
+    assert calls[-1] == "_packed_linear"
 
 
 def test_convolution_without_instructions_for_half_precision(monkeypatch, calls):
@@ -279,10 +290,10 @@ def test_both_switches(calls):
     x, weight = torch.randn(5, 16), torch.randn(8, 16)
     with torch.backends.mkldnn.flags(enabled=False):
         linear(x, weight)
-        assert "enabled is False" in module.onednn_reason()
-    with onednn_linear(False):
+        assert "enabled is False" in module.default_linear_reason()
+    with fast_linear(False):
         linear(x, weight)
-        assert "VIM_ONEDNN_LINEAR=0" in module.onednn_reason()
+        assert "VIM_FAST_LINEAR=0" in module.default_linear_reason()
     assert not calls
     linear(x, weight)
     assert calls
@@ -293,6 +304,9 @@ def test_flops():
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 5 * 16 * 8
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    assert counter.get_total_flops() == 2 * 5 * 16 * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -53,10 +53,40 @@ def check_far_decays() -> None:
         check_selective_scan(inputs, reverse, True, 64)
 
 
+def check_products() -> None:
+    """Products with packed weights, of any strides, against float64."""
+    for rows, depth, columns in ((1, 1, 1), (6, 24, 7), (197, 48, 44), (15, 2500, 33), (130, 16, 300)):
+        for dtype in FLOATS:
+            weight, bias = noise(columns, depth, dtype=dtype), noise(columns)
+            packed = torch.ops.vim.pack_weight(weight)
+            assert torch.equal(packed, torch.ops.vim.pack_weight(weight.t().contiguous().t()))
+            wide = noise(rows, depth + 3, dtype=dtype)
+            for x in (wide[:, 2:-1], wide[:, 2:-1].contiguous(), wide.t().contiguous().t()[:, 2:-1]):
+                for b in (bias, None):
+                    y = torch.ops.vim.packed_linear(x, packed, b, columns)
+                    exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+                    scale = torch.nn.functional.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
+                    error = (y.double() - exact).abs()
+                    assert y.dtype is dtype
+                    assert (error <= scale * 4e-7 + exact.abs() * (torch.finfo(dtype).eps / 2)).all(), (
+                        rows,
+                        depth,
+                        columns,
+                        dtype,
+                    )
+    x = noise(2, 3, 24)
+    assert torch.ops.vim.packed_linear(x, torch.ops.vim.pack_weight(noise(7, 24)), None, 7).shape == (2, 3, 7)
+    with pytest.raises(RuntimeError, match="packed"):
+        torch.ops.vim.packed_linear(x, torch.ops.vim.pack_weight(noise(7, 23)), None, 7)
+    with pytest.raises(RuntimeError, match="packed"):
+        torch.ops.vim.packed_linear(x, torch.ops.vim.pack_weight(noise(7, 24)), None, 700)
+
+
 def check_shapes() -> None:
     """One pass over what the instruction sets could do differently; also run in other processes."""
     check_exponential()
     check_far_decays()
+    check_products()
     for shape in ((1, 1, 1, 1, 1), (2, 65, 24, 16, 12), (1, 130, 33, 17, 5), (2, 7, 48, 3, 1)):
         for dtype in FLOATS:
             tensors = [t.detach() for t in make_bidirectional_inputs(*shape, dtype=dtype)]

@@ -20,7 +20,7 @@ import vim.models  # noqa: F401  (registers our models with timm)
 from vim.engine.benchmark_report import write_report
 from vim.engine.gpu import time_calls
 from vim.engine.machine import PeakMemory, describe_machine, keep_freed_memory, probe_machine
-from vim.ops import default_backend, onednn_linear
+from vim.ops import default_backend, fast_linear
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ VARIANTS = {
     "": "as shipped",
     "frozen": "torch.compile with the weights frozen into the graph (inference only): packed products for every model",
     "compiled": "torch.compile",
-    "plain": "without oneDNN's products around our kernels",
+    "plain": "with PyTorch's default products around our kernels",
     "reference": "our models on the reference backend",
     "triton": "our models on the Triton backend",
     "mamba_ssm": "our models on the kernels of mamba-ssm",
@@ -236,7 +236,7 @@ def _prepare(model: nn.Module, variant: str, images: torch.Tensor) -> Callable[.
 def _settings(variant: str) -> Iterator[None]:
     """Whatever a variant changes for the time of its calls."""
     if variant == "plain":
-        with onednn_linear(False):
+        with fast_linear(False):
             yield
     elif variant in _BACKENDS:
         with default_backend(variant):

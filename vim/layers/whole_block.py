@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,10 +26,26 @@ _FORWARDS = (Mamba.forward, RMSNorm.forward, Linear.forward)
 _prepared: WeakKeyDictionary[nn.Module, PreparedBlock] = WeakKeyDictionary()
 
 
-def run_whole_block(
-    norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """The mixer's output and the residual for the next block; `None` where the modules have to be called.
+class ReadyBlock(NamedTuple):
+    """A block that is one call as long as nobody touches its modules.
+
+    Attributes:
+        operands: What the call takes for its weights.
+        eps: Of its norm.
+        merge: Of its directions.
+    """
+
+    operands: list[Tensor | None]
+    eps: float
+    merge: str
+
+    def run(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mixer's output and the residual for the next block, for tensors like those it was made ready for."""
+        return bidirectional_block(x, residual, self.operands, self.eps, self.merge)
+
+
+def ready_block(norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None) -> ReadyBlock | None:
+    """The block of these two modules as one call; `None` where they have to be called.
 
     Args:
         norm: The block's norm.
@@ -52,7 +68,7 @@ def run_whole_block(
     if operands is None:
         prepared = _prepared[mixer] = PreparedBlock(weights)
         operands = prepared.operands(weights)
-    return bidirectional_block(x, residual, operands, norm.eps, mixer.merge) if operands else None
+    return ReadyBlock(operands, norm.eps, mixer.merge) if operands else None
 
 
 def forget_whole_block(mixer: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
+from vim.layers.block import ready_blocks
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
@@ -329,6 +331,8 @@ class VisionMamba(nn.Module):
         taken: list[tuple[Tensor, Tensor]] = []
         step = 2 if self.pairwise_layers else 1
         tables = None if self.rotary == "none" else self.rope.tables(sequence.grid)
+        ready = ready_blocks(islice(self.layers, depth), x)
+        run_layer = self._run_layer if ready is None else lambda i, *tensors: ready[i].run(*tensors)
         for i in range(0, depth - depth % step, step):
             if tables is not None:
                 x = self._rotate(x, sequence.flipped, tables)
@@ -336,11 +340,11 @@ class VisionMamba(nn.Module):
                     residual = self._rotate(residual, sequence.flipped, tables)
             if self.pairwise_layers:
                 reversed_residual = None if residual is None else residual.flip(1)
-                x_b, residual_b = self._run_layer(i + 1, x.flip(1), reversed_residual)
-                x, residual = self._run_layer(i, x, residual)
+                x_b, residual_b = run_layer(i + 1, x.flip(1), reversed_residual)
+                x, residual = run_layer(i, x, residual)
                 x, residual = x + x_b.flip(1), residual + residual_b.flip(1)
             else:
-                x, residual = self._run_layer(i, x, residual)
+                x, residual = run_layer(i, x, residual)
             taken += [(x, residual) for index in range(i, i + step) if index in take]
         return x, residual, taken
 

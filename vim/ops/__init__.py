@@ -13,7 +13,7 @@ from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
 from vim.ops.exportable import exportable_ops
-from vim.ops.linear import goes_through_float32, linear, onednn_linear
+from vim.ops.linear import fast_linear, goes_through_float32, linear
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [
@@ -32,10 +32,10 @@ __all__ = [
     "check_memory",
     "default_backend",
     "exportable_ops",
+    "fast_linear",
     "forget_packed",
     "goes_through_float32",
     "linear",
-    "onednn_linear",
     "selective_scan",
     "unavailable_backends",
 ]

@@ -113,7 +113,8 @@ def cpu_recipe() -> Recipe:
         for name, flags in sets.items()
     ]
     bindings = [
-        Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", BINDING_FLAGS) for name in ("scan", "conv", "norm", "block")
+        Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", BINDING_FLAGS)
+        for name in ("scan", "conv", "norm", "product", "block")
     ]
     compiler = find_compiler()
     return Recipe(

@@ -1,7 +1,7 @@
 """A whole layer of the model in one call, for inference on the CPU: the ops without the Python between them.
 
-Weights in float32 are read as they are. Copies of the others (products in oneDNN's layout, the rest in float32) are
-made once and used while they are those of the same tensors: memory, sizes, dtype, version and fingerprint.
+Weights in float32 are read as they are. Copies of the others (those of products packed, the rest in float32) are made
+once and used while they are those of the same tensors: memory, sizes, dtype, version and fingerprint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vim.ops._checks import check_choice, check_memory
 from vim.ops._fingerprint import Origin
 from vim.ops._packed_weights import multiplies_in, packed_weight
 from vim.ops.bidirectional_scan.interface import MERGES
-from vim.ops.linear import goes_to_onednn
+from vim.ops.linear import goes_fast
 
 
 class BlockWeights(NamedTuple):
@@ -163,7 +163,7 @@ def block_runs_at_once(x: Tensor, residual: Tensor | None, weights: BlockWeights
     """Whether inference on this input may be one call, as far as the input and the state of torch decide."""
     return bool(
         not torch.is_grad_enabled()
-        and goes_to_onednn(x, weights.in_proj)
+        and goes_fast(x, weights.in_proj)
         and x.dim() == 3
         and x.shape[2] == weights.in_proj.shape[-1]
         and (residual is None or _is_residual(residual, x))

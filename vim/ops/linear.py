@@ -1,19 +1,24 @@
-"""Matrix products around the ops: oneDNN's where PyTorch's default is slower, and rows that kernels load at once.
+"""Matrix products around the ops: the fastest at hand, and rows that kernels load at once.
 
-PyTorch's float32 `F.linear` runs on MKL, which leaves the widest vector units of other makers' processors idle: 106
-against 231 GFLOP/s on one Zen 5 core. oneDNN, which comes with the same PyTorch, reads the same weights as they are;
-in inference it gets them packed, in bfloat16 too (see `_packed_weights`), which brings up to a fifth with two threads.
+In inference weights are packed once (see `_packed_weights`): for kernels of our own in float32, for oneDNN in a half
+precision that the processor multiplies in. On a Zen 3 core the former do 90 GFLOP/s of 98; PyTorch's `F.linear`, which
+is MKL's, does 84 and less for few columns, oneDNN 75 with 30 us before it starts.
 
-On a processor without instructions for a half precision, PyTorch multiplies it with 4 to 10 GFLOP/s on a Zen 3 core
-that does 84 in float32. Such products go through float32: they are exact there, summed as in float32, and
-rounded once.
+In training weights change at every step. With AVX2 PyTorch's float32 `F.linear` is the fastest there (on a Zen 3 core
+77 GFLOP/s forward and backward, oneDNN 65), but MKL leaves the widest vector units of other makers' processors idle
+(on a Zen 5 core 106 GFLOP/s, oneDNN 231). So products are oneDNN's with AVX-512.
+
+On a processor without instructions for a half precision, PyTorch multiplies it with 4 to 10 GFLOP/s on a Zen 3 core.
+Such products go through float32: they are exact there, summed as in float32, and rounded once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +31,9 @@ from torch.utils.flop_counter import register_flop_formula
 from vim.ops._checks import check_memory, needs_grad
 from vim.ops._packed_weights import multiplies_in, packed_weight
 
-_switched_on = os.environ.get("VIM_ONEDNN_LINEAR", "1") != "0"
+torch.library.define("vim::packed_linear", "(Tensor x, Tensor packed, Tensor? bias, int columns) -> Tensor")
+
+_switched_on = os.environ.get("VIM_FAST_LINEAR", "1") != "0"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _onednn_linear: Any = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None
@@ -47,26 +54,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., out_features).
 
     Raises:
-        RuntimeError: On oneDNN's way, the memory of an argument was freed or cut short.
+        RuntimeError: The memory of an argument was freed or cut short, where the product is not left to `F.linear`.
     """
-    if not goes_to_onednn(x, weight):
+    if not goes_fast(x, weight):
         return _linear_on_gpu(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
     check_memory("x", x)
     if bias is not None:
         check_memory("bias", bias)
     if needs_grad(x, weight, bias):
         check_memory("weight", weight)
-        return _linear_with_grad(x, weight, bias)
+        return _linear_once(x, weight, bias)
     packed = packed_weight(weight)
-    if not multiplies_in(x.dtype):
-        weight = weight.float() if packed is None else packed
-        return _onednn_linear(x.float(), weight, _float(bias), "none", [], "").to(x.dtype)
-    return _onednn_linear(x, weight if packed is None else packed, bias, "none", [], "")
+    if packed is None:
+        return _linear_once(x, weight, bias)
+    if packed.is_mkldnn:
+        return _onednn_linear(x, packed, bias, "none", [], "")
+    return _packed_linear(x, packed, bias, weight.shape[0])
 
 
 @contextlib.contextmanager
-def onednn_linear(enabled: bool) -> Iterator[None]:
-    """Switch oneDNN's products on or off, for this process, inside a `with` block."""
+def fast_linear(enabled: bool) -> Iterator[None]:
+    """Leave products on the CPU to PyTorch's `F.linear`, or not, for this process, inside a `with` block."""
     global _switched_on
     before, _switched_on = _switched_on, enabled
     try:
@@ -78,15 +86,15 @@ def onednn_linear(enabled: bool) -> Iterator[None]:
 def goes_through_float32(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of these two is faster in float32: half precision on a processor that does not multiply in it.
 
-    Where oneDNN is not used (see `linear`), PyTorch's own products are left as they are.
+    What is left to `F.linear` (see `linear`) stays as it is.
     """
-    return goes_to_onednn(x, weight) and not multiplies_in(x.dtype)
+    return goes_fast(x, weight) and not multiplies_in(x.dtype)
 
 
-def onednn_reason() -> str | None:
-    """Why float32 products on the CPU do not go through oneDNN; `None` where they do."""
+def default_linear_reason() -> str | None:
+    """Why products on the CPU are left to PyTorch's `F.linear`; `None` where they are not."""
     if not _switched_on:
-        return "switched off, by VIM_ONEDNN_LINEAR=0 or vim.ops.onednn_linear(False)"
+        return "switched off, by VIM_FAST_LINEAR=0 or vim.ops.fast_linear(False)"
     if not _HAS_ONEDNN:
         return "this build of PyTorch has no oneDNN linear"
     if not torch.backends.mkldnn.enabled:
@@ -94,8 +102,8 @@ def onednn_reason() -> str | None:
     return None
 
 
-def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these two is oneDNN's here and now."""
+def goes_fast(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of these two is not left to `F.linear` here and now."""
     # The cheap questions first: this is asked four times a block.
     return bool(
         type(x) is Tensor
@@ -115,12 +123,23 @@ def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _linear_with_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype is torch.float32:
-        return _OneDNNLinear.apply(x, weight, bias)
-    if multiplies_in(x.dtype):
-        return F.linear(x, weight, bias)  # oneDNN's already
-    return _OneDNNLinear.apply(x.float(), weight.float(), _float(bias)).to(x.dtype)
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN beats PyTorch's float32 product, which is MKL's, with a weight that is not packed."""
+    return _HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+    return torch.ops.vim.packed_linear.default(x, packed, _float(bias), columns)
+
+
+def _linear_once(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """With a weight that is not packed, for operands that `goes_fast`; differentiable."""
+    if x.dtype is not torch.float32:
+        if multiplies_in(x.dtype):
+            return F.linear(x, weight, bias)  # oneDNN's already
+        return _linear_once(x.float(), weight.float(), _float(bias)).to(x.dtype)
+    return _OneDNNLinear.apply(x, weight, bias) if onednn_is_faster() else F.linear(x, weight, bias)
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -135,16 +154,18 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return _linear_backward(ctx, dy)
+        return _linear_backward(ctx, dy, _linear_once)
 
 
-def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _linear_backward(
+    ctx: Any, dy: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias of a function that has saved the first two."""
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     rows = dy.flatten(0, -2)
-    dx = linear(dy, weight.t()) if needs_x else None
-    dweight = linear(rows.t(), x.flatten(0, -2).t()) if needs_weight else None
+    dx = product(dy, weight.t()) if needs_x else None
+    dweight = product(rows.t(), x.flatten(0, -2).t()) if needs_weight else None
     return dx, dweight, rows.sum(0) if needs_bias else None
 
 
@@ -196,14 +217,16 @@ class _AlignedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_linear_backward(ctx, dy), None)
+        return (*_linear_backward(ctx, dy, linear), None)
+
+
+@register_flop_formula(torch.ops.vim.packed_linear)
+def _packed_flops(x: Any, packed: Any, bias: Any, columns: int, *, out_shape: Any = None, **settings: Any) -> int:
+    return 2 * math.prod(x) * columns
 
 
 def _flops(x: Any, weight: Any, *others: Any, out_shape: Any = None, **settings: Any) -> int:
-    rows = 1
-    for size in x[:-1]:
-        rows *= size
-    return 2 * rows * weight[0] * weight[1]
+    return 2 * math.prod(x) * int(weight[0])
 
 
 if _HAS_ONEDNN:
