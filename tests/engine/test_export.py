@@ -6,12 +6,18 @@ import subprocess
 import sys
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 import vim
 from tests.helpers import assert_close, make_bidirectional_inputs, make_scan_inputs
+from tests.training import TINY_MODEL, change
+from vim.checkpoints.io import save_weights
+from vim.config.schema import TrainConfig
 from vim.engine.export import describe_onnx, export_onnx, write_onnx
+from vim.engine.model import build_model
+from vim.engine.trained_model import weights_metadata
 from vim.ops import (
     ScanOperands,
     add_rms_norm,
@@ -66,7 +72,7 @@ def test_the_other_ops_of_exportable_operators():
 def test_models_in_onnxruntime(kwargs, tmp_path):
     torch.manual_seed(0)
     model = vim.VisionMamba(**SMALL, **kwargs).eval()
-    error = write_onnx(model, tmp_path / "m.onnx", 3, 32, tolerance=1e-4)
+    error = write_onnx(model, tmp_path / "m.onnx", 3, (32, 32), tolerance=1e-4)
     assert error < 1e-5
     proto = onnx.load(tmp_path / "m.onnx")
     assert {"Scan"} <= {node.op_type for node in proto.graph.node}
@@ -74,10 +80,18 @@ def test_models_in_onnxruntime(kwargs, tmp_path):
     assert "opset" in describe_onnx(tmp_path / "m.onnx")
 
 
-def test_float16(tmp_path):
-    torch.manual_seed(0)
-    model = vim.VisionMamba(**SMALL).eval().half()
-    assert write_onnx(model, tmp_path / "m.onnx", 3, 32, tolerance=3e-2) < 1e-2
+def test_a_run_is_exported_with_its_size_channels_and_classes_in_float16(tmp_path):
+    config = change(TrainConfig(), model__img_size=(16, 24), model__in_chans=1, model__args=TINY_MODEL)
+    config = change(config, schedule__warmup_epochs=0, epochs=1)
+    names = [str(label) for label in range(7)]
+    model = build_model(config.model, len(names)).eval()
+    save_weights(tmp_path / "best.safetensors", model.state_dict(), weights_metadata(config, names))
+    export_onnx(str(tmp_path / "best.safetensors"), str(tmp_path / "m.onnx"), dtype="float16")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    images = torch.randn(3, 1, 16, 24)
+    (logits,) = session.run(None, {"images": images.half().numpy()})
+    with torch.no_grad():
+        assert_close(torch.from_numpy(logits).float(), model(images), 1e-2)
 
 
 @pytest.mark.parametrize(("sample", "gradients"), [((72, 80), False), ((72, 80), True), ((24, 40), True)], ids=str)
@@ -140,12 +154,17 @@ def test_torch_cannot_compile_a_loop_over_rows_times_columns(tmp_path):
 
 def test_a_wrong_file_is_not_left_behind(tmp_path):
     with pytest.raises(RuntimeError, match="differs from PyTorch by"):
-        write_onnx(vim.VisionMamba(**SMALL).eval(), tmp_path / "m.onnx", 3, 32, tolerance=0.0)
+        write_onnx(vim.VisionMamba(**SMALL).eval(), tmp_path / "m.onnx", 3, (32, 32), tolerance=0.0)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"dtype": "int8"}, "dtype must be one of"), ({"out": "m.pt"}, "out must end in .onnx")]
+    ("kwargs", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"out": "m.pt"}, "out must end in .onnx"),
+        ({"model": __file__, "in_chans": 3}, "in_chans must be left out for .*test_export.py.* got 3"),
+    ],
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):

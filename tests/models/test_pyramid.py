@@ -139,7 +139,7 @@ def test_segmentation_models_pytorch_exports(head, segmentation):
 def test_a_segmentation_head_in_onnxruntime(segmentation, monkeypatch, tmp_path):
     monkeypatch.setitem(variants._TINY_SIZE, "depth", 1)
     net = segmentation("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32).eval()
-    assert write_onnx(net, tmp_path / "fpn.onnx", 3, 64, tolerance=1e-4) < 1e-5
+    assert write_onnx(net, tmp_path / "fpn.onnx", 3, (64, 64), tolerance=1e-4) < 1e-5
 
 
 def test_upernet_of_transformers_trains_a_step():

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import vim.models  # noqa: F401  (registers our models with timm)
+from vim.engine.trained_model import load_trained_model
 from vim.ops import exportable_ops
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -23,9 +25,9 @@ _TOLERANCES = {"float32": 1e-4, "float16": 3e-2}
 def export_onnx(
     model: str,
     out: str,
-    img_size: int = 224,
-    num_classes: int = 1000,
-    in_chans: int = 3,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     checkpoint_path: str = "",
     pretrained: bool = False,
     dtype: str = "float32",
@@ -33,11 +35,11 @@ def export_onnx(
     """Export a model with any batch size, check it in onnxruntime and print what came out.
 
     Args:
-        model: A name that timm knows, such as vim_tiny_patch16_224.
+        model: A run folder of vim.train, a checkpoint in it, or a name that timm knows, such as vim_tiny_patch16_224.
         out: File to write, ending in .onnx.
-        img_size: Side of the square images, in pixels.
-        num_classes: Outputs of the head.
-        in_chans: Channels of the images.
+        img_size: Side of the square images of a named model, in pixels; 224 if not given.
+        num_classes: Outputs of its head; 1000 if not given.
+        in_chans: Channels of its images; 3 if not given.
         checkpoint_path: Weights to load.
         pretrained: Take the published weights.
         dtype: float32 or float16. States stay float32.
@@ -46,26 +48,37 @@ def export_onnx(
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
     if not out.endswith(".onnx"):
         raise ValueError(f"out must end in .onnx, got {out!r}")
-    network = timm.create_model(
-        model,
-        pretrained=pretrained,
-        checkpoint_path=checkpoint_path,
-        img_size=img_size,
-        num_classes=num_classes,
-        in_chans=in_chans,
-    )
-    error = write_onnx(network.eval().to(_DTYPES[dtype]), Path(out), in_chans, img_size, _TOLERANCES[dtype])
+    named: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
+    named |= {"checkpoint_path": checkpoint_path or None, "pretrained": pretrained or None}
+    network, channels, image_shape = _trained(model, named) if Path(model).exists() else _named(model, named)
+    sys.stderr.write(f"exporting {model}, and checking it in onnxruntime\n")
+    error = write_onnx(network.eval().to(_DTYPES[dtype]), Path(out), channels, image_shape, _TOLERANCES[dtype])
     sys.stdout.write(f"{out}: {describe_onnx(Path(out))}, largest difference from PyTorch {error:.1e}\n")
 
 
-def write_onnx(model: nn.Module, path: Path, in_chans: int, img_size: int, tolerance: float) -> float:
+def _trained(source: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int, int]]:
+    """A model that vim.train wrote, the channels of its images and their size."""
+    for name, value in named.items():
+        if value is not None:
+            raise ValueError(f"{name} must be left out for {source}, which says itself what it is, got {value!r}")
+    trained = load_trained_model(source)
+    return trained.model, trained.preprocessing.in_chans, trained.preprocessing.image_shape
+
+
+def _named(name: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int, int]]:
+    """A model of timm, the channels of its images and their size."""
+    settings = {"img_size": 224, "in_chans": 3} | {key: value for key, value in named.items() if value is not None}
+    return timm.create_model(name, **settings), settings["in_chans"], (settings["img_size"], settings["img_size"])
+
+
+def write_onnx(model: nn.Module, path: Path, in_chans: int, image_shape: tuple[int, int], tolerance: float) -> float:
     """Write `model` to `path`, with a dynamic batch, once onnxruntime has confirmed it.
 
     Args:
         model: In eval mode, on the CPU.
         path: File to write; it appears only when the check has passed.
         in_chans: Channels of the images.
-        img_size: Side of the square images, in pixels.
+        image_shape: Height and width of the images, in pixels.
         tolerance: Largest difference that is accepted, relative to the largest logit.
 
     Returns:
@@ -75,7 +88,7 @@ def write_onnx(model: nn.Module, path: Path, in_chans: int, img_size: int, toler
         RuntimeError: The exported model differs by more than `tolerance`.
     """
     dtype = next(model.parameters()).dtype
-    images = torch.randn(2, in_chans, img_size, img_size, dtype=dtype)
+    images = torch.randn(2, in_chans, *image_shape, dtype=dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         draft = Path(folder) / path.name
