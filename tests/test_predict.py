@@ -111,7 +111,7 @@ def test_a_file_that_is_no_image_is_named_and_skipped_and_the_exit_code_tells(ru
     ("source", "images", "options", "message"),
     [
         ("{run}", "/nowhere.png", [], "there is no image or folder /nowhere.png"),
-        ("{run}", "{empty}", [], "there is no image in the folder"),
+        ("{run}", "{empty}", [], "none of its files ends in .jpeg, .jpg, .png"),
         ("{empty}", "{image}", [], "there is no checkpoint"),
         ("{image}", "{image}", [], "is truncated, damaged or no checkpoint"),
         ("/nowhere", "{image}", [], "there is no run folder, checkpoint or timm model '/nowhere'"),

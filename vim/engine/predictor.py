@@ -141,7 +141,8 @@ def list_images(path: Path) -> list[Path]:
     extensions = get_img_extensions(as_set=True)
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
     if not found:
-        raise FileNotFoundError(f"there is no image in the folder {path}")
+        endings = ", ".join(sorted(extensions))
+        raise FileNotFoundError(f"there is no image in the folder {path}: none of its files ends in {endings}")
     return found
 
 
