@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vim.layers.watched import is_watched
-from vim.layers.whole_block import ReadyBlock, forget_whole_block, ready_block
+from vim.layers.whole_block import forget_whole_block, ready_block
+from vim.ops import ReadyBlock, bidirectional_blocks
 
 
 class Block(nn.Module):
@@ -44,7 +45,7 @@ class Block(nn.Module):
             hidden_states = self.drop_path(hidden_states)
         ready = ready_block(self.norm, self.mixer, hidden_states, residual)
         if ready is not None:
-            return ready.run(hidden_states, residual)
+            return bidirectional_blocks(hidden_states, residual, [ready])
         hidden_states, residual = self.norm(hidden_states, residual)
         return self.mixer(hidden_states), residual
 
@@ -57,16 +58,38 @@ class Block(nn.Module):
 _forward = Block.forward  # a class may be given another one
 
 
-def ready_blocks(blocks: Iterable[nn.Module], x: Tensor) -> list[ReadyBlock] | None:
-    """Blocks of a model as a call each; `None` where one of them has to be called itself.
+def run_blocks_at_once(
+    blocks: Iterable[nn.Module], x: Tensor, take: Collection[int] = ()
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """What blocks put out one after the other, in one call; `None` where one of them has to be called itself.
 
-    To make all of them ready before the first one runs takes half the time: what this reads is then in the processor's
-    caches, and no code of the user's runs in between.
+    All of them are made ready before the first one runs: no code of the user's runs in between, and what is read for
+    that stays in the processor's caches.
 
     Args:
-        blocks: One after the other.
+        blocks: Those of a model.
         x: What the first one gets, (batch, len, dim).
+        take: Numbers of the blocks whose output is wanted besides.
+
+    Returns:
+        Hidden state and residual after the last block, and both after each block in `take`; (batch, len, dim) each.
     """
+    ready = _ready_blocks(blocks, x)
+    if not ready:
+        return None
+    residual: Tensor | None = None
+    taken: list[tuple[Tensor, Tensor]] = []
+    first, final = 0, len(ready) - 1
+    for last in sorted({*(i for i in take if i < final), final}):
+        x, residual = bidirectional_blocks(x, residual, ready[first : last + 1])
+        first = last + 1
+        if last in take:
+            taken.append((x, residual))
+    assert residual is not None
+    return x, residual, taken
+
+
+def _ready_blocks(blocks: Iterable[nn.Module], x: Tensor) -> list[ReadyBlock] | None:
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     ready = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +14,7 @@ from vim.layers.linear import Linear
 from vim.layers.mixer import Mamba
 from vim.layers.norm import RMSNorm
 from vim.layers.watched import is_watched
-from vim.ops import BlockWeights, PreparedBlock, bidirectional_block, block_runs_at_once
+from vim.ops import BlockWeights, PreparedBlock, ReadyBlock, block_runs_at_once
 
 _PRODUCTS = ("in_proj", "x_proj", "x_proj_b", "out_proj")
 _READ_BY_KERNELS = {"conv1d": nn.Conv1d, "conv1d_b": nn.Conv1d, "dt_proj": nn.Linear, "dt_proj_b": nn.Linear}
@@ -24,24 +24,6 @@ _parts, _parameters = itemgetter(*_PARTS), attrgetter("_parameters")
 _FORWARDS = (Mamba.forward, RMSNorm.forward, Linear.forward)
 
 _prepared: WeakKeyDictionary[nn.Module, PreparedBlock] = WeakKeyDictionary()
-
-
-class ReadyBlock(NamedTuple):
-    """A block that is one call as long as nobody touches its modules.
-
-    Attributes:
-        operands: What the call takes for its weights.
-        eps: Of its norm.
-        merge: Of its directions.
-    """
-
-    operands: list[Tensor | None]
-    eps: float
-    merge: str
-
-    def run(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mixer's output and the residual for the next block, for tensors like those it was made ready for."""
-        return bidirectional_block(x, residual, self.operands, self.eps, self.merge)
 
 
 def ready_block(norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None) -> ReadyBlock | None:

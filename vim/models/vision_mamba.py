@@ -15,7 +15,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
-from vim.layers.block import ready_blocks
+from vim.layers.block import run_blocks_at_once
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
@@ -327,12 +327,14 @@ class VisionMamba(nn.Module):
         self, x: Tensor, sequence: TokenSequence, depth: int, take: Collection[int] = ()
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """Hidden state and residual after `depth` blocks, and after each block in `take`; (batch, len, dim) each."""
+        if self.rotary == "none" and not self.pairwise_layers:
+            at_once = run_blocks_at_once(islice(self.layers, depth), x, take)
+            if at_once is not None:
+                return at_once
         residual: Tensor | None = None
         taken: list[tuple[Tensor, Tensor]] = []
         step = 2 if self.pairwise_layers else 1
         tables = None if self.rotary == "none" else self.rope.tables(sequence.grid)
-        ready = ready_blocks(islice(self.layers, depth), x)
-        run_layer = self._run_layer if ready is None else lambda i, *tensors: ready[i].run(*tensors)
         for i in range(0, depth - depth % step, step):
             if tables is not None:
                 x = self._rotate(x, sequence.flipped, tables)
@@ -340,11 +342,11 @@ class VisionMamba(nn.Module):
                     residual = self._rotate(residual, sequence.flipped, tables)
             if self.pairwise_layers:
                 reversed_residual = None if residual is None else residual.flip(1)
-                x_b, residual_b = run_layer(i + 1, x.flip(1), reversed_residual)
-                x, residual = run_layer(i, x, residual)
+                x_b, residual_b = self._run_layer(i + 1, x.flip(1), reversed_residual)
+                x, residual = self._run_layer(i, x, residual)
                 x, residual = x + x_b.flip(1), residual + residual_b.flip(1)
             else:
-                x, residual = run_layer(i, x, residual)
+                x, residual = self._run_layer(i, x, residual)
             taken += [(x, residual) for index in range(i, i + step) if index in take]
         return x, residual, taken
 

@@ -7,7 +7,13 @@ from vim.ops._backends import available_backends, default_backend, unavailable_b
 from vim.ops._checks import check_memory
 from vim.ops._packed_weights import forget_packed
 from vim.ops.add_rms_norm.interface import add_rms_norm
-from vim.ops.bidirectional_block import BlockWeights, PreparedBlock, bidirectional_block, block_runs_at_once
+from vim.ops.bidirectional_block import (
+    BlockWeights,
+    PreparedBlock,
+    ReadyBlock,
+    bidirectional_blocks,
+    block_runs_at_once,
+)
 from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
@@ -20,10 +26,11 @@ __all__ = [
     "BlockWeights",
     "InnerWeights",
     "PreparedBlock",
+    "ReadyBlock",
     "ScanOperands",
     "add_rms_norm",
     "available_backends",
-    "bidirectional_block",
+    "bidirectional_blocks",
     "bidirectional_conv1d",
     "bidirectional_mixer",
     "bidirectional_scan",

@@ -1,4 +1,4 @@
-"""A whole layer of the model in one call, for inference on the CPU: the ops without the Python between them.
+"""Whole layers of the model in one call, for inference on the CPU: the ops without the Python between them.
 
 Weights in float32 are read as they are. Copies of the others (those of products packed, the rest in float32) are made
 once and used while they are those of the same tensors: memory, sizes, dtype, version and fingerprint.
@@ -6,6 +6,7 @@ once and used while they are those of the same tensors: memory, sizes, dtype, ve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import compress
 from operator import attrgetter
 from typing import NamedTuple
@@ -183,26 +184,39 @@ def _runs_native(x: Tensor) -> bool:
     return portable and _native.cpu.path is not None
 
 
-def bidirectional_block(
-    x: Tensor, residual: Tensor | None, operands: list[Tensor | None], eps: float, merge: str
-) -> tuple[Tensor, Tensor]:
-    """Residual addition, RMSNorm and bidirectional mixer, without gradients.
+class ReadyBlock(NamedTuple):
+    """A layer that is one call as long as nobody touches its weights.
+
+    Attributes:
+        operands: What a `PreparedBlock` makes of its weights.
+        eps: Of its norm.
+        merge: "mean" or "sum" of its directions.
+    """
+
+    operands: list[Tensor | None]
+    eps: float
+    merge: str
+
+
+def bidirectional_blocks(x: Tensor, residual: Tensor | None, blocks: Sequence[ReadyBlock]) -> tuple[Tensor, Tensor]:
+    """Residual addition, RMSNorm and bidirectional mixer of one layer after the other, without gradients.
 
     Args:
         x: (batch, len, d_model), for which `block_runs_at_once`.
         residual: Like `x` in float32, or `None`.
-        operands: What a `PreparedBlock` makes of the weights.
-        eps: Of the norm.
-        merge: "mean" or "sum" of the directions.
+        blocks: At least one.
 
     Returns:
-        The mixer's output in the dtype of `x`, and the sum in float32.
+        The last mixer's output in the dtype of `x`, and the last sum in float32.
 
     Raises:
-        ValueError: `merge` is neither.
+        ValueError: A block's `merge` is neither.
         RuntimeError: The memory of an argument was freed or cut short; the message names it.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1.
     """
-    check_choice("merge", merge, tuple(MERGES))
-    return torch.ops.vim.bidirectional_block_inference.default(x, residual, *operands, eps, MERGES[merge])
+    for block in blocks:
+        check_choice("merge", block.merge, tuple(MERGES))
+    operands = [t for block in blocks for t in block.operands]
+    eps, scales = [block.eps for block in blocks], [MERGES[block.merge] for block in blocks]
+    return torch.ops.vim.bidirectional_blocks_inference.default(x, residual, operands, eps, scales)
