@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& r
   }
   norm.element = *element_of(x);
   norm.x = rows.const_data_ptr();
-  norm.x_row = rows.dim() > 1 ? rows.stride(rows.dim() - 2) : norm.dim;
+  norm.x_row = row_stride(rows);
   norm.residual = floats(added);
   norm.y = y.mutable_data_ptr();
   norm.r = mutable_floats(r);

@@ -147,6 +147,11 @@ inline Tensor as_rows(const Tensor& x) {
   return regular ? x : torch::stable::contiguous(x);
 }
 
+// From one row to the next of what as_rows gives. The stride of an axis of size 1 says nothing.
+inline int64_t row_stride(const Tensor& rows) {
+  return rows.is_contiguous() ? rows.size(rows.dim() - 1) : rows.stride(rows.dim() - 2);
+}
+
 inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 inline const float* floats(const OptionalTensor& x) { return x.has_value() ? floats(*x) : nullptr; }
 inline float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

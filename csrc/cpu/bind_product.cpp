@@ -30,6 +30,13 @@ Tensor pack_weight(const Tensor& weight) {
   return packed;
 }
 
+// x, once it is known to be there.
+const Tensor& checked(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() > 0 && element_of(x).has_value(), "vim: x must be (..., depth) in float32 or half precision");
+  check_memory("x", x);
+  return x;
+}
+
 // What a product reads and writes; the tensors live as long.
 struct Operands {
   Tensor rows, y;
@@ -37,22 +44,21 @@ struct Operands {
   Product product;
 
   Operands(const Tensor& x, const Tensor& packed, const OptionalTensor& given_bias, int64_t columns)
-      : rows(as_rows(x)), y(rows), bias(dense(given_bias)) {
-    const int64_t depth = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
-    STD_TORCH_CHECK(element_of(x).has_value() && is_float(packed) && is_float(bias) && packed.is_contiguous(),
-                    "vim: x must be float32 or half precision, packed and bias float32");
-    check_memory("x", x);
-    check_sizes("packed", packed, {panels_of(columns), depth, kernels().panel});
-    check_sizes("bias", bias, {columns});
+      : rows(as_rows(checked(x))), y(rows) {
+    STD_TORCH_CHECK(is_float(packed) && is_float(given_bias) && packed.is_contiguous(),
+                    "vim: packed and bias must be float32, and packed contiguous");
     Sizes sizes = sizes_of(x);
-    sizes.back() = columns;
+    const int64_t depth = std::exchange(sizes.back(), columns);
+    check_sizes("packed", packed, {panels_of(columns), depth, kernels().panel});
+    check_sizes("bias", given_bias, {columns});
+    bias = dense(given_bias);
     y = allocate(x, sizes);
     product.element = *element_of(x);
-    product.rows = depth > 0 ? x.numel() / depth : 0;
+    product.rows = columns > 0 ? y.numel() / columns : 0;
     product.depth = depth;
     product.columns = columns;
     product.x = rows.const_data_ptr();
-    product.x_row = rows.dim() > 1 ? rows.stride(rows.dim() - 2) : depth;
+    product.x_row = row_stride(rows);
     product.weight = floats(packed);
     product.bias = floats(bias);
     product.y = y.mutable_data_ptr();

@@ -48,9 +48,6 @@ def test_values_and_gradients(shape, bias, onednn, calls, monkeypatch):
     with torch.no_grad():
         assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
     assert calls == ["_packed_linear"]
-    if len(shape) == 1:
-        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
-        return
     actual, expected = layer(x), F.linear(x, layer.weight, layer.bias)
     assert_close(actual, expected, 1e-6)
     for got, wanted in zip(
@@ -62,11 +59,52 @@ def test_values_and_gradients(shape, bias, onednn, calls, monkeypatch):
     assert calls[1:] == ["_onednn_linear"] * (3 if onednn else 0), "one product forward, two backward"
 
 
-def test_strided_input(calls):
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_strided_input(grad, calls):
     torch.manual_seed(0)
     layer = Linear(16, 8)
-    for x in (torch.randn(4, 6, 32)[..., ::2], torch.randn(4, 16, 6).mT, torch.randn(6, 1, 16).expand(6, 3, 16)):
-        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+    inputs = (
+        torch.randn(4, 6, 32)[..., ::2],
+        torch.randn(4, 16, 6).mT,
+        torch.randn(6, 1, 16).expand(6, 3, 16),
+        torch.randn(3, 9, 16)[:, 2:7:2],
+        torch.randn(1, 3000, 16).transpose(0, 1),  # contiguous, though an axis of size 1 has a stride of 48000
+        torch.randn(32)[::2],
+    )
+    with torch.set_grad_enabled(grad):
+        for x in inputs:
+            assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+    assert grad or calls == ["_packed_linear"] * len(inputs)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_gradients_for_several_gradients_at_once(onednn, monkeypatch):
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: onednn)
+    torch.manual_seed(0)
+    leaves = [t.requires_grad_() for t in (torch.randn(2, 5, 16), torch.randn(8, 16), torch.randn(8))]
+    dy = torch.randn(3, 2, 5, 8)
+    got = torch.autograd.grad(linear(*leaves), leaves, dy, is_grads_batched=True)
+    wanted = torch.autograd.grad(F.linear(*leaves), leaves, dy, is_grads_batched=True)
+    for a, b in zip(got, wanted, strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_other_operands_are_left_to_pytorch(grad, calls):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 16), torch.randn(8, 16, requires_grad=grad), torch.randn(8)
+    for other in (weight.to_sparse_csr(), weight[0].detach()):
+        assert_close(linear(x, other), F.linear(x, other), 1e-6)
+    assert_close(linear(x, weight, bias[:1]), F.linear(x, weight, bias[:1]), 1e-6)
+    for operands, match in (
+        ((x[:, 1:], weight, bias), r"\(5x15 and 16x8\)"),
+        ((x, weight, bias[1:]), "must match the existing size"),
+        ((x, weight, bias.double()), "must have the same dtype"),
+        ((x[0, 0], weight), "at least 1D"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            linear(*operands)
+    assert not calls
 
 
 def _change_by_optimizer(layer: Linear) -> None:

@@ -61,7 +61,8 @@ def check_products() -> None:
             packed = torch.ops.vim.pack_weight(weight)
             assert torch.equal(packed, torch.ops.vim.pack_weight(weight.t().contiguous().t()))
             wide = noise(rows, depth + 3, dtype=dtype)
-            for x in (wide[:, 2:-1], wide[:, 2:-1].contiguous(), wide.t().contiguous().t()[:, 2:-1]):
+            dense = wide[:, 2:-1].contiguous()
+            for x in (wide[:, 2:-1], dense, wide.t().contiguous().t()[:, 2:-1], dense[None].transpose(0, 1)):
                 for b in (bias, None):
                     y = torch.ops.vim.packed_linear(x, packed, b, columns)
                     exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
@@ -80,6 +81,24 @@ def check_products() -> None:
         torch.ops.vim.packed_linear(x, torch.ops.vim.pack_weight(noise(7, 23)), None, 7)
     with pytest.raises(RuntimeError, match="packed"):
         torch.ops.vim.packed_linear(x, torch.ops.vim.pack_weight(noise(7, 24)), None, 700)
+    without_depth = torch.ops.vim.pack_weight(noise(7, 0))
+    assert torch.equal(torch.ops.vim.packed_linear(noise(3, 0), without_depth, bias[:7], 7), bias[:7].expand(3, 7))
+    with pytest.raises(RuntimeError, match="x must be"):
+        torch.ops.vim.packed_linear(x[0, 0, 0], without_depth, None, 7)
+
+
+def check_products_keep_rows_apart() -> None:
+    """What is not a number, or infinite, stays in its row or its column."""
+    x, weight = noise(13, 20), noise(37, 20)
+    expected = torch.nn.functional.linear(x, weight)
+    x[4, 3], x[7, 5] = float("nan"), float("inf")
+    weight[36, 2] = float("nan")
+    y = torch.ops.vim.packed_linear(x, torch.ops.vim.pack_weight(weight), None, 37)
+    assert y[4].isnan().all()
+    assert y[:, 36].isnan().all()
+    assert y[7, :36].isinf().all()
+    rows = [i for i in range(13) if i not in (4, 7)]
+    torch.testing.assert_close(y[rows, :36], expected[rows, :36])
 
 
 def check_shapes() -> None:
@@ -87,6 +106,7 @@ def check_shapes() -> None:
     check_exponential()
     check_far_decays()
     check_products()
+    check_products_keep_rows_apart()
     for shape in ((1, 1, 1, 1, 1), (2, 65, 24, 16, 12), (1, 130, 33, 17, 5), (2, 7, 48, 3, 1)):
         for dtype in FLOATS:
             tensors = [t.detach() for t in make_bidirectional_inputs(*shape, dtype=dtype)]
@@ -203,6 +223,8 @@ def test_add_rms_norm(shape, dtype):
     for r in (residual, None, residual.expand(shape)):
         check("add_rms_norm", x, r, weight, 1e-5)
     check("add_rms_norm", x.transpose(0, -1).contiguous().transpose(0, -1), residual, weight, 1e-5)
+    apart = x.contiguous()[None].transpose(0, -2)  # of an axis of size 1, a stride says nothing
+    check("add_rms_norm", apart, residual.view(apart.shape), weight, 1e-5)
     for dy in (x, None):
         for dr in (residual.flip(0), None):
             check("add_rms_norm_backward", dy, dr, residual, weight, 1e-5)
@@ -273,6 +295,8 @@ def _everything(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float3
     results += torch.ops.vim.selective_scan_backward(out, state, *inputs.values(), entry, True, True, 64)
     results.append(torch.ops.vim.causal_conv1d(x.mT, *weights[:2], True, False))
     results += torch.ops.vim.causal_conv1d_backward(x.mT, x.mT, *weights[:2], True, False)
+    packed = torch.ops.vim.pack_weight(noise(44, 96))
+    results += [packed, torch.ops.vim.packed_linear(x, packed, noise(44), 44)]
     return results
 
 

@@ -56,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: The memory of an argument was freed or cut short, where the product is not left to `F.linear`.
     """
-    if not goes_fast(x, weight):
+    if not (goes_fast(x, weight) and _fit_together(x, weight, bias)):
         return _linear_on_gpu(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
     check_memory("x", x)
     if bias is not None:
@@ -112,6 +112,8 @@ def goes_fast(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype is x.dtype
         and x.is_cpu
         and weight.is_cpu
+        and x.layout is torch.strided
+        and weight.layout is torch.strided
         and _switched_on
         and _HAS_ONEDNN
         and x.numel() > 0
@@ -121,6 +123,13 @@ def goes_fast(x: Tensor, weight: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
+
+
+def _fit_together(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether they are what `linear` says. Of others `F.linear` takes some, and has better words for the rest."""
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    return bias is None or (bias.dtype is x.dtype and bias.shape == weight.shape[:1])
 
 
 @functools.cache
@@ -163,9 +172,10 @@ def _linear_backward(
     """Gradients of x, weight and bias of a function that has saved the first two."""
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    rows = dy.flatten(0, -2)
+    count = x.numel() // x.shape[-1]
+    rows = dy.reshape(count, weight.shape[0])
     dx = product(dy, weight.t()) if needs_x else None
-    dweight = product(rows.t(), x.flatten(0, -2).t()) if needs_weight else None
+    dweight = product(rows.t(), x.reshape(count, -1).t()) if needs_weight else None
     return dx, dweight, rows.sum(0) if needs_bias else None
 
 
