@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vim.ops._backends import register_reference
@@ -38,15 +39,47 @@ class _Autograd:
     name: str
     save: Callable[..., None]
     backward: Callable[..., Any]
+    cotangents: int
+    again: Callable[..., Any]
 
     def connect(self, family: str) -> None:
         forward_op = getattr(torch.ops.vim, self.name + family).default
         backward_op = getattr(torch.ops.vim, f"{self.name}_backward{family}").default
-        torch.library.register_autograd(
-            f"vim::{self.name}{family}",
-            functools.partial(self.backward, backward_op, forward_op),
-            setup_context=self.save,
+        differentiable = _differentiable(self.again, self.cotangents, len(backward_op._schema.returns))
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            # Operations are recorded here with create_graph=True alone.
+            return self.backward(differentiable if torch.is_grad_enabled() else backward_op, forward_op, ctx, *grads)
+
+        torch.library.register_autograd(f"vim::{self.name}{family}", backward, setup_context=self.save)
+
+
+def _differentiable(again: Callable[..., Any], cotangents: int, results: int) -> Callable[..., tuple[Any, ...]]:
+    """A backward op as a function that has derivatives itself, because PyTorch differentiates the forward op again."""
+
+    def backward(*arguments: Any) -> tuple[Any, ...]:
+        # Views, so that an input which another one was made from counts for itself alone.
+        grads = arguments[:cotangents]
+        inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in arguments[cotangents:]]
+        outputs = again(*inputs)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        given = {i: g.to(outputs[i].dtype) for i, g in enumerate(grads) if g is not None}
+        wanted = [t for t in inputs[:results] if t is not None and t.requires_grad]
+        found = torch.autograd.grad(
+            [outputs[i] for i in given],
+            wanted,
+            [*given.values()],
+            create_graph=True,
+            materialize_grads=True,
         )
+        by_input = dict(zip(map(id, wanted), found, strict=True))
+        # Zeros where nobody wants a gradient; `None` stands for an absent input's.
+        return tuple(
+            by_input[id(t)] if id(t) in by_input else None if t is None else torch.zeros_like(t)
+            for t in inputs[:results]
+        )
+
+    return backward
 
 
 _ops: list[_Op] = []
@@ -107,7 +140,13 @@ def define_op(
 
 
 def define_autograd(
-    name: str, *, reference: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    cotangents: int = 1,
+    again: Callable[..., Any] | None = None,
 ) -> None:
     """Connect `vim::name` with `vim::name_backward`, each family with its own.
 
@@ -116,9 +155,12 @@ def define_autograd(
         reference: The forward op's reference.
         save: `setup_context` of torch.library.register_autograd.
         backward: Takes (backward op, forward op, ctx, *grads); returns a gradient or `None` for each input.
+        cotangents: How many of the backward op's arguments, the first ones, are gradients.
+        again: Takes the others, returns the outputs they belong to, in plain PyTorch; the reference where those are the
+            forward op's arguments.
     """
     register_reference(name, reference)
-    autograd = _Autograd(name, save, backward)
+    autograd = _Autograd(name, save, backward, cotangents, again or reference)
     _autograds.append(autograd)
     for family in _families:
         autograd.connect(family)

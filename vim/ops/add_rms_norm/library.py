@@ -59,4 +59,11 @@ define_op(
     fake=_backward_fake,
     flops=_backward_flops,
 )
-define_autograd("add_rms_norm", reference=reference.add_rms_norm, save=_save, backward=_backward)
+define_autograd(
+    "add_rms_norm",
+    reference=reference.add_rms_norm,
+    save=_save,
+    backward=_backward,
+    cotangents=2,
+    again=lambda r, weight, eps: reference.add_rms_norm(r, None, weight, eps),
+)

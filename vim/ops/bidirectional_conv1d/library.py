@@ -79,4 +79,6 @@ define_op(
     fake=_backward_fake,
     flops=_backward_flops,
 )
-define_autograd("bidirectional_conv1d", reference=reference.bidirectional_conv1d, save=_save, backward=_backward)
+define_autograd(
+    "bidirectional_conv1d", reference=reference.bidirectional_conv1d, save=_save, backward=_backward, cotangents=2
+)

@@ -71,4 +71,10 @@ define_op(
     fake=_backward_fake,
     flops=_backward_flops,
 )
-define_autograd("bidirectional_scan", reference=reference.bidirectional_scan, save=_save, backward=_backward)
+define_autograd(
+    "bidirectional_scan",
+    reference=reference.bidirectional_scan,
+    save=_save,
+    backward=_backward,
+    again=lambda *arguments: reference.bidirectional_scan(*arguments[:13], *arguments[14:]),  # without entry states
+)

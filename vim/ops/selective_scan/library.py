@@ -117,4 +117,11 @@ define_op(
     fake=_backward_fake,
     flops=_backward_flops,
 )
-define_autograd("selective_scan", reference=reference.selective_scan, save=_save, backward=_backward)
+define_autograd(
+    "selective_scan",
+    reference=reference.selective_scan,
+    save=_save,
+    backward=_backward,
+    cotangents=2,
+    again=lambda *arguments: reference.selective_scan(*arguments[:8], *arguments[9:]),  # without entry states
+)
