@@ -540,6 +540,14 @@ def test_blocks_of_other_kinds_are_called(calls, monkeypatch):
     assert not torch.allclose(quiet(images), expected)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_fewer_blocks_than_the_model_says_are_an_error(grad):
+    model = _model()
+    model.layers = model.layers[:3]
+    with torch.set_grad_enabled(grad), pytest.raises(IndexError, match="3 is out of range"):
+        model(torch.randn(1, 3, 32, 32))
+
+
 @torch.no_grad()
 def test_weights_that_change_between_two_calls_of_a_model(calls):
     model, images = _model(), torch.randn(2, 3, 32, 32)

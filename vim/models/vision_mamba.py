@@ -327,7 +327,7 @@ class VisionMamba(nn.Module):
         self, x: Tensor, sequence: TokenSequence, depth: int, take: Collection[int] = ()
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """Hidden state and residual after `depth` blocks, and after each block in `take`; (batch, len, dim) each."""
-        if self.rotary == "none" and not self.pairwise_layers:
+        if self.rotary == "none" and not self.pairwise_layers and depth <= len(self.layers):
             at_once = run_blocks_at_once(islice(self.layers, depth), x, take)
             if at_once is not None:
                 return at_once
