@@ -31,6 +31,17 @@ from vim.ops import (
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_classes": 10, "d_state": 4}
 
 
+def test_gradients_of_exportable_operators():
+    torch.manual_seed(0)
+    model = vim.VisionMamba(img_size=32, embed_dim=24, depth=1, d_state=4, num_classes=3).eval()
+    images, weights = torch.randn(1, 3, 32, 32), list(model.parameters())
+    expected = torch.autograd.grad(model(images).square().sum(), weights)
+    with exportable_ops():
+        actual = torch.autograd.grad(model(images).square().sum(), weights)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert_close(got, wanted, 1e-4)
+
+
 @pytest.mark.parametrize("kind", ["plain", "grouped", "constant", "bare"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_scan_of_exportable_operators_equals_the_op(kind, reverse):

@@ -1,4 +1,4 @@
-"""Derivatives of gradients (create_graph=True): penalties on gradients, Hessians, second-order optimisers."""
+"""Derivatives of gradients (create_graph=True: penalties, Hessians, second-order optimisers) and forward-mode ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 
 import pytest
 import torch
-from torch.autograd import gradgradcheck
-from torch.func import functional_call, grad
+from torch.autograd import forward_ad, gradgradcheck
+from torch.func import functional_call, grad, jvp
 
 import vim
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
@@ -97,3 +97,15 @@ def test_a_penalty_on_gradients_reaches_every_weight(mode, backend, frozen):
             assert expected[name].abs().max() == 0, name
         else:
             assert (value.double() - expected[name]).abs().max() <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_forward_mode(recorded):
+    torch.manual_seed(0)
+    model = vim.VisionMamba(img_size=32, embed_dim=24, depth=2, d_state=4, num_classes=3).eval()
+    images, direction = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(recorded), forward_ad.dual_level():
+        logits, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(images, direction)))
+    expected_logits, expected = jvp(model.double(), (images.double(),), (direction.double(),))
+    assert (logits - expected_logits).abs().max() < 1e-5
+    assert (tangent - expected).abs().max() < 1e-5 * expected.abs().max()

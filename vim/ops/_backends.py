@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from vim.ops._transforms import is_transformed
+
 _logger = logging.getLogger(__name__)
 
 WhyNot = Callable[[str, torch.device, torch.dtype], str | None]
@@ -148,8 +150,7 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
     """
     if functions is not None:
         return functions[op]
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        # torch.func transforms (grad, vmap, jvp, ...) do not support registered ops with a gradient.
+    if not torch.compiler.is_compiling() and is_transformed():
         return _references[op]
     suffix = _suffix(op, backend or _default, tensor.device.type, tensor.dtype)
     return _functions[suffix][op] if suffix in _functions else getattr(torch.ops.vim, op + suffix).default

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vim.ops._transforms import is_transformed
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -75,11 +77,7 @@ def check_memory(name: str, value: object) -> None:
 
 
 def _is_eager() -> bool:
-    return bool(
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
+    return bool(not torch.compiler.is_compiling() and not is_transformed() and torch._C._get_tracing_state() is None)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from vim.ops._checks import check_memory, needs_grad
+from vim.ops._transforms import is_transformed
 
 # Tokens between two saved states. A backward pass rebuilds the states of one chunk at a time.
 CHECKPOINT_EVERY = 64
@@ -50,7 +51,7 @@ def to_dtype(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _is_eager_inference(tensors: list[torch.Tensor]) -> bool:
     if needs_grad(*tensors) or torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return not is_transformed()
 
 
 def empty_like_layout(x: torch.Tensor) -> torch.Tensor:

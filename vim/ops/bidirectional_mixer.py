@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vim.ops import _backends
 from vim.ops._checks import check_choice, check_length
 from vim.ops._layout import accumulate_dtype, as_dtype
+from vim.ops._transforms import is_transformed
 from vim.ops.bidirectional_conv1d.interface import run_bidirectional_conv1d
 from vim.ops.bidirectional_scan.interface import MERGES, ScanOperands, run_bidirectional_scan
 
@@ -130,7 +132,9 @@ def _recomputed(
     inputs: tuple[Tensor | None, ...],
 ) -> contextlib.AbstractContextManager[None]:
     """Save no tensor that shares memory with `results`; have `function(*inputs)` make it again when needed."""
-    if torch.compiler.is_compiling() or not results[0].requires_grad or not _hooks_are_free():
+    if torch.compiler.is_compiling() or is_transformed() or _backends.functions is not None:
+        return contextlib.nullcontext()
+    if not results[0].requires_grad or not _hooks_are_free():
         return contextlib.nullcontext()
     return _saved_as_promises(_Recomputation(results, function, inputs))
 

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vim.ops._checks import check_memory, needs_grad
 from vim.ops._packed_weights import multiplies_in, packed_weight
+from vim.ops._transforms import is_transformed
 
 torch.library.define("vim::packed_linear", "(Tensor x, Tensor packed, Tensor? bias, int columns) -> Tensor")
 
@@ -120,7 +121,7 @@ def goes_fast(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
         and torch._C._get_tracing_state() is None
     )
 
@@ -206,7 +207,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
         and x.dim() > 1
         and x.numel() > 0
         and not torch.compiler.is_exporting()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
         and torch._C._get_tracing_state() is None
     )
 
