@@ -128,7 +128,8 @@ def _products() -> Iterator[str]:
         return
     training = "oneDNN" if onednn_is_faster() else "PyTorch's default"
     inference = "kernels of vim" if _native.load() is None else training
-    yield f"float32: {training}" if inference == training else f"float32: {inference} in inference, {training} in training"
+    same = inference == training
+    yield f"float32: {training}" if same else f"float32: {inference} in inference, {training} in training"
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         yield f"{name}: oneDNN" if multiplies_in(dtype) else f"{name}: in float32; this processor multiplies no {name}"

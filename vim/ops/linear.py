@@ -43,7 +43,8 @@ _onednn_linear: Any = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by the fastest library at hand, forward and backward.
 
-    Compiled, exported and transformed (torch.func) graphs, autocast regions and tensor subclasses keep `F.linear`.
+    Compiled, exported and transformed (torch.func) graphs, autocast regions, tensor subclasses and operands that do not
+    fit together are left to `F.linear`.
     On a GPU in half precision the rows of the result start at multiples of 16 bytes; those between are not part of it.
 
     Args:
