@@ -2,7 +2,7 @@
 
 In inference weights are packed once (see `_packed_weights`): for kernels of our own in float32, for oneDNN in a half
 precision that the processor multiplies in. On a Zen 3 core the former do 90 GFLOP/s of 98; PyTorch's `F.linear`, which
-is MKL's, does 84 and less for few columns, oneDNN 75 with 30 us before it starts.
+is MKL's, does 84 and less for few columns, oneDNN 75, and 25 us more before it starts.
 
 In training weights change at every step. With AVX2 PyTorch's float32 `F.linear` is the fastest there (on a Zen 3 core
 77 GFLOP/s forward and backward, oneDNN 65), but MKL leaves the widest vector units of other makers' processors idle
