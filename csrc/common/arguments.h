@@ -68,6 +68,7 @@ struct ScanDirectionGrads {
 struct ScanBackward {
   Scan scan;
   Activation dy, dz;
+  Activation y;  // where given, gets the forward pass's result; may be dy's memory
   ScanDirectionGrads grads[2];
 };
 
@@ -95,7 +96,8 @@ struct Conv {
 
 // r = x + residual; y = r / sqrt(mean(r^2) + eps) weight, over rows. Everything but x has contiguous rows.
 struct Norm {
-  Element element = Element::float32;
+  Element element = Element::float32;    // of x, and of dy in the backward pass
+  Element y_element = Element::float32;  // of y
   int64_t rows = 0, dim = 0;
   float eps = 0;
   const void* x = nullptr;
@@ -104,7 +106,7 @@ struct Norm {
   const float* weight = nullptr;
   const void* weight_like_x = nullptr;  // or of the type of x, in the forward pass of devices that read it
   void* y = nullptr;
-  float* r = nullptr;
+  float* r = nullptr;  // the forward pass of the CPU leaves it out where it is null
   // Backward: dy and dr may be null; dr is the gradient of r that arrives, total the one that leaves.
   const void* dy = nullptr;
   const float* dr = nullptr;

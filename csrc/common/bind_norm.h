@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& r
     norm.weight = nullptr;
     norm.weight_like_x = scale.const_data_ptr();
   }
-  norm.element = *element_of(x);
+  norm.element = norm.y_element = *element_of(x);
   norm.x = rows.const_data_ptr();
   norm.x_row = row_stride(rows);
   norm.residual = floats(added);

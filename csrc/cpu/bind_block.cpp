@@ -1,90 +1,403 @@
-// vim::bidirectional_blocks_inference: layers of the model, from the residual addition to out_proj, in one call. What it
-// saves is the Python between the ops, which is a fifth of a small model's time at batch 1.
-#include <string>
+// vim::bidirectional_block for key CPU: the kernels of a whole layer one after the other, products included, so that
+// nothing but the pool's threads stands between them. Weights are read where they are; what is made of them (panels,
+// float32 copies of half precision) lives in a task or in a call, never longer.
+#include "../common/bind_block.h"
 
-#include "ops.h"
+#include <memory>
+
+#include "../common/scalar.h"
+#include "run.h"
 
 namespace vim {
 namespace {
 
-// Weights that vim::pack_weight has packed have three dimensions, those in oneDNN's layout two.
-bool is_packed(const Tensor& weight) { return weight.dim() == 3; }
-
-// x weight^T + bias, (..., columns)
-Tensor multiply(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t columns) {
-  if (is_packed(weight)) return on_cpu::packed_linear(x, weight, bias, columns);
-  const std::string no_attribute = "none";
-  const std::vector<int64_t> no_scalars;
-  const std::optional<std::string> no_algorithm = "";
-  return std::get<0>(
-      call_op<Tensor>("mkldnn::_linear_pointwise", x, weight, bias, no_attribute, no_scalars, no_algorithm));
-}
-
-using Operands = std::vector<OptionalTensor>;
-
-// Operands of a block, in the order of `BlockWeights` (vim/ops/bidirectional_block.py).
-struct BlockOperands {
-  static constexpr int64_t kCount = 19;
-  const OptionalTensor* given;
-
-  const OptionalTensor& optional(int64_t i) const { return given[i]; }
-  const Tensor& operator[](int64_t i) const {
-    STD_TORCH_CHECK(given[i].has_value(), "vim: operand ", i, " of a block is missing");
-    return *given[i];
+// float32 values of weights for one call: their own memory where it is that already.
+class FloatWeights {
+ public:
+  const float* operator()(const Tensor& weight) {
+    if (is_float(weight)) {
+      kept_.push_back(dense(weight));
+      return floats(kept_.back());
+    }
+    const Tensor source = dense(weight);
+    converted_.emplace_back(new float[static_cast<size_t>(source.numel())]);
+    float* out = converted_.back().get();
+    baseline::with_element(*element_of(source), [&](auto* type) {
+      using T = std::remove_reference_t<decltype(*type)>;
+      const T* in = static_cast<const T*>(source.const_data_ptr());
+      for (int64_t i = 0; i < source.numel(); ++i) out[i] = baseline::to_float(in[i]);
+    });
+    return out;
   }
+
+  const float* operator()(const OptionalTensor& weight) { return weight.has_value() ? (*this)(*weight) : nullptr; }
+
+ private:
+  std::vector<Tensor> kept_;
+  std::vector<std::unique_ptr<float[]>> converted_;
 };
 
-std::tuple<Tensor, Tensor> run_block(const Tensor& hidden_states, const OptionalTensor& residual,
-                                     const BlockOperands& operands, double eps, double scale) {
-  const Tensor &norm_weight = operands[0], &in_proj = operands[1], &out_proj = operands[17];
-  const OptionalTensor &in_bias = operands.optional(2), &out_bias = operands.optional(18);
-  const Tensor &conv_weight = operands[3], &x_proj = operands[5], &dt_weight = operands[6], &dt_bias = operands[7];
-  const Tensor &A_log = operands[8], &D = operands[9];
-  const Tensor &conv_weight_b = operands[10], &x_proj_b = operands[12], &dt_weight_b = operands[13];
-  const Tensor &dt_bias_b = operands[14], &A_b_log = operands[15], &D_b = operands[16];
-  const OptionalTensor &conv_bias = operands.optional(4), &conv_bias_b = operands.optional(11);
-  if (in_bias.has_value()) check_memory("in_bias", *in_bias);
-  if (out_bias.has_value()) check_memory("out_bias", *out_bias);
-  auto [normed, sum] = on_cpu::add_rms_norm(hidden_states, residual, norm_weight, eps);
-  const int64_t d_inner = conv_weight.size(0), x_dbl_columns = dt_weight.size(1) + 2 * A_log.size(1);
-  Tensor xz = multiply(normed, in_proj, in_bias, 2 * d_inner);
-  const Tensor x = torch::stable::narrow(xz, 2, 0, d_inner), z = torch::stable::narrow(xz, 2, d_inner, d_inner);
-  const auto [u, u_b] = on_cpu::bidirectional_conv1d(x, conv_weight, conv_bias, conv_weight_b, conv_bias_b);
-  const auto [x_dbl, x_dbl_b] =
-      is_packed(x_proj) && is_packed(x_proj_b)
-          ? on_cpu::packed_linear_pair(u, x_proj, u_b, x_proj_b, x_dbl_columns)
-          : std::tuple(multiply(u, x_proj, std::nullopt, x_dbl_columns),
-                       multiply(u_b, x_proj_b, std::nullopt, x_dbl_columns));
-  const Tensor y = on_cpu::bidirectional_scan(u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b, dt_weight_b,
-                                              dt_bias_b, A_b_log, D_b, z, scale);
-  return {multiply(y, out_proj, out_bias, hidden_states.size(2)), sum};
+// ---- products ----------------------------------------------------------------------------------------------------
+
+Matrix matrix(const Tensor& x, int64_t row, int64_t column = 1, int64_t offset = 0) {
+  const auto* bytes = static_cast<const char*>(x.const_data_ptr());
+  return {*element_of(x), bytes + offset * static_cast<int64_t>(x.element_size()), row, column};
 }
 
-std::tuple<Tensor, Tensor> run_blocks(const Tensor& hidden_states, const OptionalTensor& residual,
-                                      const Operands& operands, const std::vector<double>& eps,
-                                      const std::vector<double>& scales) {
-  const int64_t blocks = static_cast<int64_t>(eps.size());
-  STD_TORCH_CHECK(blocks > 0 && scales.size() == eps.size() &&
-                      static_cast<int64_t>(operands.size()) == blocks * BlockOperands::kCount,
-                  "vim: every block has ", BlockOperands::kCount, " operands, one eps and one scale");
-  Tensor x = hidden_states;
-  OptionalTensor sum = residual;
-  for (int64_t i = 0; i < blocks; ++i) {
-    std::tie(x, sum) = run_block(x, sum, {operands.data() + i * BlockOperands::kCount}, eps[i], scales[i]);
+// A weight (columns, depth) as it is, and as its transpose.
+Matrix as_it_is(const Tensor& weight) { return matrix(weight, weight.stride(0), weight.stride(1)); }
+Matrix transposed(const Matrix& m) { return {m.element, m.data, m.column, m.row}; }
+
+// Rows of activations, (tokens, columns) in dense memory, as a target too.
+struct Target {
+  Element element;
+  void* data;
+  int64_t row;
+};
+
+Target target(const Tensor& x, int64_t row, int64_t offset = 0) {
+  auto* bytes = static_cast<char*>(x.mutable_data_ptr());
+  return {*element_of(x), bytes + offset * static_cast<int64_t>(x.element_size()), row};
+}
+
+Product product(int64_t rows, int64_t depth, int64_t columns, const Matrix& a, const Matrix& b, const Target& c,
+                const float* bias = nullptr, bool accumulate = false) {
+  Product p;
+  p.rows = rows;
+  p.depth = depth;
+  p.columns = columns;
+  p.a = a;
+  p.b = b;
+  p.bias = bias;
+  p.c_element = c.element;
+  p.c = c.data;
+  p.c_row = c.row;
+  p.accumulate = accumulate;
+  return p;
+}
+
+// Products that do not depend on each other, in one region.
+void multiply(std::initializer_list<Product> products) {
+  const Kernels& table = kernels();
+  int64_t tasks = 0, work = 0;
+  // A multiplication takes about a 256th of a scan's channel-step.
+  for (const Product& p : products) {
+    tasks += table.product_tasks(p);
+    work += p.rows * p.depth * p.columns / 256;
   }
-  return {x, *sum};
+  parallel(tasks, work, [&](int64_t begin, int64_t end) {
+    bool ok = true;
+    int64_t first = 0;
+    for (const Product& p : products) {
+      const int64_t count = table.product_tasks(p);
+      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, count);
+      if (from < to) ok = table.product_run(p, from, to) && ok;
+      first += count;
+    }
+    return ok;
+  });
+}
+
+// ---- structs of the other kernels ----------------------------------------------------------------------------------
+
+int64_t scan_work(const BlockShape& shape) { return 2 * shape.tokens() * shape.d_inner; }
+
+Activation rows_of(const Tensor& x, const BlockShape& shape, int64_t row, int64_t offset = 0) {
+  auto* bytes = static_cast<char*>(x.mutable_data_ptr());
+  return {bytes + offset * static_cast<int64_t>(x.element_size()), shape.length * row, row, 1};
+}
+
+Norm norm_of(const BlockShape& shape, const float* weight, double eps) {
+  Norm norm;
+  norm.rows = shape.tokens();
+  norm.dim = shape.d_model;
+  norm.eps = static_cast<float>(eps);
+  norm.weight = weight;
+  return norm;
+}
+
+void run_norm(const Norm& norm) {
+  // A channel of a row costs about a tenth of a scan's channel-step.
+  parallel(norm.rows, norm.rows * norm.dim / 10,
+           [&](int64_t begin, int64_t end) { return kernels().norm_forward(norm, begin, end); });
+}
+
+Conv conv_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights& values, const Tensor& xz,
+             const Tensor& u) {
+  Conv conv;
+  conv.element = *element_of(xz);
+  conv.batch = shape.batch;
+  conv.length = shape.length;
+  conv.dim = shape.d_inner;
+  conv.silu = true;
+  conv.directions = 2;
+  conv.x = rows_of(xz, shape, 2 * shape.d_inner);
+  for (int d = 0; d < 2; ++d) {
+    ConvDirection& side = conv.direction[d];
+    side.weight = values(weights.sides[d].conv_weight);
+    side.bias = values(weights.sides[d].conv_bias);
+    side.width = weights.sides[d].conv_weight.size(2);
+    side.reverse = d == 1;
+    side.out = rows_of(u, shape, shape.d_inner, d * shape.tokens() * shape.d_inner);
+  }
+  return conv;
+}
+
+void run_conv(const Conv& conv) {
+  // A tap costs about a fifteenth of a scan's channel-step, and so does SiLU.
+  parallel(kernels().conv_tasks(conv), conv.batch * conv.length * conv.dim / 4,
+           [&](int64_t begin, int64_t end) { return kernels().conv_forward(conv, begin, end); });
+}
+
+StateMap state_map(const Activation& row, int64_t column, size_t element_size, int64_t dim) {
+  return {static_cast<char*>(row.data) + column * static_cast<int64_t>(element_size), row.batch, 0, 1, row.token, dim,
+          nullptr};
+}
+
+// x_dbl or its gradient, (2, batch, len, dt_rank + 2 d_state), of one direction.
+Activation x_dbl_rows(const Tensor& x_dbl, const BlockShape& shape, int d) {
+  const int64_t columns = shape.x_dbl_columns();
+  return rows_of(x_dbl, shape, columns, d * shape.tokens() * columns);
+}
+
+Scan scan_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights& values, const Tensor& xz,
+             const Tensor& u, const Tensor& x_dbl, const Tensor& checkpoints, double scale) {
+  Scan scan;
+  scan.element = scan.row_element = *element_of(xz);
+  scan.batch = shape.batch;
+  scan.length = shape.length;
+  scan.dim = shape.d_inner;
+  scan.d_state = shape.d_state;
+  scan.dt_rank = shape.dt_rank;
+  scan.softplus = scan.A_is_log = true;
+  scan.scale = static_cast<float>(scale);
+  scan.checkpoint_every = shape.checkpoint_every;
+  scan.directions = 2;
+  scan.z = rows_of(xz, shape, 2 * shape.d_inner, shape.d_inner);
+  for (int d = 0; d < 2; ++d) {
+    ScanDirection& side = scan.direction[d];
+    const BlockDirection& w = weights.sides[d];
+    side.u = rows_of(u, shape, shape.d_inner, d * shape.tokens() * shape.d_inner);
+    side.dt = x_dbl_rows(x_dbl, shape, d);
+    side.B = state_map(side.dt, shape.dt_rank, x_dbl.element_size(), shape.d_inner);
+    side.C = state_map(side.dt, shape.dt_rank + shape.d_state, x_dbl.element_size(), shape.d_inner);
+    side.dt_weight = values(w.dt_weight);
+    side.bias = values(w.dt_bias);
+    side.A = values(w.A_log);
+    side.D = values(w.D);
+    side.reverse = d == 1;
+    if (shape.checkpoint_every > 0) {
+      side.checkpoints = mutable_floats(checkpoints) + d * checkpoints.numel() / 2;
+    }
+  }
+  return scan;
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+void run_forward(const BlockShape& shape, const BlockWeights& weights, const Tensor& hidden_states,
+                 const OptionalTensor& residual, ScalarType type, double eps, double scale, BlockResults& results) {
+  const int64_t tokens = shape.tokens(), model = shape.d_model, inner = shape.d_inner;
+  if (tokens == 0) return;
+  FloatWeights values;
+  const bool saves = shape.checkpoint_every > 0;
+  const Tensor xz = saves ? results.xz : allocate(hidden_states, shape.rows(2 * inner), type);
+  {
+    const Tensor x = as_rows(hidden_states);
+    const OptionalTensor added = dense(residual);
+    const Tensor normed = allocate(hidden_states, shape.rows(model), type);
+    Norm norm = norm_of(shape, values(weights.norm_weight), eps);
+    norm.element = *element_of(x);
+    norm.y_element = *element_of(normed);
+    norm.x = x.const_data_ptr();
+    norm.x_row = row_stride(x);
+    norm.residual = floats(added);
+    norm.y = normed.mutable_data_ptr();
+    norm.r = mutable_floats(results.residual);
+    run_norm(norm);
+    multiply({product(tokens, model, 2 * inner, matrix(normed, model), transposed(as_it_is(weights.in_proj)),
+                      target(xz, 2 * inner), values(weights.in_bias))});
+  }
+  const Tensor u = allocate(hidden_states, {2, tokens, inner}, type);
+  run_conv(conv_of(shape, weights, values, xz, u));
+  const int64_t columns = shape.x_dbl_columns();
+  const Tensor x_dbl = saves ? results.x_dbl : allocate(hidden_states, {2, shape.batch, shape.length, columns}, type);
+  const auto x_proj = [&](int d) {
+    return product(tokens, inner, columns, matrix(u, inner, 1, d * tokens * inner),
+                   transposed(as_it_is(weights.sides[d].x_proj)), target(x_dbl, columns, d * tokens * columns));
+  };
+  multiply({x_proj(0), x_proj(1)});
+  OptionalTensor wide_rows;
+  Scan scan = scan_of(shape, weights, values, xz, u, x_dbl, results.checkpoints, scale);
+  // A block of channels has read its part of the forward direction's u before it writes y.
+  scan.y = rows_of(u, shape, inner);
+  scan = with_float_rows(scan, u, wide_rows);
+  parallel(kernels().scan_tasks(scan), scan_work(shape),
+           [&](int64_t begin, int64_t end) { return kernels().scan_forward(scan, begin, end); });
+  multiply({product(tokens, inner, model, matrix(u, inner), transposed(as_it_is(weights.out_proj)),
+                    target(results.out, model), values(weights.out_bias))});
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// Gradients of weights that kernels write in float32, in the weights' own dtypes at the end.
+class WeightGrads {
+ public:
+  float* operator()(const Tensor& weight) {
+    grads_.push_back(allocate(weight, sizes_of(weight), ScalarType::Float));
+    types_.push_back(weight.scalar_type());
+    return mutable_floats(grads_.back());
+  }
+
+  float* operator()(const OptionalTensor& weight, const Tensor& like) {
+    if (weight.has_value()) return (*this)(*weight);
+    grads_.push_back(absent(like, ScalarType::Float));
+    types_.push_back(ScalarType::Float);
+    return nullptr;
+  }
+
+  Tensor get(size_t i) const {
+    return types_[i] == ScalarType::Float ? grads_[i] : torch::stable::to(grads_[i], types_[i]);
+  }
+
+ private:
+  std::vector<Tensor> grads_;
+  std::vector<ScalarType> types_;
+};
+
+std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& weights, const Tensor& dout,
+                                 const OptionalTensor& dresidual, const Tensor& residual, const Tensor& xz,
+                                 const Tensor& x_dbl, const Tensor& checkpoints, double eps, double scale,
+                                 bool weight_grads) {
+  const Kernels& table = kernels();
+  const int64_t tokens = shape.tokens(), model = shape.d_model, inner = shape.d_inner;
+  const int64_t columns = shape.x_dbl_columns();
+  const ScalarType type = xz.scalar_type();
+  const BlockDirection(&sides)[2] = weights.sides;
+  FloatWeights values;
+  WeightGrads grads;
+  const auto of_tokens = [&](const Sizes& sizes) { return allocate(xz, sizes, type); };
+  const auto gradient_of = [&](const Tensor& weight) {
+    return weight_grads ? allocate_like(weight) : absent(weight, weight.scalar_type());
+  };
+  // A row of ones sums a matrix over its rows.
+  static const float one = 1.0f;
+  const Matrix ones{Element::float32, &one, 0, 0};
+  const auto bias_gradient = [&](const OptionalTensor& bias) {
+    return bias.has_value() && weight_grads ? allocate_like(*bias)
+                                            : absent(xz, bias.has_value() ? bias->scalar_type() : ScalarType::Float);
+  };
+
+  const Tensor u = of_tokens({2, tokens, inner}), du = of_tokens({2, tokens, inner});
+  Conv conv = conv_of(shape, weights, values, xz, u);
+  run_conv(conv);
+
+  // Through out_proj and the scans. y of the forward pass takes the place of its gradient.
+  const Tensor dy = of_tokens({tokens, inner}), dx_dbl = of_tokens({2, shape.batch, shape.length, columns});
+  const Tensor dxz = of_tokens(shape.rows(2 * inner));
+  multiply({product(tokens, model, inner, matrix(dout, model), as_it_is(weights.out_proj), target(dy, inner))});
+  ScanBackwardTasks k{};
+  k.scan = scan_of(shape, weights, values, xz, u, x_dbl, checkpoints, scale);
+  k.dy = k.y = rows_of(dy, shape, inner);
+  k.dz = rows_of(dxz, shape, 2 * inner, inner);
+  for (int d = 0; d < 2; ++d) {
+    ScanDirectionGrads& side = k.grads[d];
+    side.du = rows_of(du, shape, inner, d * tokens * inner);
+    side.ddt = x_dbl_rows(dx_dbl, shape, d);
+    side.dB = state_map(side.ddt, shape.dt_rank, dx_dbl.element_size(), inner);
+    side.dC = state_map(side.ddt, shape.dt_rank + shape.d_state, dx_dbl.element_size(), inner);
+    side.ddt_weight = grads(sides[d].dt_weight);
+    side.dbias = grads(sides[d].dt_bias);
+    side.dA = grads(sides[d].A_log);
+    side.dD = grads(sides[d].D);
+  }
+  k.partition = table.scan_partition(k.scan);
+  {
+    const Tensor shared = allocate(xz, {k.partition.shared_floats}, ScalarType::Float);
+    const Tensor partials = allocate(xz, {k.partition.weight_floats}, ScalarType::Float);
+    k.shared = mutable_floats(shared);
+    k.weights = mutable_floats(partials);
+    run_scan_backward(k);
+  }
+  const Tensor dout_proj = gradient_of(weights.out_proj), dout_bias = bias_gradient(weights.out_bias);
+  if (weight_grads) {
+    multiply({product(model, tokens, inner, transposed(matrix(dout, model)), matrix(dy, inner),
+                      target(dout_proj, inner))});
+    if (weights.out_bias.has_value()) {
+      multiply({product(1, tokens, model, ones, matrix(dout, model), target(dout_bias, model))});
+    }
+  }
+
+  // Through x_proj and the convolutions.
+  Tensor dx_proj[2];
+  const auto rows_d = [&](const Tensor& x, int64_t row, int64_t d) { return matrix(x, row, 1, d * tokens * row); };
+  const auto to_u = [&](int d) {
+    return product(tokens, columns, inner, rows_d(dx_dbl, columns, d), as_it_is(sides[d].x_proj),
+                   target(du, inner, d * tokens * inner), nullptr, true);
+  };
+  multiply({to_u(0), to_u(1)});
+  for (int d = 0; d < 2; ++d) dx_proj[d] = gradient_of(sides[d].x_proj);
+  if (weight_grads) {
+    const auto to_weight = [&](int d) {
+      return product(columns, tokens, inner, transposed(rows_d(dx_dbl, columns, d)), rows_d(u, inner, d),
+                     target(dx_proj[d], inner));
+    };
+    multiply({to_weight(0), to_weight(1)});
+  }
+  conv.dx = rows_of(dxz, shape, 2 * inner);
+  for (int d = 0; d < 2; ++d) {
+    conv.direction[d].dout = rows_of(du, shape, inner, d * tokens * inner);
+    conv.direction[d].dweight = grads(sides[d].conv_weight);
+    conv.direction[d].dbias = grads(sides[d].conv_bias, xz);
+  }
+  run_conv_backward(conv, xz);
+
+  // Through in_proj and the norm.
+  const Tensor normed = of_tokens({tokens, model});
+  const float* norm_weight = values(weights.norm_weight);
+  const Tensor din_proj = gradient_of(weights.in_proj), din_bias = bias_gradient(weights.in_bias);
+  if (weight_grads) {
+    Norm norm = norm_of(shape, norm_weight, eps);
+    norm.y_element = *element_of(normed);
+    norm.x = residual.const_data_ptr();
+    norm.x_row = model;
+    norm.y = normed.mutable_data_ptr();
+    run_norm(norm);
+    multiply({product(2 * inner, tokens, model, transposed(matrix(dxz, 2 * inner)), matrix(normed, model),
+                      target(din_proj, model))});
+    if (weights.in_bias.has_value()) {
+      multiply({product(1, tokens, 2 * inner, ones, matrix(dxz, 2 * inner), target(din_bias, 2 * inner))});
+    }
+  }
+  const Tensor& dnormed = normed;  // in its place
+  multiply({product(tokens, 2 * inner, model, matrix(dxz, 2 * inner), as_it_is(weights.in_proj),
+                    target(dnormed, model))});
+  const Tensor total = allocate_like(residual);
+  Norm norm = norm_of(shape, norm_weight, eps);
+  norm.element = *element_of(dnormed);
+  norm.dy = dnormed.const_data_ptr();
+  norm.dr = floats(dresidual);
+  norm.r = const_cast<float*>(floats(residual));
+  norm.total = mutable_floats(total);
+  norm.dweight = grads(weights.norm_weight);
+  run_norm_backward(norm, xz);
+
+  // `grads` has them in the order in which they were asked for: scans, convolutions, norm.
+  const auto of_scan = [&](size_t d, size_t i) { return grads.get(4 * d + i); };
+  const auto of_conv = [&](size_t d, size_t i) { return grads.get(8 + 2 * d + i); };
+  std::vector<Tensor> out{total, grads.get(12), din_proj, din_bias};
+  for (size_t d = 0; d < 2; ++d) {
+    for (const Tensor& x : {of_conv(d, 0), of_conv(d, 1), dx_proj[d], of_scan(d, 0), of_scan(d, 1), of_scan(d, 2),
+                            of_scan(d, 3)}) {
+      out.push_back(x);
+    }
+  }
+  out.push_back(dout_proj);
+  out.push_back(dout_bias);
+  return out;
 }
 
 }  // namespace
 }  // namespace vim
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vim, m) {
-  m.def(
-      "bidirectional_blocks_inference(Tensor hidden_states, Tensor? residual, Tensor?[] operands, float[] eps, "
-      "float[] scales) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) { m.impl("bidirectional_blocks_inference", TORCH_BOX(&vim::run_blocks)); }
-
-// For weights in oneDNN's layout.
-STABLE_TORCH_LIBRARY_IMPL(vim, MkldnnCPU, m) { m.impl("bidirectional_blocks_inference", TORCH_BOX(&vim::run_blocks)); }
+STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) { vim::implement_block(m, ""); }

@@ -1,7 +1,6 @@
 // The convolutions for key CPU.
 #include "../common/bind_conv.h"
-#include "ops.h"
-#include "parallel.h"
+#include "run.h"
 
 namespace vim {
 namespace {
@@ -14,7 +13,11 @@ void run_forward(const Conv& conv, const Tensor&) {
            [&](int64_t begin, int64_t end) { return kernels().conv_forward(conv, begin, end); });
 }
 
-void run_backward(Conv& conv, const Tensor& like) {
+void run_backward(Conv& conv, const Tensor& like) { run_conv_backward(conv, like); }
+
+}  // namespace
+
+void run_conv_backward(Conv& conv, const Tensor& like) {
   const Kernels& table = kernels();
   const int64_t blocks = (conv.dim + table.lanes - 1) / table.lanes;
   // Fixed by the shape, so that sums have one order for any number of threads.
@@ -25,14 +28,6 @@ void run_backward(Conv& conv, const Tensor& like) {
            [&](int64_t begin, int64_t end) { return table.conv_backward(conv, begin, end); });
   parallel(blocks, conv.batch_groups * conv.dim,
            [&](int64_t begin, int64_t end) { return table.conv_reduce(conv, begin, end); });
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> on_cpu::bidirectional_conv1d(const Tensor& x, const Tensor& weight,
-                                                        const OptionalTensor& bias, const Tensor& weight_b,
-                                                        const OptionalTensor& bias_b) {
-  return vim::bidirectional_conv1d(x, weight, bias, weight_b, bias_b);
 }
 
 }  // namespace vim

@@ -1,7 +1,6 @@
 // The norm for key CPU.
 #include "../common/bind_norm.h"
-#include "ops.h"
-#include "parallel.h"
+#include "run.h"
 
 namespace vim {
 namespace {
@@ -14,7 +13,13 @@ void run_forward(const Norm& norm, const Tensor&) {
            [&](int64_t begin, int64_t end) { return kernels().norm_forward(norm, begin, end); });
 }
 
-void run_backward(Norm& norm, const Tensor& like) {
+void run_backward(Norm& norm, const Tensor& like) { run_norm_backward(norm, like); }
+
+bool reads_weight_like_x() { return false; }
+
+}  // namespace
+
+void run_norm_backward(Norm& norm, const Tensor& like) {
   // Fixed by the shape, so that sums have one order for any number of threads.
   norm.row_groups = std::clamp<int64_t>(norm.rows / 16, 1, 64);
   const Tensor partials = allocate(like, {norm.row_groups * norm.dim}, ScalarType::Float);
@@ -24,15 +29,6 @@ void run_backward(Norm& norm, const Tensor& like) {
            [&](int64_t begin, int64_t end) { return table.norm_backward(norm, begin, end); });
   parallel(norm.dim, norm.row_groups * norm.dim / 10,
            [&](int64_t begin, int64_t end) { return table.norm_reduce(norm, begin, end); });
-}
-
-bool reads_weight_like_x() { return false; }
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> on_cpu::add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
-                                                double eps) {
-  return vim::add_rms_norm(x, residual, weight, eps);
 }
 
 }  // namespace vim

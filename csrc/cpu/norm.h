@@ -10,27 +10,38 @@ VIM_INLINE float inverse_rms(float sum_of_squares, const Norm& norm) {
   return 1.0f / __builtin_sqrtf(sum_of_squares / static_cast<float>(norm.dim) + norm.eps);
 }
 
-inline bool norm_forward(const Norm& norm, int64_t begin, int64_t end) {
+template <class X, class Y>
+void forward_row(const Norm& norm, int64_t i) {
   const int64_t dim = norm.dim;
-  with_element(norm.element, [&](auto* type) {
-    using T = std::remove_reference_t<decltype(*type)>;
-    for (int64_t i = begin; i < end; ++i) {
-      const T* x = static_cast<const T*>(norm.x) + i * norm.x_row;
-      float* r = norm.r + i * dim;
-      vec squares[2] = {};
-      int which = 0;
-      for (int64_t c = 0; c < dim; c += kLanes, which ^= 1) {
-        vec sum = load_some(x + c, dim - c);
-        if (norm.residual != nullptr) sum = sum + load_some(norm.residual + i * dim + c, dim - c);
-        store_some(r + c, dim - c, sum);
-        squares[which] = fma(sum, sum, squares[which]);
-      }
-      const vec factor = set1(inverse_rms(sum_lanes(squares[0] + squares[1]), norm));
-      T* y = static_cast<T*>(norm.y) + i * dim;
-      for (int64_t c = 0; c < dim; c += kLanes) {
-        store_some(y + c, dim - c, load_some(r + c, dim - c) * factor * load_some(norm.weight + c, dim - c));
-      }
-    }
+  const X* x = static_cast<const X*>(norm.x) + i * norm.x_row;
+  const float* residual = norm.residual == nullptr ? nullptr : norm.residual + i * dim;
+  float* r = norm.r == nullptr ? nullptr : norm.r + i * dim;
+  const auto sum_at = [&](int64_t c) {
+    const vec value = load_some(x + c, dim - c);
+    return residual == nullptr ? value : value + load_some(residual + c, dim - c);
+  };
+  vec squares[2] = {};
+  int which = 0;
+  for (int64_t c = 0; c < dim; c += kLanes, which ^= 1) {
+    const vec sum = sum_at(c);
+    if (r != nullptr) store_some(r + c, dim - c, sum);
+    squares[which] = fma(sum, sum, squares[which]);
+  }
+  const vec factor = set1(inverse_rms(sum_lanes(squares[0] + squares[1]), norm));
+  Y* y = static_cast<Y*>(norm.y) + i * dim;
+  for (int64_t c = 0; c < dim; c += kLanes) {
+    const vec sum = r == nullptr ? sum_at(c) : load_some(r + c, dim - c);
+    store_some(y + c, dim - c, sum * factor * load_some(norm.weight + c, dim - c));
+  }
+}
+
+inline bool norm_forward(const Norm& norm, int64_t begin, int64_t end) {
+  with_element(norm.element, [&](auto* x) {
+    with_element(norm.y_element, [&](auto* y) {
+      using X = std::remove_reference_t<decltype(*x)>;
+      using Y = std::remove_reference_t<decltype(*y)>;
+      for (int64_t i = begin; i < end; ++i) forward_row<X, Y>(norm, i);
+    });
   });
   return true;
 }

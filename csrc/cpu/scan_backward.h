@@ -278,7 +278,7 @@ inline void load_dy(const ScanBackwardTasks& k, const Chunk& chunk, Block block,
   }
 }
 
-// dz = dout y silu'(z), written over dout.
+// dz = dout y silu'(z), written over dout; and scale y silu(z) where the caller wants it.
 inline void backward_gate(const ScanBackwardTasks& k, const Chunk& chunk, Block block, const float* y,
                           BackwardBuffers& buffers) {
   const vec one = set1(1.0f);
@@ -289,6 +289,12 @@ inline void backward_gate(const ScanBackwardTasks& k, const Chunk& chunk, Block 
     store(dout + t, load(dout + t) * load(y + t) * gate * fma(z, one - gate, one));
   }
   store_block(k.scan.element, k.dz, chunk.b, chunk.first, chunk.count, block, dout);
+  if (k.y.data == nullptr) return;
+  const vec scale = set1(k.scan.scale);
+  for (int64_t t = 0; t < chunk.count * kLanes; t += kLanes) {
+    store(dout + t, scale * load(y + t) * silu(load(gates + t)));
+  }
+  store_block(k.scan.element, k.y, chunk.b, chunk.first, chunk.count, block, dout);
 }
 
 // du, ddelta and the gradients of bias and D, from the sums over states.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
-from vim.layers.linear import Linear
-from vim.layers.watched import is_readable
+from vim.layers.watched import is_causal_convolution, is_projection
 from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, check_memory, selective_scan
 
 Directions = Literal["none", "v1", "v2"]
@@ -104,7 +103,7 @@ class Mamba(nn.Module):
 
         # Registered in the order of the released state dicts, which optimizer states kept by index rely on.
         self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(d_model, **place))
-        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **place)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
         self._add_convolution("conv1d", conv_bias, place)
         self.act = nn.SiLU()
         self._add_projections("", place)
@@ -114,7 +113,7 @@ class Mamba(nn.Module):
         if directions == "v2":
             self._add_convolution("conv1d_b", conv_bias, place)
             self._add_projections("_b", place)
-        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **place)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **place)
         self._init_own_parameters()
 
     def _add_convolution(self, name: str, bias: bool, place: dict[str, Any]) -> None:
@@ -123,7 +122,7 @@ class Mamba(nn.Module):
 
     def _add_projections(self, suffix: str, place: dict[str, Any]) -> None:
         width = self.dt_rank + 2 * self.d_state
-        self.add_module(f"x_proj{suffix}", Linear(self.d_inner, width, bias=False, **place))
+        self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, width, bias=False, **place))
         self.add_module(f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **place))
 
     def _add_decay(self, A_name: str, D_name: str | None, place: dict[str, Any]) -> None:
@@ -161,7 +160,7 @@ class Mamba(nn.Module):
             raise ValueError(f"hidden_states must be (batch, len, d_model) with d_model = {self.d_model}, got {shape}")
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         directions = self._directions()
-        if self.directions == "v2" and all(is_readable(d.conv1d) and is_readable(d.dt_proj) for d in directions):
+        if self.directions == "v2" and all(map(self._reads, directions)):
             y = self._scan_together(x, z, directions)
         else:
             y = self._scan_each(x, z, directions)
@@ -183,6 +182,10 @@ class Mamba(nn.Module):
             directions.append(_Direction(*backward, True))
         return directions
 
+    def _reads(self, d: _Direction) -> bool:
+        """Return True if the kernels may read a direction's convolution and step size projection."""
+        return is_causal_convolution(d.conv1d, self.act) and is_projection(d.dt_proj, self.dt_rank, self.d_inner)
+
     def _scan_together(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
         """Both directions in fused kernels, (batch, len, d_inner)."""
         forward, backward = (_inner_weights(d) for d in directions)
@@ -201,8 +204,8 @@ class Mamba(nn.Module):
         return y / 2 if len(outputs) == 2 and self.merge == "mean" else y
 
     def _convolve(self, x: Tensor, d: _Direction) -> Tensor:
-        """SiLU of the convolution that looks back, or ahead where the direction is reversed, (batch, len, d_inner)."""
-        if is_readable(d.conv1d):
+        """Convolve looking back, or ahead where the direction is reversed, and activate; (batch, len, d_inner)."""
+        if is_causal_convolution(d.conv1d, self.act):
             weight, bias = d.conv1d.weight.flatten(1), d.conv1d.bias
             return causal_conv1d(x.mT, weight, bias, "silu", reverse=d.reverse).mT
         x = x.flip(1) if d.reverse else x
@@ -212,7 +215,7 @@ class Mamba(nn.Module):
     def _scan(self, u: Tensor, x_dbl: Tensor, z: Tensor, d: _Direction) -> Tensor:
         """Gated scan of one direction, (batch, len, d_inner)."""
         dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if is_readable(d.dt_proj):
+        if is_projection(d.dt_proj, self.dt_rank, self.d_inner):
             delta, delta_bias = nn.functional.linear(dt, d.dt_proj.weight.to(dt.dtype)), d.dt_proj.bias
         else:
             delta, delta_bias = d.dt_proj(dt), None

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from vim.layers.convolution import Conv2d
-
 Size = int | tuple[int, int]
 _Pair = tuple[int, int]
 
@@ -62,7 +60,7 @@ class PatchEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self._set_img_size(img_size)
-        self.proj = Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, device=device, dtype=dtype)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, device=device, dtype=dtype)
         self.norm = nn.Identity()
 
     def _set_img_size(self, img_size: Size) -> None:
@@ -91,7 +89,7 @@ class PatchEmbed(nn.Module):
         if patch != self.patch_size:
             old, self.patch_size, self.stride = self.proj, patch, stride
             channels = old.in_channels, old.out_channels
-            proj = Conv2d(*channels, patch, stride, bias=old.bias is not None).to(old.weight)
+            proj = nn.Conv2d(*channels, patch, stride, bias=old.bias is not None).to(old.weight)
             proj.weight.copy_(resample_patch_embed(old.weight, list(patch), verbose=True))
             proj.weight.requires_grad_(old.weight.requires_grad)
             proj.bias = old.bias

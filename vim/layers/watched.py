@@ -1,15 +1,15 @@
-"""Whether a kernel may read a module's weights in place of calling it."""
+"""What kernels may read of a module in place of calling it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: a hook of its own, or another forward or call."""
+    """Return True if a call of the module does more than its class says: a hook, or another forward or call."""
     own = module.__dict__  # asked ten times a block: attributes take longer
     return bool(
         "forward" in own
@@ -21,14 +21,40 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def is_readable(module: Any) -> bool:
-    """Whether the module is a plain linear layer or convolution with plain weights that nobody watches."""
-    if type(module) not in (nn.Linear, nn.Conv1d) or is_watched(module):
+def is_causal_convolution(conv: Any, act: Any) -> bool:
+    """Return True if `act(conv(x))` is the depthwise causal convolution and SiLU that the kernels compute."""
+    return (
+        type(conv) is nn.Conv1d
+        and type(act) is nn.SiLU
+        and not is_watched(conv)
+        and not is_watched(act)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.stride == conv.dilation == (1,)
+        and conv.padding == (conv.kernel_size[0] - 1,)
+        and conv.padding_mode == "zeros"
+        and _has_plain_weights(conv, (conv.in_channels, 1, *conv.kernel_size), optional_bias=True)
+    )
+
+
+def is_projection(linear: Any, in_features: int, out_features: int) -> bool:
+    """Return True if the module is a linear layer with a bias, of these sizes, whose weights the kernels may read."""
+    return (
+        type(linear) is nn.Linear
+        and not is_watched(linear)
+        and _has_plain_weights(linear, (out_features, in_features), optional_bias=False)
+    )
+
+
+def _has_plain_weights(module: nn.Module, shape: tuple[int, ...], optional_bias: bool) -> bool:
+    parameters = module._parameters
+    # A weight that is not among the parameters may be an attribute or a buffer.
+    if "weight" not in parameters or "bias" not in parameters:
         return False
-    # One that is not among the parameters may be an attribute or a buffer.
-    if "weight" not in module._parameters or "bias" not in module._parameters:
+    weight, bias = parameters["weight"], parameters["bias"]
+    if not _is_plain(weight) or weight.shape != shape:
         return False
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if weight is None or (bias is None and type(module) is nn.Linear):
-        return False
-    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
+    return optional_bias if bias is None else _is_plain(bias) and bias.shape == shape[:1]
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    return weight is not None and (type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,6 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
-from vim.layers.block import run_blocks_at_once
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
@@ -327,10 +325,6 @@ class VisionMamba(nn.Module):
         self, x: Tensor, sequence: TokenSequence, depth: int, take: Collection[int] = ()
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """Hidden state and residual after `depth` blocks, and after each block in `take`; (batch, len, dim) each."""
-        if self.rotary == "none" and not self.pairwise_layers and depth <= len(self.layers):
-            at_once = run_blocks_at_once(islice(self.layers, depth), x, take)
-            if at_once is not None:
-                return at_once
         residual: Tensor | None = None
         taken: list[tuple[Tensor, Tensor]] = []
         step = 2 if self.pairwise_layers else 1

@@ -5,44 +5,36 @@ from vim.ops import _triton as _triton
 from vim.ops import mamba_ssm as mamba_ssm
 from vim.ops._backends import available_backends, default_backend, unavailable_backends
 from vim.ops._checks import check_memory
-from vim.ops._packed_weights import forget_packed
 from vim.ops.add_rms_norm.interface import add_rms_norm
-from vim.ops.bidirectional_block import (
+from vim.ops.bidirectional_block.interface import (
     BlockWeights,
-    PreparedBlock,
-    ReadyBlock,
-    bidirectional_blocks,
-    block_runs_at_once,
+    bidirectional_block,
+    run_bidirectional_block,
+    runs_block,
 )
 from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
 from vim.ops.exportable import exportable_ops
-from vim.ops.linear import fast_linear, goes_through_float32, linear
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [
     "BlockWeights",
     "InnerWeights",
-    "PreparedBlock",
-    "ReadyBlock",
     "ScanOperands",
     "add_rms_norm",
     "available_backends",
-    "bidirectional_blocks",
+    "bidirectional_block",
     "bidirectional_conv1d",
     "bidirectional_mixer",
     "bidirectional_scan",
-    "block_runs_at_once",
     "causal_conv1d",
     "check_memory",
     "default_backend",
     "exportable_ops",
-    "fast_linear",
-    "forget_packed",
-    "goes_through_float32",
-    "linear",
+    "run_bidirectional_block",
+    "runs_block",
     "selective_scan",
     "unavailable_backends",
 ]

@@ -156,27 +156,36 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
     return _functions[suffix][op] if suffix in _functions else getattr(torch.ops.vim, op + suffix).default
 
 
+def default_backend_for(op: str, tensor: torch.Tensor) -> str:
+    """Return the name of the backend that runs `op` on tensors like `tensor` where none is named."""
+    if functions is not None:
+        return "exportable"
+    return _choose(op, _default, tensor.device.type, tensor.dtype).name
+
+
 @torch.compiler.assume_constant_result
 def _suffix(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    return _choose(op, backend, device_type, dtype)
+    record = _choose(op, backend, device_type, dtype)
+    # The portable family also holds the reference, so that graphs saved here run fast elsewhere.
+    is_portable = backend is None and record.name == "reference" and device_type not in _pinned
+    return "" if is_portable else record.suffix
 
 
 @functools.cache
-def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> Backend:
     device = torch.device(device_type)
     if backend is not None:
         record = _find(backend)
         reason = record.why_not(op, device, dtype)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} {dtype}: {reason}")
-        return record.suffix
+        return record
     for record in _backends:
         if record.by_name_only:
             continue
         reason = record.why_not(op, device, dtype)
         if reason is None:
-            # The portable family also holds the reference, so that graphs saved here run fast elsewhere.
-            return "" if record.name == "reference" and device_type not in _pinned else record.suffix
+            return record
         if not isinstance(reason, Inapplicable):
             _warn_once(record.name, device_type, reason)
     raise AssertionError("the reference backend runs everywhere")

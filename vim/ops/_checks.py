@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vim.ops._transforms import is_transformed
+from vim.ops._transforms import is_eager
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -61,7 +61,7 @@ def check_memory(name: str, value: object) -> None:
     Torch's own kernels read what is not there: `untyped_storage().resize_(0)` makes most of them crash. Nothing is
     asked where graphs are recorded or functions transformed: tensors may have no memory there.
     """
-    if (type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter) or not _is_eager():
+    if (type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter) or not is_eager():
         return
     held = value.untyped_storage().nbytes()
     if value.is_contiguous():
@@ -74,10 +74,6 @@ def check_memory(name: str, value: object) -> None:
         raise RuntimeError(
             f"{name} needs {needed} bytes of memory and its storage has {held}: it was freed or cut short"
         )
-
-
-def _is_eager() -> bool:
-    return bool(not torch.compiler.is_compiling() and not is_transformed() and torch._C._get_tracing_state() is None)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +86,7 @@ _autograds: list[_Autograd] = []
 
 
 def _by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    names = tuple(inspect.signature(reference).parameters)
+    names = [argument.name for argument in getattr(torch.ops.vim, name).default._schema.arguments]
 
     @functools.wraps(reference)
     def checked(*args: Any) -> Any:

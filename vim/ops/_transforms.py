@@ -1,4 +1,4 @@
-"""Whether torch differentiates or maps what runs, in ways that registered ops and autograd.Functions do not support."""
+"""What torch does with the ops that run: plain eager calls, or something that registered ops do not support."""
 
 from __future__ import annotations
 
@@ -7,5 +7,10 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Inside a torch.func transform (grad, vmap, jvp, ...) or a level of forward-mode differentiation."""
+    """Return True inside a torch.func transform (grad, vmap, jvp, ...) or a level of forward-mode differentiation."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_eager() -> bool:
+    """Return True where ops run now and as they are: no graph is recorded and no function is transformed."""
+    return bool(not torch.compiler.is_compiling() and not is_transformed() and torch._C._get_tracing_state() is None)

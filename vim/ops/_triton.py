@@ -27,6 +27,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPUS = ("cuda", "xpu")  # torch calls AMD's GPUs cuda, too
 
 
+# A layer runs by its parts, on the kernels of these.
+_WITHOUT_KERNELS = ("bidirectional_block", "bidirectional_block_backward")
+
+
 def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation of `vim::<name>_triton`: Triton's kernel where it can compute, else the reference, in words.
 
@@ -35,6 +39,9 @@ def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
             `vim.ops.<folder>.triton`.
         reference: The implementation that computes in any dtype.
     """
+
+    if name in _WITHOUT_KERNELS:
+        return reference
 
     @functools.cache
     def kernel() -> Callable[..., Any]:
@@ -72,6 +79,8 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if op in _WITHOUT_KERNELS:
+        return Inapplicable(f"it has no kernel for {op}: a layer runs by its parts")
     if device.type == "meta":
         return Inapplicable("meta tensors have nothing to compute")
     if dtype not in _DTYPES:

@@ -7,6 +7,7 @@ runtime. To run in PyTorch every backend is faster. Signatures are those of the 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from torch._higher_order_ops.scan import scan
 
 from vim.ops import _backends
 from vim.ops._layout import accumulate_dtype
+from vim.ops.bidirectional_block import reference as bidirectional_block
 from vim.ops.bidirectional_scan.reference import project
 from vim.ops.selective_scan.reference import is_constant
 
@@ -109,6 +111,7 @@ _FUNCTIONS = {
     function.__name__: function
     for function in (selective_scan, bidirectional_scan, causal_conv1d, bidirectional_conv1d, add_rms_norm)
 }
+_FUNCTIONS["bidirectional_block"] = functools.partial(bidirectional_block.compose, _FUNCTIONS)
 
 
 @contextlib.contextmanager

@@ -107,6 +107,8 @@ def _flip_tokens(B: Tensor, A: Tensor) -> Tensor:
 
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if op not in _FUNCTIONS:
+        return Inapplicable(f"it has no kernel for {op}: a layer runs by its parts")
     if device.type not in _DEVICES:
         return Inapplicable(f"its kernels are for GPUs, not for {device.type}")
     if dtype not in _DTYPES:
@@ -133,18 +135,11 @@ def _why_not_importable() -> str | None:
     return None
 
 
-register_backend(
-    Backend(
-        "mamba_ssm",
-        "_mamba_ssm",
-        _why_not,
-        by_name_only=True,
-        functions={
-            "selective_scan": selective_scan,
-            "bidirectional_scan": bidirectional_scan,
-            "causal_conv1d": causal_conv1d,
-            "bidirectional_conv1d": bidirectional_conv1d,
-            "add_rms_norm": add_rms_norm,
-        },
-    )
-)
+_FUNCTIONS = {
+    "selective_scan": selective_scan,
+    "bidirectional_scan": bidirectional_scan,
+    "causal_conv1d": causal_conv1d,
+    "bidirectional_conv1d": bidirectional_conv1d,
+    "add_rms_norm": add_rms_norm,
+}
+register_backend(Backend("mamba_ssm", "_mamba_ssm", _why_not, by_name_only=True, functions=_FUNCTIONS))

@@ -1,0 +1,87 @@
+"""The one question of a block: are its parts plain and unwatched, so that one op may run in their place?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from vim.layers.mixer import Mamba
+from vim.layers.norm import RMSNorm
+from vim.layers.watched import is_causal_convolution, is_watched
+from vim.ops import BlockWeights, runs_block
+
+_LINEAR = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
+# A class may be given another forward.
+_CLASSES = (Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU)
+_FORWARDS = tuple(kind.forward for kind in _CLASSES)
+
+
+def plain_weights(norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None) -> BlockWeights | None:
+    """Return the weights of a norm and a mixer that `bidirectional_block` may run; `None` where they must be called.
+
+    They must be called where somebody would notice: under hooks, for modules of other classes or geometry, for weights
+    that are more than their values, and while a graph is recorded.
+    """
+    if not (runs_block(x, residual) and type(mixer) is Mamba and type(norm) is RMSNorm and _is_plain(norm, mixer)):
+        return None
+    weights = _weights(norm, mixer)
+    return weights if weights is not None and _fit(weights, x) else None
+
+
+def _is_plain(norm: RMSNorm, mixer: Mamba) -> bool:
+    parts: dict[str, Any] = mixer._modules
+    linear = [parts.get(name) for name in _LINEAR]
+    return (
+        mixer.directions == "v2"
+        and mixer.gamma is None
+        and not torch_module._has_any_global_hook()
+        and tuple(kind.forward for kind in _CLASSES) == _FORWARDS
+        and not (is_watched(norm) or is_watched(mixer))
+        and all(type(part) is nn.Linear and not is_watched(part) for part in linear)
+        and is_causal_convolution(parts.get("conv1d"), parts.get("act"))
+        and is_causal_convolution(parts.get("conv1d_b"), parts.get("act"))
+    )
+
+
+def _weights(norm: RMSNorm, mixer: Mamba) -> BlockWeights | None:
+    """Return all weights where each is a plain parameter or tensor in its usual place, else `None`."""
+    own: dict[str, Any] = mixer._parameters
+    parts: dict[str, Any] = {name: part._parameters for name, part in mixer._modules.items()}  # type: ignore[union-attr]
+    try:
+        if parts["x_proj"]["bias"] is not None or parts["x_proj_b"]["bias"] is not None:
+            return None
+        weights = BlockWeights(
+            norm._parameters["weight"],  # type: ignore[arg-type]
+            parts["in_proj"]["weight"],
+            parts["in_proj"]["bias"],
+            parts["conv1d"]["weight"],
+            parts["conv1d"]["bias"],
+            parts["x_proj"]["weight"],
+            parts["dt_proj"]["weight"],
+            parts["dt_proj"]["bias"],
+            own["A_log"],
+            own["D"],
+            parts["conv1d_b"]["weight"],
+            parts["conv1d_b"]["bias"],
+            parts["x_proj_b"]["weight"],
+            parts["dt_proj_b"]["weight"],
+            parts["dt_proj_b"]["bias"],
+            own["A_b_log"],
+            own["D_b"],
+            parts["out_proj"]["weight"],
+            parts["out_proj"]["bias"],
+        )
+    except KeyError:  # somebody keeps a weight elsewhere: as a buffer, an attribute, a parametrization
+        return None
+    return weights if all(type(w) is nn.Parameter or type(w) is Tensor or w is None for w in weights) else None
+
+
+def _fit(weights: BlockWeights, x: Tensor) -> bool:
+    """Return True if products are in the dtype of `x`, as linear layers demand; autocast casts both."""
+    if torch.is_autocast_enabled(x.device.type):
+        return True
+    products = (weights.in_proj, weights.in_bias, weights.x_proj, weights.x_proj_b, weights.out_proj, weights.out_bias)
+    return all(w is None or w.dtype is x.dtype for w in products)
