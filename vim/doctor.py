@@ -21,7 +21,7 @@ OPS = ("add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_con
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PACKAGES = ("torchvision", "timm", "triton", "mamba-ssm", "causal-conv1d")
 # What the native kernels look for, in /proc/cpuinfo's words.
-_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "asimd")
+_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16", "asimd")
 
 
 def main() -> int:

@@ -222,6 +222,53 @@ VIM_INLINE vec sum_each(const vec (&v)[kLanes]) {
 #endif
 }
 
+// Lane j of v[i] and lane i of v[j] change places.
+VIM_INLINE void transpose(vec (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  vec t[16];
+  for (int i = 0; i < 16; i += 4) {  // 4 x 4 numbers in each quarter of four vectors
+    const vec a = _mm512_unpacklo_ps(v[i], v[i + 1]), b = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    const vec c = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // then the quarters
+    const vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+    const vec c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+    v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+#elif defined(__AVX2__)
+  vec t[8];
+  for (int i = 0; i < 8; i += 4) {  // 4 x 4 numbers in each half of four vectors
+    const vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    const vec c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // then the halves
+    v[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+#elif defined(__x86_64__)
+  _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float kept = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = kept;
+    }
+  }
+#endif
+}
+
 // ---- exponentials ----------------------------------------------------------------------------------------------
 
 VIM_INLINE vec round_to_int(vec x) {

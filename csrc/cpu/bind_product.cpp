@@ -1,5 +1,4 @@
-// vim::pack_weight and vim::packed_linear, for key CPU: products with a weight that is packed once and used often. Their
-// schemas are in vim/ops/linear.py and vim/ops/_packed_weights.py.
+// vim::product_, for key CPU: a product of matrices of any strides.
 #include "../common/binding.h"
 #include "ops.h"
 #include "parallel.h"
@@ -10,89 +9,76 @@ namespace {
 // A multiplication takes about a 256th of a scan's channel-step.
 int64_t work_of(const Product& product) { return product.rows * product.depth * product.columns / 256; }
 
-int64_t panels_of(int64_t columns) { return (columns + kernels().panel - 1) / kernels().panel; }
-
-// (panels, depth, columns of a panel)
-Tensor pack_weight(const Tensor& weight) {
-  const auto element = element_of(weight);
-  STD_TORCH_CHECK(weight.dim() == 2 && element.has_value(),
-                  "vim: weight must be (columns, depth) in float32 or half precision");
-  check_memory("weight", weight);
-  const int64_t panel = kernels().panel;
-  Product product;
-  product.columns = weight.size(0);
-  product.depth = weight.size(1);
-  const Unpacked unpacked{*element, weight.const_data_ptr(), weight.stride(0), weight.stride(1)};
-  const Tensor packed = allocate(weight, {panels_of(product.columns), product.depth, panel}, ScalarType::Float);
-  parallel(packed.size(0), weight.numel() / 8, [&](int64_t begin, int64_t end) {
-    return kernels().product_pack(product, unpacked, mutable_floats(packed), begin, end);
-  });
-  return packed;
+Matrix matrix_of(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && element_of(x).has_value(), "vim: ", name,
+                  " must be a matrix in float32 or half precision");
+  check_memory(name, x);
+  return {*element_of(x), x.const_data_ptr(), x.stride(0), x.stride(1)};
 }
 
-// x, once it is known to be there.
-const Tensor& checked(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() > 0 && element_of(x).has_value(), "vim: x must be (..., depth) in float32 or half precision");
-  check_memory("x", x);
-  return x;
+Product product_of(const Tensor& a, const Tensor& b, const Tensor& c) {
+  Product product;
+  product.a = matrix_of("a", a);
+  product.b = matrix_of("b", b);
+  const Matrix out = matrix_of("c", c);
+  product.rows = a.size(0);
+  product.depth = a.size(1);
+  product.columns = b.size(1);
+  STD_TORCH_CHECK(b.size(0) == product.depth, "vim: b has ", b.size(0), " rows, and a ", product.depth, " columns");
+  check_sizes("c", c, {product.rows, product.columns});
+  STD_TORCH_CHECK(out.column == 1 || product.columns <= 1, "vim: the numbers of a row of c must lie side by side");
+  product.c_element = out.element;
+  product.c = c.mutable_data_ptr();
+  product.c_row = out.row;
+  return product;
 }
 
-// What a product reads and writes; the tensors live as long.
-struct Operands {
-  Tensor rows, y;
-  OptionalTensor bias;
-  Product product;
+void run(const Product& product) {
+  parallel(kernels().product_tasks(product), work_of(product),
+           [&](int64_t begin, int64_t end) { return kernels().product_run(product, begin, end); });
+}
 
-  Operands(const Tensor& x, const Tensor& packed, const OptionalTensor& given_bias, int64_t columns)
-      : rows(as_rows(checked(x))), y(rows) {
-    STD_TORCH_CHECK(is_float(packed) && is_float(given_bias) && packed.is_contiguous(),
-                    "vim: packed and bias must be float32, and packed contiguous");
-    Sizes sizes = sizes_of(x);
-    const int64_t depth = std::exchange(sizes.back(), columns);
-    check_sizes("packed", packed, {panels_of(columns), depth, kernels().panel});
-    check_sizes("bias", given_bias, {columns});
-    bias = dense(given_bias);
-    y = allocate(x, sizes);
-    product.element = *element_of(x);
-    product.rows = columns > 0 ? y.numel() / columns : 0;
-    product.depth = depth;
-    product.columns = columns;
-    product.x = rows.const_data_ptr();
-    product.x_row = row_stride(rows);
-    product.weight = floats(packed);
-    product.bias = floats(bias);
-    product.y = y.mutable_data_ptr();
-  }
-};
+// c = a b + bias, or c += a b
+void multiply(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool accumulate, Tensor c) {
+  Product product = product_of(a, b, c);
+  STD_TORCH_CHECK(is_float(bias) && !(accumulate && bias.has_value()),
+                  "vim: bias must be float32, and absent where c accumulates");
+  check_sizes("bias", bias, {product.columns});
+  const OptionalTensor dense_bias = dense(bias);
+  product.bias = floats(dense_bias);
+  product.accumulate = accumulate;
+  run(product);
+}
 
 }  // namespace
 
-Tensor on_cpu::packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t columns) {
-  const Operands operands(x, packed, bias, columns);
-  const Product& product = operands.product;
-  parallel(kernels().product_tasks(product), work_of(product),
-           [&](int64_t begin, int64_t end) { return kernels().product_forward(product, begin, end); });
-  return operands.y;
-}
-
-std::tuple<Tensor, Tensor> on_cpu::packed_linear_pair(const Tensor& x, const Tensor& packed, const Tensor& x_b,
-                                                      const Tensor& packed_b, int64_t columns) {
-  const Operands first(x, packed, std::nullopt, columns), second(x_b, packed_b, std::nullopt, columns);
-  const int64_t tasks = kernels().product_tasks(first.product);
-  parallel(tasks + kernels().product_tasks(second.product), work_of(first.product) + work_of(second.product),
-           [&](int64_t begin, int64_t end) {
-             const auto part = [&](const Product& product, int64_t from, int64_t to) {
-               return from >= to || kernels().product_forward(product, from, to);
-             };
-             return part(first.product, begin, std::min(end, tasks)) &&
-                    part(second.product, std::max<int64_t>(begin - tasks, 0), end - tasks);
-           });
-  return {first.y, second.y};
+Tensor on_cpu::linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor rows = as_rows(x);
+  Sizes sizes = sizes_of(x);
+  const int64_t depth = std::exchange(sizes.back(), weight.size(0));
+  const Tensor y = allocate(x, sizes);
+  check_sizes("weight", weight, {weight.size(0), depth});
+  check_sizes("bias", bias, {weight.size(0)});
+  STD_TORCH_CHECK(is_float(bias), "vim: bias must be float32");
+  const OptionalTensor dense_bias = dense(bias);
+  Product product;
+  product.rows = depth > 0 ? x.numel() / depth : 0;
+  product.depth = depth;
+  product.columns = weight.size(0);
+  product.a = {*element_of(x), rows.const_data_ptr(), row_stride(rows), 1};
+  product.b = {*element_of(weight), weight.const_data_ptr(), weight.stride(1), weight.stride(0)};
+  product.bias = floats(dense_bias);
+  product.c_element = *element_of(x);
+  product.c = y.mutable_data_ptr();
+  product.c_row = product.columns;
+  run(product);
+  return y;
 }
 
 }  // namespace vim
 
-STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) {
-  m.impl("pack_weight", TORCH_BOX(&vim::pack_weight));
-  m.impl("packed_linear", TORCH_BOX(&vim::on_cpu::packed_linear));
+STABLE_TORCH_LIBRARY_FRAGMENT(vim, m) {
+  m.def("product_(Tensor a, Tensor b, Tensor? bias, bool accumulate, Tensor(c!) c) -> ()");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(vim, CPU, m) { m.impl("product_", TORCH_BOX(&vim::multiply)); }

@@ -14,10 +14,14 @@ const Kernels& choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const char* wanted = std::getenv("VIM_CPU_CAPABILITY");
-  const bool any = wanted == nullptr || std::strcmp(wanted, "avx512") == 0;
-  if (avx512 && any) return kernels_avx512();
-  if (avx2 && (any || std::strcmp(wanted, "avx2") == 0)) return kernels_avx2();
+  // Whether a table is at most what is wanted, asked from the highest table down.
+  bool any = wanted == nullptr;
+  const auto allowed = [&](const char* name) { return any = any || std::strcmp(wanted, name) == 0; };
+  if (allowed("avx512bf16") && avx512bf16) return kernels_avx512bf16();
+  if (allowed("avx512") && avx512) return kernels_avx512();
+  if (allowed("avx2") && avx2) return kernels_avx2();
 #endif
   return kernels_baseline();
 }

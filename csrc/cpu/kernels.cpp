@@ -34,10 +34,8 @@ const Kernels& VIM_JOIN(kernels_, VIM_ISA)() {
       &norm_forward,
       &norm_backward,
       &norm_reduce,
-      kPanel,
-      &product_pack,
       &product_tasks,
-      &product_forward,
+      &product_run,
   };
   return table;
 }

@@ -39,23 +39,23 @@ inline Scan on_float_rows(const Scan& scan, float* rows) {
   return wide;
 }
 
-// y = x weight^T + bias over rows, in float32 inside. `weight` is packed; x and y have the type `element`, their numbers
-// of a row lie side by side, and so do the rows of y.
-struct Product {
-  Element element = Element::float32;
-  int64_t rows = 0, depth = 0, columns = 0;
-  const void* x = nullptr;
-  int64_t x_row = 0;
-  const float* weight = nullptr;
-  const float* bias = nullptr;  // (columns,) or null
-  void* y = nullptr;
-};
-
-// A weight (columns, depth) before it is packed, with its strides.
-struct Unpacked {
+// A matrix as a product reads it: strides in elements.
+struct Matrix {
   Element element = Element::float32;
   const void* data = nullptr;
-  int64_t column = 0, depth = 0;
+  int64_t row = 0, column = 0;
+};
+
+// c = a b + bias, or c += a b with `accumulate`: (rows, depth) by (depth, columns), sums in float32. Tables with bfloat16
+// products round b to bfloat16 where a is.
+struct Product {
+  int64_t rows = 0, depth = 0, columns = 0;
+  Matrix a, b;                  // b.row is the step along depth
+  const float* bias = nullptr;  // (columns,) or null; never with accumulate
+  Element c_element = Element::float32;
+  void* c = nullptr;
+  int64_t c_row = 0;  // the numbers of a row of c lie side by side
+  bool accumulate = false;
 };
 
 // Functions over a range of tasks return false when memory runs out.
@@ -77,19 +77,18 @@ struct Kernels {
   bool (*norm_forward)(const Norm&, int64_t begin, int64_t end);   // rows tasks
   bool (*norm_backward)(const Norm&, int64_t begin, int64_t end);  // row_groups tasks
   bool (*norm_reduce)(const Norm&, int64_t begin, int64_t end);    // dim tasks
-  int64_t panel;  // columns of a panel of a packed weight
-  bool (*product_pack)(const Product&, const Unpacked&, float* packed, int64_t begin, int64_t end);  // panels tasks
   int64_t (*product_tasks)(const Product&);
-  bool (*product_forward)(const Product&, int64_t begin, int64_t end);
+  bool (*product_run)(const Product&, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels_baseline();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512bf16();
 #endif
 
-// The fastest table this processor runs; VIM_CPU_CAPABILITY=baseline, avx2 or avx512 asks for a lower one.
+// The fastest table this processor runs; VIM_CPU_CAPABILITY=baseline, avx2, avx512 or avx512bf16 asks for at most that.
 const Kernels& kernels();
 
 }  // namespace vim

@@ -1,163 +1,296 @@
-// y = x weight^T + bias, for a weight that was packed before.
+// c = a b + bias, or c += a b, for matrices of any strides.
 //
-// Packed, kPanel output columns lie side by side for one number of depth after the other, so that a tile of kTileRows
-// rows and kPanel columns keeps its sums in registers and reads what it needs in order: two vectors of a panel and one
-// number of each row for 2 kTileRows fused products. A sum runs over depth in order, whatever the tasks and threads.
+// A tile of c keeps its sums in registers for a block of depth: a panel of b, packed so that it is read in order, passes
+// the numbers of some rows of a. A sum runs over depth in order wherever tasks, tiles and blocks of depth end, so none of
+// them changes a bit of it.
 #pragma once
 
-#include "staging.h"
+#include "product_pack.h"
 
 namespace vim {
 namespace VIM_ISA {
 
-constexpr int64_t kPanel = 2 * kLanes;
-// The sums of a tile, two vectors of a panel and one number fill the registers: 16 of them, or 32.
+// The sums of a tile, the vectors of a panel and one number fill the registers: 16 of them, or 32.
 #if defined(__x86_64__) && !defined(__AVX512F__)
-constexpr int kTileRows = 6;
+constexpr int64_t kTileRows = 6, kWideTileRows = 4;
 #else
-constexpr int kTileRows = 14;
+constexpr int64_t kTileRows = 14, kWideTileRows = 9;
 #endif
 
-VIM_INLINE int64_t product_panels(const Product& product) { return blocks_in(product.columns, kPanel); }
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
 
-// A task multiplies a block of rows, which stays in the second-level cache, by a few panels. Blocks are of nearly one
-// size, and there are several of them even for few rows, so that threads share them out evenly.
+// Columns of c in panels of two vectors; the last one takes the vector that is left over.
+struct Panels {
+  int64_t columns, vectors, count;
+
+  explicit VIM_INLINE Panels(const Product& product)
+      : columns(product.columns), vectors(blocks_in(columns, kLanes)), count(larger(smaller(vectors, 1), vectors / 2)) {}
+  // Its first column. Beyond the last panel: where a further vector would begin.
+  VIM_INLINE int64_t start(int64_t panel) const { return (panel == count ? vectors : 2 * panel) * kLanes; }
+};
+
+// A task is a rectangle of c. There are enough of them that a few threads share them out evenly, and they are cut such
+// that little is packed twice.
 struct ProductTasks {
-  static constexpr int64_t kPanels = 2;
-  int64_t blocks, across;  // of rows, and tasks side by side
+  int64_t blocks, groups;  // of rows, and of panels
 
   explicit VIM_INLINE ProductTasks(const Product& product) {
-    constexpr int64_t kFewRows = 48, kNumbers = 131072;
-    const int64_t most = larger(kFewRows, smaller(product.rows / 2, kNumbers / larger(1, product.depth)));
-    blocks = blocks_in(product.rows, most);
-    across = blocks_in(product_panels(product), kPanels);
+    constexpr int64_t kWork = 1 << 19, kMost = 24, kGroup = 8;
+    const int64_t panels = Panels(product).count, row_blocks = blocks_in(product.rows, kTileRows);
+    const int64_t work = product.rows * product.columns * larger(1, product.depth);
+    const int64_t wanted = larger(1, smaller(kMost, work / kWork));
+    const int64_t pack_row = product.a.column == 1 && product.a.element == Element::float32 ? 1 : 2;
+    const int64_t pack_column = product.b.column == 1 ? 1 : 2;
+    int64_t least = -1;
+    blocks = groups = 0;
+    if (product.rows == 0 || panels == 0) return;
+    for (int64_t g = blocks_in(panels, kGroup); g <= panels; ++g) {
+      const int64_t b = smaller(row_blocks, blocks_in(wanted, g));
+      const int64_t missing = larger(0, wanted - b * g);
+      const int64_t cost = (b * product.columns * pack_column + g * product.rows * pack_row) * (1 + missing);
+      if (least >= 0 && cost >= least) continue;
+      least = cost;
+      blocks = b;
+      groups = g;
+    }
   }
   VIM_INLINE int64_t first_row(const Product& product, int64_t block) const { return product.rows * block / blocks; }
 };
 
 inline int64_t product_tasks(const Product& product) {
   const ProductTasks tasks(product);
-  return tasks.blocks * tasks.across;
+  return tasks.blocks * tasks.groups;
 }
 
-// Tasks are panels.
-inline bool product_pack(const Product& product, const Unpacked& weight, float* packed, int64_t begin, int64_t end) {
-  with_element(weight.element, [&](auto* type) {
-    using T = std::remove_reference_t<decltype(*type)>;
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kPanel, columns = smaller(kPanel, product.columns - first);
-      const T* source = static_cast<const T*>(weight.data) + first * weight.column;
-      float* target = packed + first * product.depth;
-      if (columns < kPanel) fill_zero(target, product.depth * kPanel);
-      for (int64_t c = 0; c < columns; ++c) {
-        for (int64_t k = 0; k < product.depth; ++k) {
-          target[k * kPanel + c] = to_float(source[c * weight.column + k * weight.depth]);
-        }
-      }
-    }
-  });
-  return true;
+template <bool kPairs>
+VIM_INLINE vec multiply_add(vec a, vec b, vec c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return _mm512_dpbf16_ps(c, bits<__m512bh>(a), bits<__m512bh>(b));
+#endif
+  return fma(a, b, c);
 }
 
-// The sums of a tile, which start as `bias`, to rows of kPanel numbers.
-template <int kRows>
-void multiply_tile(const float* x, int64_t x_row, const float* panel, int64_t depth, const float* bias, float* out,
+// Sums of a tile, which begin as what `start` says and go to `out`.
+template <bool kPairs, int kRows, int kVectors>
+void multiply_tile(LeftTile a, const float* panel, int64_t words, const float* start, int64_t start_row, float* out,
                    int64_t out_row) {
-  const float* rows[kRows];
-  vec sums[kRows][2];
+  // Addresses of every third row: the two rows after it are one and two steps on, which an instruction adds itself.
+  constexpr int kThirds = (kRows + 2) / 3;
+  const char* rows[kThirds];
+  vec sums[kRows][kVectors];
+  for (int i = 0; i < kThirds; ++i) rows[i] = a.data + 3 * i * a.row;
   for (int r = 0; r < kRows; ++r) {
-    rows[r] = x + r * x_row;
-    sums[r][0] = load(bias);
-    sums[r][1] = load(bias + kLanes);
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(start + r * start_row + v * kLanes);
   }
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
-    const vec left = load(panel), right = load(panel + kLanes);
+  for (int64_t k = 0; k < words; ++k, panel += kVectors * kLanes) {
+    vec right[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) right[v] = load(panel + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const vec number = set1(rows[r][k]);
-      sums[r][0] = fma(number, left, sums[r][0]);
-      sums[r][1] = fma(number, right, sums[r][1]);
+      float word;
+      std::memcpy(&word, rows[r / 3] + r % 3 * a.row, sizeof word);
+      const vec left = set1(word);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<kPairs>(left, right[v], sums[r][v]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kThirds; ++i) rows[i] += a.column;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    store(out + r * out_row, sums[r][0]);
-    store(out + r * out_row + kLanes, sums[r][1]);
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_row + v * kLanes, sums[r][v]);
   }
 }
 
-template <int kRows = kTileRows>
+template <bool kPairs, int kVectors, int kRows = kVectors == 3 ? kWideTileRows : kTileRows>
 auto tile_of(int64_t rows) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_of<kRows - 1>(rows);
+    if (rows < kRows) return tile_of<kPairs, kVectors, kRows - 1>(rows);
   }
-  return &multiply_tile<kRows>;
+  return &multiply_tile<kPairs, kRows, kVectors>;
 }
 
-// A panel, for rows in tiles of nearly one size: a tile of few rows would wait for its own sums. Where y is not float32
-// or has no room for the panel, a tile goes through a buffer.
-template <class T>
-void multiply_panel(Rows x, int64_t count, const float* panel, int64_t depth, const float* bias, T* y, int64_t y_row,
-                    int64_t columns) {
-  const int64_t tiles = blocks_in(count, kTileRows);
-  float buffer[kTileRows * kPanel];
+// Rows of float that sums begin as, or go to.
+struct Sums {
+  float* data;
+  int64_t row;
+};
+
+// A panel for some rows, in tiles of nearly one size: a tile of few rows would wait for its own sums.
+template <bool kPairs, int kVectors>
+void multiply_panel(const Left& a, int64_t count, int64_t tile_rows, const float* panel, int64_t words, Sums start,
+                    Sums out) {
+  const int64_t tiles = blocks_in(count, tile_rows);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = count * i / tiles, rows = count * (i + 1) / tiles - first;
-    const float* from = x.data + first * x.stride;
-    T* to = y + first * y_row;
-    if constexpr (std::is_same_v<T, float>) {
-      if (columns == kPanel) {
-        tile_of(rows)(from, x.stride, panel, depth, bias, to, y_row);
-        continue;
-      }
-    }
-    tile_of(rows)(from, x.stride, panel, depth, bias, buffer, kPanel);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        store_some(to + r * y_row + c, columns - c, load(buffer + r * kPanel + c));
-      }
-    }
+    tile_of<kPairs, kVectors>(rows)(a.at(first, rows), panel, words, start.data + first * start.row, start.row,
+                                    out.data + first * out.row, out.row);
   }
 }
 
-inline bool product_forward(const Product& product, int64_t begin, int64_t end) {
-  const ProductTasks tasks(product);
-  const int64_t depth = product.depth, across = tasks.across;
-  const bool converts = product.element != Element::float32;
-  Scratch scratch;
-  const auto take = [&](float*& bias, float*& rows) {
-    bias = scratch.take(kPanel);
-    rows = scratch.take(converts ? blocks_in(product.rows, larger(1, tasks.blocks)) * depth + kLanes : 0);
-  };
-  float *bias, *converted;
-  take(bias, converted);
-  if (!scratch.allocate()) return false;
-  take(bias, converted);
-  with_element(product.element, [&](auto* type) {
-    using T = std::remove_reference_t<decltype(*type)>;
-    Rows rows{};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / across, first = tasks.first_row(product, block);
-      const int64_t count = tasks.first_row(product, block + 1) - first;
-      if (task == begin || task % across == 0) {
-        const int64_t offset = first * product.x_row;
-        rows = load_rows(product.element, product.x, offset, product.x_row, 1, count, depth, depth, converted);
+// The rows and columns of a product that one pass computes, and its buffers.
+template <bool kPairs>
+struct Rectangle {
+  static constexpr int64_t kPer = kPairs ? 2 : 1;
+  static constexpr int64_t kDepth = 384;         // words in a block of depth: some panels stay in the second-level cache
+  static constexpr int64_t kLeftWords = 49152;   // of a block of a, which stays there too
+  static constexpr int64_t kMostRows = 1024;
+
+  const Product& product;
+  Panels panels;
+  int64_t depth_blocks, words, left_rows;  // of the largest block of depth, and of a block of a
+  bool in_place;
+  float *bias, *packed, *left, *sums;
+
+  Rectangle(const Product& product_)
+      : product(product_),
+        panels(product_),
+        depth_blocks(larger(1, blocks_in(words_in<kPairs>(product.depth), kDepth))),
+        words(blocks_in(words_in<kPairs>(product.depth), depth_blocks)),
+        left_rows(larger(kTileRows, kLeftWords / larger(1, words) / kTileRows * kTileRows)),
+        in_place(reads_in_place<kPairs>(product.a, product.depth)) {}
+
+  // For rectangles of so many rows and panels.
+  void take(Scratch& scratch, int64_t rows, int64_t count) {
+    const int64_t width = (2 * count + 1) * kLanes;
+    bias = scratch.take(width);
+    packed = scratch.take(width * words);
+    left = scratch.take(in_place ? 0 : smaller(rows, left_rows) * left_row(product.a, words) + kLanes);
+    sums = scratch.take(smaller(rows, kMostRows) * width);
+  }
+
+  void pack(int64_t first_depth, int64_t depth, int64_t first_panel, int64_t last_panel) const {
+    const Matrix& b = product.b;
+    float* to = packed;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t column = panels.start(panel), width = panels.start(panel + 1) - column;
+      with_element(b.element, [&](auto* type) {
+        using T = std::remove_reference_t<decltype(*type)>;
+        const T* source = static_cast<const T*>(b.data) + first_depth * b.row + column * b.column;
+        pack_panel<kPairs>(source, b.row, b.column, depth, smaller(width, product.columns - column), to);
+      });
+      to += width * words_in<kPairs>(depth);
+    }
+  }
+
+  Left load_left(int64_t first_row, int64_t rows, int64_t first_depth, int64_t depth, int64_t tile_rows) const {
+    const Matrix& a = product.a;
+    Left result{};
+    with_element(a.element, [&](auto* type) {
+      using T = std::remove_reference_t<decltype(*type)>;
+      const T* source = static_cast<const T*>(a.data) + first_row * a.row + first_depth * a.column;
+      if (in_place) {
+        result = {reinterpret_cast<const char*>(source), a.row * static_cast<int64_t>(sizeof(T)), false};
+      } else {
+        result = pack_left<kPairs>(a, source, rows, depth, tile_rows, left);
       }
-      const int64_t first_panel = task % across * ProductTasks::kPanels;
-      const int64_t last_panel = smaller(product_panels(product), first_panel + ProductTasks::kPanels);
-      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int64_t column = panel * kPanel, columns = smaller(kPanel, product.columns - column);
-        fill_zero(bias, kPanel);
-        if (product.bias != nullptr) {
-          std::memcpy(bias, product.bias + column, static_cast<size_t>(columns) * sizeof(float));
-        }
-        T* y = static_cast<T*>(product.y) + first * product.columns + column;
-        multiply_panel(rows, count, product.weight + column * depth, depth, bias, y, product.columns, columns);
+    });
+    return result;
+  }
+
+  // Where sums begin, and where they end: c itself where it has room for whole vectors of float.
+  void multiply(int64_t first_row, int64_t rows, int64_t first_panel, int64_t last_panel) const {
+    const int64_t column = panels.start(first_panel), width = panels.start(last_panel) - column;
+    const int64_t columns = smaller(width, product.columns - column), offset = first_row * product.c_row + column;
+    const bool direct = product.c_element == Element::float32 && columns == width;
+    const Sums out = direct ? Sums{static_cast<float*>(product.c) + offset, product.c_row} : Sums{sums, width};
+    Sums start{bias, 0};
+    if (product.accumulate) {
+      start = out;
+      if (!direct) move(rows, columns, offset, [](auto* c, float* sum, int64_t n) { store(sum, load_some(c, n)); });
+    } else {
+      fill_zero(bias, width);
+      if (product.bias != nullptr) {
+        std::memcpy(bias, product.bias + column, static_cast<size_t>(columns) * sizeof(float));
       }
     }
-  });
+    const int64_t all_words = words_in<kPairs>(product.depth);
+    for (int64_t block = 0; block < depth_blocks; ++block, start = out) {
+      const int64_t first = all_words * block / depth_blocks * kPer;
+      const int64_t depth = smaller(product.depth, all_words * (block + 1) / depth_blocks * kPer) - first;
+      pack(first, depth, first_panel, last_panel);
+      for (int64_t r = 0; r < rows; r += left_rows) {
+        multiply_block(first_row + r, smaller(left_rows, rows - r), first, depth, first_panel, last_panel,
+                       {start.data + r * start.row, start.row}, {out.data + r * out.row, out.row});
+      }
+    }
+    if (!direct) move(rows, columns, offset, [](auto* c, float* sum, int64_t n) { store_some(c, n, load(sum)); });
+  }
+
+  // A block of a, which stays in the cache, by the packed panels.
+  void multiply_block(int64_t first_row, int64_t rows, int64_t first_depth, int64_t depth, int64_t first_panel,
+                      int64_t last_panel, Sums start, Sums out) const {
+    const int64_t block_words = words_in<kPairs>(depth);
+    const bool odd = last_panel == panels.count && panels.vectors % 2 == 1 && panels.vectors > 1;
+    const bool wide_tiles = odd && is_tiled(product.a);
+    const int64_t tile_rows = wide_tiles ? kWideTileRows : kTileRows;
+    const Left a = load_left(first_row, rows, first_depth, depth, tile_rows);
+    const float* panel = packed;
+    for (int64_t p = first_panel; p < last_panel; ++p) {
+      const int64_t vectors = (panels.start(p + 1) - panels.start(p)) / kLanes;
+      if (vectors == 3) {
+        multiply_panel<kPairs, 3>(a, rows, kWideTileRows, panel, block_words, start, out);
+      } else if (vectors == 2) {
+        multiply_panel<kPairs, 2>(a, rows, tile_rows, panel, block_words, start, out);
+      } else {
+        multiply_panel<kPairs, 1>(a, rows, tile_rows, panel, block_words, start, out);
+      }
+      panel += vectors * kLanes * block_words;
+      start.data += vectors * kLanes;
+      out.data += vectors * kLanes;
+    }
+  }
+
+  // Every vector of c's rectangle and of its sums.
+  template <class Function>
+  void move(int64_t rows, int64_t columns, int64_t offset, const Function& function) const {
+    const int64_t width = round_up(columns, kLanes);
+    with_element(product.c_element, [&](auto* type) {
+      using T = std::remove_reference_t<decltype(*type)>;
+      T* c = static_cast<T*>(product.c) + offset;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < columns; i += kLanes) {
+          function(c + r * product.c_row + i, sums + r * width + i, columns - i);
+        }
+      }
+    });
+  }
+};
+
+// Tasks that follow each other are row blocks of one group of panels, and computed together: its panels are packed once.
+template <bool kPairs>
+bool run_product(const Product& product, int64_t begin, int64_t end) {
+  const ProductTasks tasks(product);
+  Rectangle<kPairs> rectangle(product);
+  Scratch scratch;
+  const auto take = [&] { rectangle.take(scratch, product.rows, blocks_in(rectangle.panels.count, tasks.groups)); };
+  take();
+  if (!scratch.allocate()) return false;
+  take();
+  while (begin < end) {
+    const int64_t group = begin / tasks.blocks, block = begin % tasks.blocks;
+    const int64_t last_block = smaller(tasks.blocks, block + end - begin), last = tasks.first_row(product, last_block);
+    const int64_t first_panel = rectangle.panels.count * group / tasks.groups;
+    const int64_t last_panel = rectangle.panels.count * (group + 1) / tasks.groups;
+    for (int64_t row = tasks.first_row(product, block); row < last; row += rectangle.kMostRows) {
+      rectangle.multiply(row, smaller(rectangle.kMostRows, last - row), first_panel, last_panel);
+    }
+    begin += last_block - block;
+  }
   return true;
+}
+
+inline bool product_run(const Product& product, int64_t begin, int64_t end) {
+  if constexpr (kMultipliesPairs) {
+    if (product.a.element == Element::bfloat16) return run_product<true>(product, begin, end);
+  }
+  return run_product<false>(product, begin, end);
 }
 
 }  // namespace VIM_ISA

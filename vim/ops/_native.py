@@ -134,7 +134,7 @@ def library_path() -> Path | None:
 
 
 def capability() -> str:
-    """Instruction set that the loaded CPU kernels use: "baseline", "avx2" or "avx512"."""
+    """Instruction set that the loaded CPU kernels use: "baseline", "avx2", "avx512" or "avx512bf16"."""
     name = ctypes.CDLL(str(cpu.path)).vim_cpu_capability
     name.restype = ctypes.c_char_p
     return name().decode()

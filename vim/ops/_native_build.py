@@ -40,10 +40,12 @@ _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 _KERNEL_FLAGS = (*_FLAGS, "-O3", "-fno-math-errno", "-ffp-contract=fast")
 # The stable ABI from torch 2.10 on.
 BINDING_FLAGS = (*_FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+_AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 _INSTRUCTION_SETS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "avx512": _AVX512,
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
 
 Report = Callable[[str], None]

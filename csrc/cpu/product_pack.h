@@ -1,0 +1,181 @@
+// Operands of a product as its tiles read them: words of 32 bits, along depth either one number in float32 or, where the
+// processor multiplies in bfloat16, a pair of those.
+#pragma once
+
+#include "staging.h"
+
+namespace vim {
+namespace VIM_ISA {
+
+constexpr int64_t kWord = 4;  // bytes
+
+template <bool kPairs>
+VIM_INLINE int64_t words_in(int64_t depth) {
+  return kPairs ? blocks_in(depth, 2) : depth;
+}
+
+#if defined(__AVX512BF16__)
+// Numbers that bfloat16 holds.
+template <class T>
+VIM_INLINE vec load_rounded(const T* p, int64_t count) {
+  const vec v = load_some(p, count);
+  if constexpr (std::is_same_v<T, bfloat16>) return v;
+  const hvec half = bits<hvec>(_mm512_cvtneps_pbh(v));
+  return bits<vec>(__builtin_convertvector(half, uvec) << 16);
+}
+#endif
+
+// kLanes words along depth, of `count` numbers that lie side by side; zero beyond them.
+template <bool kPairs, class T>
+VIM_INLINE vec load_along(const T* p, int64_t count) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (count >= 2 * kLanes) return load(reinterpret_cast<const float*>(p));
+    }
+    const vec low = load_some(p, count), high = load_some(p + kLanes, larger(0, count - kLanes));
+    return bits<vec>(_mm512_cvtne2ps_pbh(high, low));
+  }
+#endif
+  return load_some(p, count);
+}
+
+// A word of each of `count` rows or columns, which lie side by side; zero beyond them. `depth` numbers are left from
+// here on, `step` apart.
+template <bool kPairs, class T>
+VIM_INLINE vec load_across(const T* p, int64_t count, int64_t step, int64_t depth) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    const vec low = load_rounded(p, count), high = depth > 1 ? load_rounded(p + step, count) : vec{};
+    return bits<vec>((bits<uvec>(low) >> 16) | (bits<uvec>(high) & 0xffff0000u));
+  }
+#endif
+  return load_some(p, count);
+}
+
+// Numbers that lie anywhere, a vector of them.
+template <class T>
+VIM_INLINE vec gather(const T* p, int64_t count, int64_t step) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < smaller(count, kLanes); ++i) lanes[i] = to_float(p[i * step]);
+  return load(lanes);
+}
+
+// Columns of b as panel[word][columns rounded up to vectors], zero in missing columns.
+template <bool kPairs, class T>
+void pack_panel(const T* source, int64_t row, int64_t column, int64_t depth, int64_t columns, float* panel) {
+  constexpr int64_t kPer = kPairs ? 2 : 1;  // numbers in a word
+  const int64_t words = words_in<kPairs>(depth), width = round_up(columns, kLanes);
+  if (column == 1) {
+    for (int64_t k = 0; k < words; ++k) {
+      const T* from = source + k * kPer * row;
+      for (int64_t c = 0; c < width; c += kLanes) {
+        store(panel + k * width + c, load_across<kPairs>(from + c, columns - c, row, depth - k * kPer));
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < width; c += kLanes) {
+    for (int64_t k = 0; k < words; k += kLanes) {
+      const T* from = source + k * kPer * row + c * column;
+      const int64_t left = depth - k * kPer;
+      vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (c + i >= columns) {
+          square[i] = vec{};
+        } else if (row == 1) {
+          square[i] = load_along<kPairs>(from + i * column, left);
+        } else {
+          float line[kPer * kLanes];
+          for (int64_t j = 0; j < kPer; ++j) {
+            store(line + j * kLanes,
+                  gather(from + i * column + j * kLanes * row, larger(0, left - j * kLanes), row));
+          }
+          square[i] = load_along<kPairs>(line, kPer * kLanes);
+        }
+      }
+      transpose(square);
+      float* to = panel + k * width + c;
+      if (words - k >= kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + i * width, square[i]);
+      } else {
+        for (int i = 0; i < words - k; ++i) store(to + i * width, square[i]);
+      }
+    }
+  }
+}
+
+// Rows of a, a tile at a time: a row's words lie `column` bytes apart, those of rows in a tile `row` bytes.
+struct LeftTile {
+  const char* data;
+  int64_t row, column;
+};
+
+// How tiles find their rows of a.
+struct Left {
+  const char* data;
+  int64_t step;  // bytes from one row's words to the next row's
+  bool tiled;    // the rows of a tile lie side by side
+
+  VIM_INLINE LeftTile at(int64_t first, int64_t rows) const {
+    return {data + first * step, tiled ? kWord : step, tiled ? rows * kWord : kWord};
+  }
+};
+
+// Whether tiles read a where it lies. In pairs a last number would be multiplied with what follows it.
+template <bool kPairs>
+VIM_INLINE bool reads_in_place(const Matrix& a, int64_t depth) {
+  return a.column == 1 && a.element == (kPairs ? Element::bfloat16 : Element::float32) && (!kPairs || depth % 2 == 0);
+}
+
+// Whether columns of a lie side by side in memory, so that rows of a tile are packed together.
+VIM_INLINE bool is_tiled(const Matrix& a) { return a.row == 1 && a.column != 1; }
+
+// Floats of a packed row. No power of two: its rows would share few lines of the first-level cache.
+VIM_INLINE int64_t left_row(const Matrix& a, int64_t words) {
+  return is_tiled(a) ? words : round_up(words, kLanes) + kLanes;
+}
+
+// A block of a, starting at `source`, in tiles of nearly one size; `packed` has kLanes numbers more.
+template <bool kPairs, class T>
+Left pack_left(const Matrix& a, const T* source, int64_t rows, int64_t depth, int64_t tile_rows, float* packed) {
+  constexpr int64_t kPer = kPairs ? 2 : 1;
+  const int64_t words = words_in<kPairs>(depth), step = left_row(a, words);
+  if (!is_tiled(a)) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = source + r * a.row;
+      for (int64_t k = 0; k < words; k += kLanes) {
+        const int64_t left = depth - k * kPer;
+        if (a.column == 1) {
+          store(packed + r * step + k, load_along<kPairs>(from + k * kPer, left));
+          continue;
+        }
+        float line[kPer * kLanes];
+        for (int64_t j = 0; j < kPer; ++j) {
+          store(line + j * kLanes,
+                gather(from + (k * kPer + j * kLanes) * a.column, larger(0, left - j * kLanes), a.column));
+        }
+        store(packed + r * step + k, load_along<kPairs>(line, kPer * kLanes));
+      }
+    }
+    return {reinterpret_cast<const char*>(packed), step * kWord, false};
+  }
+  const int64_t tiles = blocks_in(rows, tile_rows);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
+    float* to = packed + first * step;
+    for (int64_t k = 0; k < words; ++k, to += count) {
+      const T* from = source + first + k * kPer * a.column;
+      for (int64_t r = 0; r < count; r += kLanes) {
+        // A vector may reach into what is written after it.
+        store(to + r, load_across<kPairs>(from + r, rows - first - r, a.column, depth - k * kPer));
+      }
+    }
+  }
+  return {reinterpret_cast<const char*>(packed), step * kWord, true};
+}
+
+}  // namespace VIM_ISA
+}  // namespace vim
