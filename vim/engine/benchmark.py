@@ -145,7 +145,7 @@ def measure_case(
     calls, memory, failed = {}, {}, {}
     for spec in specs:
         try:
-            calls[spec] = _make_call(spec, size, batch, _DTYPES[dtype], mode, device)
+            calls[spec] = make_call(spec, size, batch, _DTYPES[dtype], mode, device)
             calls[spec]()
             with PeakMemory(device) as peak:
                 calls[spec]()
@@ -191,7 +191,7 @@ def _row(spec: str, size: int, batch: int, dtype: str, mode: str, times: list[fl
     )
 
 
-def _make_call(
+def make_call(
     spec: str, size: int, batch: int, dtype: torch.dtype, mode: Mode, device: torch.device
 ) -> Callable[[], None]:
     """A function that runs one batch through a model and waits for the result."""

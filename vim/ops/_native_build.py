@@ -118,13 +118,15 @@ def cpu_recipe() -> Recipe:
         Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", BINDING_FLAGS)
         for name in ("scan", "conv", "norm", "product", "block")
     ]
+    others = [Unit(name, f"cpu/{name}.cpp", (*_FLAGS, "-O2")) for name in ("dispatch", "pool", "processors")]
     compiler = find_compiler()
     return Recipe(
         library=LIBRARY,
         folders=("common", "cpu"),
-        units=(*kernels, *bindings, Unit("dispatch", "cpu/dispatch.cpp", (*_FLAGS, "-O1"))),
+        units=(*kernels, *bindings, *others),
         compilers={} if compiler is None else {".cpp": compiler},
         missing=no_compiler(),
+        link=("-pthread",),  # a part of the C library only from glibc 2.34 on
     )
 
 
