@@ -21,6 +21,7 @@ struct Filter {
   int64_t width() const { return weight.dim() > 0 ? weight.size(weight.dim() - 1) : 0; }
 
   void check(const Tensor& x, int64_t dim) const {
+    check_extent({x.size(0), x.size(1), x.size(2), width()});
     check_device("weight", weight, x);
     check_device("bias", bias, x);
     check_sizes("weight", weight, weight.dim() == 3 ? Sizes{dim, 1, width()} : Sizes{dim, width()}, side);

@@ -12,8 +12,11 @@ namespace {
 
 int64_t chunks_of(int64_t length, int64_t every) { return every == 0 ? 0 : (length + every - 1) / every; }
 
-void check_checkpoint_every(int64_t every, bool backward) {
+// The distance between saved states that kernels are given. Sequences are shorter than most integers: beyond their end
+// all distances mean the same, and kernels multiply this one. A multiple of 64 stays one, since kernels are fast for it.
+int64_t checkpoint_distance(int64_t every, int64_t length, bool backward) {
   STD_TORCH_CHECK(every > 0 || (every == 0 && !backward), "vim: checkpoint_every must be positive");
+  return std::min(every, length / 64 * 64 + 64);
 }
 
 // What each device supplies: both run a scan whose arguments are known to fit. `like` is where workspace is allocated.
@@ -51,6 +54,7 @@ struct SelectiveInputs {
     const Sizes sizes = sizes_of(u);
     STD_TORCH_CHECK(sizes.size() == 3, "vim: u must be (batch, dim, len)");
     const int64_t batch = sizes[0], dim = sizes[1], length = sizes[2], d_state = A.size(1);
+    check_extent({batch, dim, length, d_state});
     for (const Tensor* x : {&delta, &A, &B, &C}) check_device("delta, A, B or C", *x, u);
     for (const OptionalTensor* x : {&D, &z, &delta_bias}) check_device("D, z or delta_bias", *x, u);
     check_memory("u", u);
@@ -116,18 +120,17 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
     return call_op<Tensor, Tensor, Tensor>("vim::selective_scan_reference", u, delta, A, B, C, D, z, delta_bias,
                                            delta_softplus, reverse, checkpoint_every);
   }
-  check_checkpoint_every(checkpoint_every, false);
   inputs.check();
   inputs.make_dense();
   Scan scan = inputs.scan(delta_softplus, reverse);
+  scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, false);
+  const int64_t chunks = chunks_of(scan.length, scan.checkpoint_every);
   const Tensor out = allocate_like_layout(u);
   const Tensor last_state = allocate(A, {scan.batch, scan.dim, scan.d_state});
-  const Tensor checkpoints =
-      allocate(A, {scan.batch, chunks_of(scan.length, checkpoint_every), scan.d_state, scan.dim});
+  const Tensor checkpoints = allocate(A, {scan.batch, chunks, scan.d_state, scan.dim});
   scan.y = output(out, 0, 2, 1);
-  scan.checkpoint_every = checkpoint_every;
   scan.direction[0].last_state = mutable_floats(last_state);
-  if (checkpoint_every > 0) scan.direction[0].checkpoints = mutable_floats(checkpoints);
+  if (scan.checkpoint_every > 0) scan.direction[0].checkpoints = mutable_floats(checkpoints);
   run_forward(scan, u);
   return {out, last_state, checkpoints};
 }
@@ -145,20 +148,19 @@ SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor&
         "vim::selective_scan_backward_reference", dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, checkpoints,
         delta_softplus, reverse, checkpoint_every);
   }
-  check_checkpoint_every(checkpoint_every, true);
   inputs.check();
   inputs.make_dense();
   ScanBackward k;
   k.scan = inputs.scan(delta_softplus, reverse);
   Scan& scan = k.scan;
-  scan.checkpoint_every = checkpoint_every;
+  scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, true);
   check_device("dout", dout, u);
   check_device("dlast_state", dlast_state, u);
   check_device("checkpoints", checkpoints, u);
   check_sizes("dout", dout, sizes_of(u));
   check_sizes("dlast_state", dlast_state, {scan.batch, scan.dim, scan.d_state});
-  check_sizes("checkpoints", checkpoints,
-              {scan.batch, chunks_of(scan.length, checkpoint_every), scan.d_state, scan.dim});
+  const int64_t chunks = chunks_of(scan.length, scan.checkpoint_every);
+  check_sizes("checkpoints", checkpoints, {scan.batch, chunks, scan.d_state, scan.dim});
   const Tensor states = dense(checkpoints);
   const OptionalTensor dlast = dense(dlast_state);
   scan.direction[0].checkpoints = const_cast<float*>(floats(states));
@@ -198,6 +200,8 @@ struct Operands {
   void check(const Tensor& like, int64_t dt_rank, int64_t d_state) const {
     const Sizes sizes = sizes_of(like);
     STD_TORCH_CHECK(sizes.size() == 3, "vim: u must be (batch, len, dim)");
+    check_extent({sizes[0], sizes[1], sizes[2], d_state});
+    check_extent({sizes[0], sizes[1], sizes[2], dt_rank});
     for (const Tensor* x : {&u, &x_dbl, &dt_weight, &dt_bias, &A_log, &D}) check_device("an operand", *x, like);
     check_sizes("u", u, sizes, side);
     check_sizes("x_dbl", x_dbl, {sizes[0], sizes[1], dt_rank + 2 * d_state}, side);
@@ -285,16 +289,15 @@ std::tuple<Tensor, Tensor> bidirectional_scan(
     return call_op<Tensor, Tensor>("vim::bidirectional_scan_reference", u, x_dbl, dt_weight, dt_bias, A_log, D, u_b,
                                    x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, z, scale, checkpoint_every);
   }
-  check_checkpoint_every(checkpoint_every, false);
   inputs.check();
   for (Operands& side : inputs.sides) side.make_dense();
   Scan scan = inputs.scan(scale);
-  scan.checkpoint_every = checkpoint_every;
-  const int64_t chunks = chunks_of(scan.length, checkpoint_every);
+  scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, false);
+  const int64_t chunks = chunks_of(scan.length, scan.checkpoint_every);
   const Tensor y = allocate_like(u);
   const Tensor checkpoints = allocate(A_log, {2, scan.batch, chunks, scan.d_state, scan.dim});
   scan.y = output(y, 0, 1, 2);
-  for (int d = 0; d < 2 && checkpoint_every > 0; ++d) {
+  for (int d = 0; d < 2 && scan.checkpoint_every > 0; ++d) {
     scan.direction[d].checkpoints = mutable_floats(checkpoints) + d * scan.batch * chunks * scan.d_state * scan.dim;
   }
   run_forward(scan, u);
@@ -316,14 +319,13 @@ BidirectionalGrads bidirectional_scan_backward(
         "vim::bidirectional_scan_backward_reference", dy, u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b,
         dt_weight_b, dt_bias_b, A_b_log, D_b, z, checkpoints, scale, checkpoint_every);
   }
-  check_checkpoint_every(checkpoint_every, true);
   inputs.check();
   for (Operands& side : inputs.sides) side.make_dense();
   ScanBackward k;
   k.scan = inputs.scan(scale);
   Scan& scan = k.scan;
-  scan.checkpoint_every = checkpoint_every;
-  const int64_t chunks = chunks_of(scan.length, checkpoint_every);
+  scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, true);
+  const int64_t chunks = chunks_of(scan.length, scan.checkpoint_every);
   check_device("dy", dy, u);
   check_device("checkpoints", checkpoints, u);
   check_sizes("dy", dy, sizes_of(u));

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -73,6 +74,13 @@ std::tuple<Results...> call_op(const char* name, const Arguments&... arguments) 
 // Only what memory safety needs: the Python side has checked the arguments with better messages. `side` is what follows
 // the name of an argument that both directions have.
 constexpr const char* kBackwardSide = " of the backward direction";
+
+// Kernels multiply the sizes of different tensors, and an empty or expanded one may have any.
+inline void check_extent(std::initializer_list<int64_t> sizes) {
+  double extent = 1;
+  for (const int64_t size : sizes) extent *= static_cast<double>(std::max<int64_t>(size, 1));
+  STD_TORCH_CHECK(extent <= 0x1p52, "vim: sizes whose product is ", extent, " are too large");
+}
 
 // Sharding and offloading take the memory from under a tensor that keeps its sizes: `untyped_storage().resize_(0)`.
 inline void check_memory(const char* name, const Tensor& x, const char* side = "") {

@@ -69,7 +69,7 @@ def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
         assert not tune(*wrong)
 
 
-@pytest.mark.parametrize("every", [1, 3, 64, 1000])
+@pytest.mark.parametrize("every", [1, 3, 64, 1000, 2**62, 2**63 - 1])
 def test_entry_states_at_any_distance(every):
     checks.bidirectional_scan([t.detach() for t in make_bidirectional_inputs(1, 70, 20, 5, 2)], every)
     inputs = {k: v.detach() for k, v in make_scan_inputs(1, 20, 70, 5).items()}

@@ -149,7 +149,7 @@ def test_bidirectional_scan(length, dim, d_state, dt_rank):
     check_bidirectional_scan(tensors, 64)
 
 
-@pytest.mark.parametrize("every", [1, 3, 64, 100, 1000])
+@pytest.mark.parametrize("every", [1, 3, 64, 100, 1000, 2**62, 2**63 - 1])
 def test_entry_states_at_any_distance(every):
     check_bidirectional_scan([t.detach() for t in make_bidirectional_inputs(1, 150, 20, 5, 2)], every)
     inputs = {k: v.detach() for k, v in make_scan_inputs(1, 20, 150, 5).items()}
