@@ -16,5 +16,5 @@ run --models '[vim_tiny_patch16_224,deit_tiny_patch16_224]' --batches '[8]' --si
 run --models '[vim_tiny_patch16_224,deit_tiny_patch16_224]' --batches '[2]' --sizes '[512]' --modes '[training]' \
     --rounds 15 --seconds 25 --output "$prefix-training-512"
 # Where the advantage comes from, and DeiT at its best.
-run --models '[vim_tiny_patch16_224,vim_tiny_patch16_224:plain,vim_tiny_patch16_224:reference,deit_tiny_patch16_224,deit_tiny_patch16_224:frozen]' \
+run --models '[vim_tiny_patch16_224,vim_tiny_patch16_224:modules,vim_tiny_patch16_224:reference,deit_tiny_patch16_224,deit_tiny_patch16_224:frozen]' \
     --sizes '[224]' --rounds 20 --seconds 30 --output "$prefix-variants"

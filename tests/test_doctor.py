@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 
 from vim import doctor
-from vim.ops import _backends, _native, fast_linear
+from vim.ops import _backends, _native
 
 
 def test_report(capsys):
@@ -19,16 +18,6 @@ def test_report(capsys):
     for op in doctor.OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
-
-
-def test_products_are_reported_with_their_reason(capsys):
-    doctor.main()
-    report = capsys.readouterr().out
-    assert re.search("float32: kernels of vim in inference, (oneDNN|PyTorch's default) in training", report)
-    assert "bfloat16: oneDNN" in report or "bfloat16: in float32" in report
-    with fast_linear(False):
-        doctor.main()
-    assert "PyTorch's default: switched off" in capsys.readouterr().out
 
 
 def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):

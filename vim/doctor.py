@@ -13,11 +13,16 @@ from pathlib import Path
 import torch
 
 from vim.ops import _native, _native_build, _native_cuda, available_backends, unavailable_backends
-from vim.ops._packed_weights import multiplies_in
-from vim.ops.linear import default_linear_reason, onednn_is_faster
 from vim.version import __version__
 
-OPS = ("add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan")
+OPS = (
+    "add_rms_norm",
+    "bidirectional_block",
+    "bidirectional_conv1d",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "selective_scan",
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PACKAGES = ("torchvision", "timm", "triton", "mamba-ssm", "causal-conv1d")
 # What the native kernels look for, in /proc/cpuinfo's words.
@@ -32,7 +37,6 @@ def main() -> int:
         ("native kernels for the CPU", _library()),
         ("native kernels for NVIDIA's GPUs", _cuda_library()),
         ("backends, the preferred one first", _backends()),
-        ("matrix products on the CPU", _products()),
     ):
         print(title)
         for line in lines:
@@ -119,20 +123,6 @@ def _backends() -> Iterator[str]:
             reasons = {line for op in OPS for line in unavailable_backends(op, device, dtype).items()}
             for name, reason in sorted(reasons):
                 yield f"{device} {str(dtype).removeprefix('torch.')}: not {name}: {reason}"
-
-
-def _products() -> Iterator[str]:
-    reason = default_linear_reason()
-    if reason is not None:
-        yield f"PyTorch's default: {reason}"
-        return
-    training = "oneDNN" if onednn_is_faster() else "PyTorch's default"
-    inference = "kernels of vim" if _native.load() is None else training
-    same = inference == training
-    yield f"float32: {training}" if same else f"float32: {inference} in inference, {training} in training"
-    for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        yield f"{name}: oneDNN" if multiplies_in(dtype) else f"{name}: in float32; this processor multiplies no {name}"
 
 
 if __name__ == "__main__":

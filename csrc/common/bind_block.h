@@ -175,6 +175,14 @@ auto as_tuple(const std::vector<Tensor>& tensors, std::index_sequence<kIndex...>
 
 constexpr size_t kBlockGrads = 20;  // of the residual sum and 19 weights
 
+template <size_t>
+using TensorAt = Tensor;
+
+template <size_t... kIndex, class... Arguments>
+auto call_backward_reference(std::index_sequence<kIndex...>, const Arguments&... arguments) {
+  return call_op<TensorAt<kIndex>...>("vim::bidirectional_block_backward_reference", arguments...);
+}
+
 auto bidirectional_block_backward(
     const Tensor& dout, const OptionalTensor& dresidual, const Tensor& residual, const Tensor& norm_weight,
     const Tensor& in_proj, const OptionalTensor& in_bias, const Tensor& conv_weight, const OptionalTensor& conv_bias,
@@ -192,9 +200,13 @@ auto bidirectional_block_backward(
        {conv_weight_b, conv_bias_b, x_proj_b, dt_weight_b, dt_bias_b, A_b_log, D_b}},
       out_proj,
       out_bias};
-  STD_TORCH_CHECK(weights.supported() && is_float(residual) && is_float(dresidual) && element_of(xz).has_value() &&
-                      same_type(dout, xz) && same_type(x_dbl, xz) && is_float(checkpoints),
-                  "vim: the backward pass of a block takes what its forward pass made, in float32 or half precision");
+  if (!weights.supported() || !is_float(residual) || !is_float(dresidual) || !element_of(xz).has_value() ||
+      !same_type(dout, xz) || !same_type(x_dbl, xz) || !is_float(checkpoints)) {
+    return call_backward_reference(std::make_index_sequence<kBlockGrads>{}, dout, dresidual, residual, norm_weight,
+                                   in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D,
+                                   conv_weight_b, conv_bias_b, x_proj_b, dt_weight_b, dt_bias_b, A_b_log, D_b, out_proj,
+                                   out_bias, xz, x_dbl, checkpoints, eps, scale, checkpoint_every, weight_grads);
+  }
   weights.check(residual);
   STD_TORCH_CHECK(residual.dim() == 3 && residual.size(2) == weights.d_model(),
                   "vim: residual must be (batch, len, d_model)");

@@ -1,6 +1,5 @@
 // vim::product_, for key CPU: a product of matrices of any strides.
 #include "../common/binding.h"
-#include "ops.h"
 #include "parallel.h"
 
 namespace vim {
@@ -51,30 +50,6 @@ void multiply(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool
 }
 
 }  // namespace
-
-Tensor on_cpu::linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor rows = as_rows(x);
-  Sizes sizes = sizes_of(x);
-  const int64_t depth = std::exchange(sizes.back(), weight.size(0));
-  const Tensor y = allocate(x, sizes);
-  check_sizes("weight", weight, {weight.size(0), depth});
-  check_sizes("bias", bias, {weight.size(0)});
-  STD_TORCH_CHECK(is_float(bias), "vim: bias must be float32");
-  const OptionalTensor dense_bias = dense(bias);
-  Product product;
-  product.rows = depth > 0 ? x.numel() / depth : 0;
-  product.depth = depth;
-  product.columns = weight.size(0);
-  product.a = {*element_of(x), rows.const_data_ptr(), row_stride(rows), 1};
-  product.b = {*element_of(weight), weight.const_data_ptr(), weight.stride(1), weight.stride(0)};
-  product.bias = floats(dense_bias);
-  product.c_element = *element_of(x);
-  product.c = y.mutable_data_ptr();
-  product.c_row = product.columns;
-  run(product);
-  return y;
-}
-
 }  // namespace vim
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vim, m) {

@@ -37,24 +37,3 @@ const Kernels& kernels() {
 
 // For people: which of the tables is in use.
 extern "C" __attribute__((visibility("default"))) const char* vim_cpu_capability() { return vim::kernels().name; }
-
-// For vim/ops/_fingerprint.py: a hash of one number of each row of matrices of four-byte words, in different columns. It
-// touches a line of cache a row, a sixteenth of a matrix or less.
-struct Matrix {
-  const uint32_t* data;
-  int64_t rows, columns;
-};
-
-extern "C" __attribute__((visibility("default"))) uint64_t vim_fingerprint(const Matrix* matrices, int64_t count) {
-  uint64_t hash = 1469598103934665603u;
-  for (const Matrix* m = matrices; m != matrices + count; ++m) {
-    const int64_t step = 40503 % m->columns;
-    const uint32_t* row = m->data;
-    for (int64_t i = 0, column = 0; i < m->rows; ++i, row += m->columns) {
-      hash = (hash ^ row[column]) * 1099511628211u;
-      column += step;
-      if (column >= m->columns) column -= m->columns;
-    }
-  }
-  return hash;
-}

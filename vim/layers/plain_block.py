@@ -1,4 +1,4 @@
-"""The one question of a block: are its parts plain and unwatched, so that one op may run in their place?"""
+"""Whether a block's parts are plain and unwatched, so that one op may run in their place."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +56,11 @@ _PREFERENCE = ("native", "triton", "reference")
 _backends: list[Backend] = []
 # Of the backends that are no family of registered ops, by suffix.
 _functions: dict[str, Mapping[str, Callable[..., Any]]] = {}
+# Both belong to a context: a `with` block of one thread or task changes nothing in another one.
 # What runs in place of every backend while a model is exported (see `vim.ops.exportable`).
-functions: dict[str, Callable[..., Any]] | None = None
-# What `backend=None` means at the moment; `None` is the first that can run.
-_default: str | None = None
+_functions_in_place: ContextVar[Mapping[str, Callable[..., Any]] | None] = ContextVar("functions", default=None)
+# What `backend=None` means; `None` is the first that can run.
+_default: ContextVar[str | None] = ContextVar("default_backend", default=None)
 # Kinds of devices whose portable ops hold kernels that turned out not to run.
 _pinned: set[str] = set()
 
@@ -118,7 +120,7 @@ def unavailable_backends(
 
 @contextlib.contextmanager
 def default_backend(name: str | None) -> Iterator[None]:
-    """Run the ops that name no backend on this one, for this process, inside a `with` block.
+    """Run the ops that name no backend on this one inside a `with` block, in this thread or task alone.
 
     Args:
         name: Name of a backend, or `None` for the fastest that applies.
@@ -126,14 +128,26 @@ def default_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: No backend has that name.
     """
-    global _default
     if name is not None:
         _find(name)
-    before, _default = _default, name
+    with _set(_default, name):
+        yield
+
+
+@contextlib.contextmanager
+def functions_in_place(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Run these plain functions, one for each op, in place of every backend inside a `with` block."""
+    with _set(_functions_in_place, functions):
+        yield
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _default = before
+        variable.reset(token)
 
 
 def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
@@ -148,19 +162,20 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
         ValueError: No backend has that name.
         RuntimeError: The named backend cannot run here; the message says why.
     """
+    functions = _functions_in_place.get()
     if functions is not None:
         return functions[op]
     if not torch.compiler.is_compiling() and is_transformed():
         return _references[op]
-    suffix = _suffix(op, backend or _default, tensor.device.type, tensor.dtype)
+    suffix = _suffix(op, backend or _default.get(), tensor.device.type, tensor.dtype)
     return _functions[suffix][op] if suffix in _functions else getattr(torch.ops.vim, op + suffix).default
 
 
 def default_backend_for(op: str, tensor: torch.Tensor) -> str:
     """Return the name of the backend that runs `op` on tensors like `tensor` where none is named."""
-    if functions is not None:
+    if _functions_in_place.get() is not None:
         return "exportable"
-    return _choose(op, _default, tensor.device.type, tensor.dtype).name
+    return _choose(op, _default.get(), tensor.device.type, tensor.dtype).name
 
 
 @torch.compiler.assume_constant_result

@@ -39,7 +39,6 @@ def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
             `vim.ops.<folder>.triton`.
         reference: The implementation that computes in any dtype.
     """
-
     if name in _WITHOUT_KERNELS:
         return reference
 

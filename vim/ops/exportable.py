@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from vim.ops import _backends
+from vim.ops._backends import functions_in_place
 from vim.ops._layout import accumulate_dtype
 from vim.ops.bidirectional_block import reference as bidirectional_block
 from vim.ops.bidirectional_scan.reference import project
@@ -116,9 +116,6 @@ _FUNCTIONS["bidirectional_block"] = functools.partial(bidirectional_block.compos
 
 @contextlib.contextmanager
 def exportable_ops() -> Iterator[None]:
-    """Compose every op of operators that exporters know, inside a `with` block around an export."""
-    before, _backends.functions = _backends.functions, _FUNCTIONS
-    try:
+    """Compose every op of operators that exporters know, inside a `with` block around an export, in this thread."""
+    with functions_in_place(_FUNCTIONS):
         yield
-    finally:
-        _backends.functions = before

@@ -44,9 +44,7 @@ def _fake(hidden_states: Tensor, residual: Tensor | None, *arguments: Any) -> tu
     )
 
 
-def _backward_fake(
-    dout: Tensor, dresidual: Tensor | None, residual: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
+def _backward_fake(dout: Tensor, dresidual: Tensor | None, residual: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     weights, weight_grads = arguments[:WEIGHTS], arguments[-1]
 
     def gradient(i: int, weight: Tensor | None) -> Tensor:
@@ -74,7 +72,8 @@ def _backward(
 ) -> Any:
     if dout is None and dresidual is None:
         return (None,) * (6 + WEIGHTS)
-    first, weights = ctx.saved_tensors[: ctx.saved], ctx.saved_tensors[ctx.saved :]
+    saved_tensors = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
+    first, weights = saved_tensors[: ctx.saved], saved_tensors[ctx.saved :]
     every = ctx.checkpoint_every
     if every == 0:
         every = CHECKPOINT_EVERY
