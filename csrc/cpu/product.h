@@ -120,26 +120,18 @@ auto tile_of(int64_t rows) {
 struct Sums {
   float* data;
   int64_t row;
-};
+  bool moves;  // on with the rows of c; otherwise every tile has the same rows
 
-// A panel for some rows, in tiles of nearly one size: a tile of few rows would wait for its own sums.
-template <bool kPairs, int kVectors>
-void multiply_panel(const Left& a, int64_t count, int64_t tile_rows, const float* panel, int64_t words, Sums start,
-                    Sums out) {
-  const int64_t tiles = blocks_in(count, tile_rows);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = count * i / tiles, rows = count * (i + 1) / tiles - first;
-    tile_of<kPairs, kVectors>(rows)(a.at(first, rows), panel, words, start.data + first * start.row, start.row,
-                                    out.data + first * out.row, out.row);
-  }
-}
+  VIM_INLINE Sums at(int64_t first) const { return {moves ? data + first * row : data, row, moves}; }
+  VIM_INLINE Sums beside(int64_t column) const { return {data + column, row, moves}; }
+};
 
 // The rows and columns of a product that one pass computes, and its buffers.
 template <bool kPairs>
 struct Rectangle {
   static constexpr int64_t kPer = kPairs ? 2 : 1;
   static constexpr int64_t kDepth = 384;         // words in a block of depth: some panels stay in the second-level cache
-  static constexpr int64_t kLeftWords = 49152;   // of a block of a, which stays there too
+  static constexpr int64_t kLeftWords = 16384;  // of a block of a, which stays there too
   static constexpr int64_t kMostRows = 1024;
 
   const Product& product;
@@ -153,7 +145,7 @@ struct Rectangle {
         panels(product_),
         depth_blocks(larger(1, blocks_in(words_in<kPairs>(product.depth), kDepth))),
         words(blocks_in(words_in<kPairs>(product.depth), depth_blocks)),
-        left_rows(larger(kTileRows, kLeftWords / larger(1, words) / kTileRows * kTileRows)),
+        left_rows(larger(4, smaller(16, kLeftWords / kTileRows / larger(1, words))) * kTileRows),
         in_place(reads_in_place<kPairs>(product.a, product.depth)) {}
 
   // For rectangles of so many rows and panels.
@@ -161,21 +153,28 @@ struct Rectangle {
     const int64_t width = (2 * count + 1) * kLanes;
     bias = scratch.take(width);
     packed = scratch.take(width * words);
-    left = scratch.take(in_place ? 0 : smaller(rows, left_rows) * left_row(product.a, words) + kLanes);
-    sums = scratch.take(smaller(rows, kMostRows) * width);
+    const int64_t most = smaller(rows, left_rows);
+    left = scratch.take(in_place ? 0 : larger(left_floats(product.a, most, words, kTileRows),
+                                              left_floats(product.a, most, words, kWideTileRows)));
+    sums = scratch.take((depth_blocks == 1 ? kTileRows : smaller(rows, kMostRows)) * width);
   }
 
   void pack(int64_t first_depth, int64_t depth, int64_t first_panel, int64_t last_panel) const {
     const Matrix& b = product.b;
-    float* to = packed;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t column = panels.start(panel), width = panels.start(panel + 1) - column;
-      with_element(b.element, [&](auto* type) {
-        using T = std::remove_reference_t<decltype(*type)>;
-        const T* source = static_cast<const T*>(b.data) + first_depth * b.row + column * b.column;
-        pack_panel<kPairs>(source, b.row, b.column, depth, smaller(width, product.columns - column), to);
-      });
-      to += width * words_in<kPairs>(depth);
+    const int64_t block_words = words_in<kPairs>(depth), chunk = b.column == 1 ? kChunk : larger(1, block_words);
+    for (int64_t k = 0; k < block_words; k += chunk) {
+      const int64_t numbers = smaller(depth - k * kPer, chunk * kPer);
+      float* to = packed;
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t column = panels.start(panel), width = panels.start(panel + 1) - column;
+        with_element(b.element, [&](auto* type) {
+          using T = std::remove_reference_t<decltype(*type)>;
+          const T* source = static_cast<const T*>(b.data) + (first_depth + k * kPer) * b.row + column * b.column;
+          pack_panel<kPairs>(source, b.row, b.column, numbers, smaller(width, product.columns - column),
+                             to + k * width);
+        });
+        to += width * block_words;
+      }
     }
   }
 
@@ -194,69 +193,91 @@ struct Rectangle {
     return result;
   }
 
-  // Where sums begin, and where they end: c itself where it has room for whole vectors of float.
+  // Sums end in c itself where it has room for whole vectors of float.
   void multiply(int64_t first_row, int64_t rows, int64_t first_panel, int64_t last_panel) const {
     const int64_t column = panels.start(first_panel), width = panels.start(last_panel) - column;
-    const int64_t columns = smaller(width, product.columns - column), offset = first_row * product.c_row + column;
+    const int64_t columns = smaller(width, product.columns - column);
     const bool direct = product.c_element == Element::float32 && columns == width;
-    const Sums out = direct ? Sums{static_cast<float*>(product.c) + offset, product.c_row} : Sums{sums, width};
-    Sums start{bias, 0};
-    if (product.accumulate) {
-      start = out;
-      if (!direct) move(rows, columns, offset, [](auto* c, float* sum, int64_t n) { store(sum, load_some(c, n)); });
-    } else {
+    if (!product.accumulate) {
       fill_zero(bias, width);
       if (product.bias != nullptr) {
         std::memcpy(bias, product.bias + column, static_cast<size_t>(columns) * sizeof(float));
       }
     }
-    const int64_t all_words = words_in<kPairs>(product.depth);
-    for (int64_t block = 0; block < depth_blocks; ++block, start = out) {
-      const int64_t first = all_words * block / depth_blocks * kPer;
+    const Sums out = direct ? Sums{static_cast<float*>(product.c) + first_row * product.c_row + column, product.c_row, true}
+                            : Sums{sums, width, depth_blocks > 1};
+    Pass pass{first_row, first_panel, last_panel};
+    for (int64_t block = 0; block < depth_blocks; ++block) {
+      const int64_t all_words = words_in<kPairs>(product.depth), first = all_words * block / depth_blocks * kPer;
       const int64_t depth = smaller(product.depth, all_words * (block + 1) / depth_blocks * kPer) - first;
+      const bool begins = block == 0, ends = block == depth_blocks - 1;
+      const Sums start = begins && !product.accumulate ? Sums{bias, 0, false} : out;
+      pass.loads = begins && product.accumulate && !direct;
+      pass.stores = ends && !direct;
       pack(first, depth, first_panel, last_panel);
       for (int64_t r = 0; r < rows; r += left_rows) {
-        multiply_block(first_row + r, smaller(left_rows, rows - r), first, depth, first_panel, last_panel,
-                       {start.data + r * start.row, start.row}, {out.data + r * out.row, out.row});
+        pass.first_row = first_row + r;
+        multiply_block(pass, smaller(left_rows, rows - r), first, depth, start.at(r), out.at(r));
       }
     }
-    if (!direct) move(rows, columns, offset, [](auto* c, float* sum, int64_t n) { store_some(c, n, load(sum)); });
   }
+
+  // What else happens to the sums of a pass over the panels: they are loaded from c first, or stored to it at last.
+  struct Pass {
+    int64_t first_row, first_panel, last_panel;
+    bool loads, stores;
+  };
 
   // A block of a, which stays in the cache, by the packed panels.
-  void multiply_block(int64_t first_row, int64_t rows, int64_t first_depth, int64_t depth, int64_t first_panel,
-                      int64_t last_panel, Sums start, Sums out) const {
+  void multiply_block(const Pass& pass, int64_t rows, int64_t first_depth, int64_t depth, Sums start, Sums out) const {
     const int64_t block_words = words_in<kPairs>(depth);
-    const bool odd = last_panel == panels.count && panels.vectors % 2 == 1 && panels.vectors > 1;
-    const bool wide_tiles = odd && is_tiled(product.a);
-    const int64_t tile_rows = wide_tiles ? kWideTileRows : kTileRows;
-    const Left a = load_left(first_row, rows, first_depth, depth, tile_rows);
+    const bool odd = pass.last_panel == panels.count && panels.vectors % 2 == 1 && panels.vectors > 1;
+    const int64_t tile_rows = odd && is_tiled(product.a) ? kWideTileRows : kTileRows;
+    const Left a = load_left(pass.first_row, rows, first_depth, depth, tile_rows);
     const float* panel = packed;
-    for (int64_t p = first_panel; p < last_panel; ++p) {
-      const int64_t vectors = (panels.start(p + 1) - panels.start(p)) / kLanes;
-      if (vectors == 3) {
-        multiply_panel<kPairs, 3>(a, rows, kWideTileRows, panel, block_words, start, out);
-      } else if (vectors == 2) {
-        multiply_panel<kPairs, 2>(a, rows, tile_rows, panel, block_words, start, out);
+    const int64_t begin = panels.start(pass.first_panel);
+    for (int64_t p = pass.first_panel; p < pass.last_panel; ++p) {
+      const int64_t column = panels.start(p), width = panels.start(p + 1) - column;
+      const Sums from = start.beside(column - begin), to = out.beside(column - begin);
+      if (width == 3 * kLanes) {
+        multiply_panel<3>(pass, a, rows, kWideTileRows, panel, block_words, column, from, to);
+      } else if (width == 2 * kLanes) {
+        multiply_panel<2>(pass, a, rows, tile_rows, panel, block_words, column, from, to);
       } else {
-        multiply_panel<kPairs, 1>(a, rows, tile_rows, panel, block_words, start, out);
+        multiply_panel<1>(pass, a, rows, tile_rows, panel, block_words, column, from, to);
       }
-      panel += vectors * kLanes * block_words;
-      start.data += vectors * kLanes;
-      out.data += vectors * kLanes;
+      panel += width * block_words;
     }
   }
 
-  // Every vector of c's rectangle and of its sums.
+  // A panel for some rows, in tiles of nearly one size: a tile of few rows would wait for its own sums.
+  template <int kVectors>
+  void multiply_panel(const Pass& pass, const Left& a, int64_t count, int64_t tile_rows, const float* panel,
+                      int64_t block_words, int64_t column, Sums start, Sums out) const {
+    const int64_t tiles = blocks_in(count, tile_rows);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t first = count * i / tiles, rows = count * (i + 1) / tiles - first, row = pass.first_row + first;
+      const Sums from = start.at(first), to = out.at(first);
+      if (pass.loads) {
+        move(row, rows, column, kVectors, to, [](auto* c, int64_t n, float* sum) { store(sum, load_some(c, n)); });
+      }
+      tile_of<kPairs, kVectors>(rows)(a.at(i, first, rows), panel, block_words, from.data, from.row, to.data, to.row);
+      if (pass.stores) {
+        move(row, rows, column, kVectors, to, [](auto* c, int64_t n, float* sum) { store_some(c, n, load(sum)); });
+      }
+    }
+  }
+
+  // Between a tile of c and its sums.
   template <class Function>
-  void move(int64_t rows, int64_t columns, int64_t offset, const Function& function) const {
-    const int64_t width = round_up(columns, kLanes);
+  void move(int64_t row, int64_t rows, int64_t column, int64_t vectors, Sums tile, const Function& function) const {
     with_element(product.c_element, [&](auto* type) {
       using T = std::remove_reference_t<decltype(*type)>;
-      T* c = static_cast<T*>(product.c) + offset;
+      T* c = static_cast<T*>(product.c) + row * product.c_row + column;
+      const int64_t columns = smaller(vectors * kLanes, product.columns - column);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = 0; i < columns; i += kLanes) {
-          function(c + r * product.c_row + i, sums + r * width + i, columns - i);
+          function(c + r * product.c_row + i, columns - i, tile.data + r * tile.row + i);
         }
       }
     });

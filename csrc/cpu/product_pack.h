@@ -9,6 +9,9 @@ namespace VIM_ISA {
 
 constexpr int64_t kWord = 4;  // bytes
 
+// Words that are packed of one row after the other where rows lie far apart: more would not stay in the first-level cache.
+constexpr int64_t kChunk = 16;
+
 template <bool kPairs>
 VIM_INLINE int64_t words_in(int64_t depth) {
   return kPairs ? blocks_in(depth, 2) : depth;
@@ -116,11 +119,12 @@ struct LeftTile {
 // How tiles find their rows of a.
 struct Left {
   const char* data;
-  int64_t step;  // bytes from one row's words to the next row's
-  bool tiled;    // the rows of a tile lie side by side
+  int64_t step;  // bytes from a row to the next one, or from a tile to the next one
+  bool tiled;    // the words of a tile's rows lie side by side
 
-  VIM_INLINE LeftTile at(int64_t first, int64_t rows) const {
-    return {data + first * step, tiled ? kWord : step, tiled ? rows * kWord : kWord};
+  VIM_INLINE LeftTile at(int64_t tile, int64_t first, int64_t rows) const {
+    if (tiled) return {data + tile * step, kWord, rows * kWord};
+    return {data + first * step, step, kWord};
   }
 };
 
@@ -133,16 +137,21 @@ VIM_INLINE bool reads_in_place(const Matrix& a, int64_t depth) {
 // Whether columns of a lie side by side in memory, so that rows of a tile are packed together.
 VIM_INLINE bool is_tiled(const Matrix& a) { return a.row == 1 && a.column != 1; }
 
-// Floats of a packed row. No power of two: its rows would share few lines of the first-level cache.
-VIM_INLINE int64_t left_row(const Matrix& a, int64_t words) {
-  return is_tiled(a) ? words : round_up(words, kLanes) + kLanes;
+// Floats from a packed row to the next one, or from a tile to the next one.
+VIM_INLINE int64_t left_step(const Matrix& a, int64_t words, int64_t tile_rows) {
+  // No power of two: rows would share few lines of the first-level cache.
+  return is_tiled(a) ? tile_rows * words + kLanes : round_up(words, kLanes) + kLanes;
 }
 
-// A block of a, starting at `source`, in tiles of nearly one size; `packed` has kLanes numbers more.
+VIM_INLINE int64_t left_floats(const Matrix& a, int64_t rows, int64_t words, int64_t tile_rows) {
+  return (is_tiled(a) ? blocks_in(rows, tile_rows) : rows) * left_step(a, words, tile_rows);
+}
+
+// A block of a, starting at `source`, for tiles of nearly one size.
 template <bool kPairs, class T>
 Left pack_left(const Matrix& a, const T* source, int64_t rows, int64_t depth, int64_t tile_rows, float* packed) {
   constexpr int64_t kPer = kPairs ? 2 : 1;
-  const int64_t words = words_in<kPairs>(depth), step = left_row(a, words);
+  const int64_t words = words_in<kPairs>(depth), step = left_step(a, words, tile_rows);
   if (!is_tiled(a)) {
     for (int64_t r = 0; r < rows; ++r) {
       const T* from = source + r * a.row;
@@ -163,14 +172,17 @@ Left pack_left(const Matrix& a, const T* source, int64_t rows, int64_t depth, in
     return {reinterpret_cast<const char*>(packed), step * kWord, false};
   }
   const int64_t tiles = blocks_in(rows, tile_rows);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
-    float* to = packed + first * step;
-    for (int64_t k = 0; k < words; ++k, to += count) {
-      const T* from = source + first + k * kPer * a.column;
-      for (int64_t r = 0; r < count; r += kLanes) {
-        // A vector may reach into what is written after it.
-        store(to + r, load_across<kPairs>(from + r, rows - first - r, a.column, depth - k * kPer));
+  for (int64_t chunk = 0; chunk < words; chunk += kChunk) {
+    const int64_t last = smaller(words, chunk + kChunk);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
+      float* to = packed + i * step + chunk * count;
+      for (int64_t k = chunk; k < last; ++k, to += count) {
+        const T* from = source + first + k * kPer * a.column;
+        // What a vector writes beyond its rows is written over, or beyond the tile.
+        for (int64_t r = 0; r < count; r += kLanes) {
+          store(to + r, load_across<kPairs>(from + r, rows - first - r, a.column, depth - k * kPer));
+        }
       }
     }
   }

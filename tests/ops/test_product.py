@@ -11,14 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.kernel_checks import FLOATS, noise
+from tests.ops.kernel_checks import FLOATS
 from vim.ops import _native
 
 REASON = _native.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 
+_generator = torch.Generator().manual_seed(9)
+
 # What no product may read, or leave where it writes.
 GUARD = float("nan")
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=_generator).to(dtype)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -73,7 +79,8 @@ def check_product(
 
 def check_uses(rows: int, depth: int, columns: int) -> None:
     """Forward, and the gradients of the input and of the weight, with operands among other numbers."""
-    for x_type, weight_type in itertools.product(FLOATS, FLOATS):
+    types = zip((*FLOATS, torch.bfloat16), (*FLOATS, torch.float32), strict=True)
+    for x_type, weight_type in types:
         wide = laid_out(noise(rows, depth, dtype=x_type), "far rows")
         weight = noise(columns, depth, dtype=weight_type)
         dy = laid_out(noise(rows, columns, dtype=x_type), "far rows")
@@ -89,11 +96,10 @@ def check_layouts() -> None:
     for (rows, depth, columns), a_layout, b_layout in itertools.product(
         ((1, 1, 1), (2, 5, 13), (17, 47, 44), (31, 33, 80), (5, 64, 97)), LAYOUTS, LAYOUTS
     ):
-        for _ in range(2):
-            a_type, b_type, c_type = next(types)
-            a, b = noise(rows, depth, dtype=a_type), noise(depth, columns, dtype=b_type)
-            check_product(laid_out(a, a_layout), laid_out(b, b_layout), noise(columns), c_type)
-            check_product(laid_out(a, a_layout), laid_out(b, b_layout), None, c_type, accumulate=True)
+        a_type, b_type, c_type = next(types)
+        a, b = noise(rows, depth, dtype=a_type), noise(depth, columns, dtype=b_type)
+        check_product(laid_out(a, a_layout), laid_out(b, b_layout), noise(columns), c_type)
+        check_product(laid_out(a, a_layout), laid_out(b, b_layout), None, c_type, accumulate=True)
 
 
 def check_sizes() -> None:
@@ -102,18 +108,18 @@ def check_sizes() -> None:
         check_uses(7, 19, size)
         check_uses(size, 18, 33)
         check_uses(6, size, 21)
-    for shape in ((197, 44, 48), (1030, 3, 5), (15, 1537, 33), (385, 769, 80)):
+    for shape in ((197, 44, 48), (1030, 3, 5), (15, 1537, 33)):
         check_uses(*shape)
 
 
 def check_threads() -> None:
     """The same bits for any number of threads."""
     before = torch.get_num_threads()
-    for rows, depth, columns in ((197, 192, 768), (768, 197, 192), (197, 384, 44), (300, 1000, 70)):
+    for rows, depth, columns in ((197, 192, 192), (384, 197, 97), (197, 385, 44)):
         for dtype in FLOATS:
             a, b = noise(rows, depth, dtype=dtype), noise(columns, depth, dtype=dtype).t()
             results = []
-            for threads in (1, 2, 3, 5):
+            for threads in (1, 3):
                 torch.set_num_threads(threads)
                 results.append([check_product(a, b, None, dtype), check_product(a.t().contiguous().t(), b)])
             torch.set_num_threads(before)
