@@ -39,7 +39,7 @@ struct ProductTasks {
   int64_t blocks, groups;  // of rows, and of panels
 
   explicit VIM_INLINE ProductTasks(const Product& product) {
-    constexpr int64_t kWork = 1 << 19, kMost = 24, kGroup = 8;
+    constexpr int64_t kWork = 1 << 19, kMost = 24;
     const int64_t panels = Panels(product).count, row_blocks = blocks_in(product.rows, kTileRows);
     const int64_t work = product.rows * product.columns * larger(1, product.depth);
     const int64_t wanted = larger(1, smaller(kMost, work / kWork));
@@ -48,7 +48,7 @@ struct ProductTasks {
     int64_t least = -1;
     blocks = groups = 0;
     if (product.rows == 0 || panels == 0) return;
-    for (int64_t g = blocks_in(panels, kGroup); g <= panels; ++g) {
+    for (int64_t g = 1; g <= panels; ++g) {
       const int64_t b = smaller(row_blocks, blocks_in(wanted, g));
       const int64_t missing = larger(0, wanted - b * g);
       const int64_t cost = (b * product.columns * pack_column + g * product.rows * pack_row) * (1 + missing);
@@ -59,6 +59,7 @@ struct ProductTasks {
     }
   }
   VIM_INLINE int64_t first_row(const Product& product, int64_t block) const { return product.rows * block / blocks; }
+  VIM_INLINE int64_t first_panel(const Panels& panels, int64_t group) const { return panels.count * group / groups; }
 };
 
 inline int64_t product_tasks(const Product& product) {
@@ -84,7 +85,10 @@ void multiply_tile(LeftTile a, const float* panel, int64_t words, const float* s
   vec sums[kRows][kVectors];
   for (int i = 0; i < kThirds; ++i) rows[i] = a.data + 3 * i * a.row;
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(start + r * start_row + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(out + r * out_row + v * kLanes, 1);
+      sums[r][v] = load(start + r * start_row + v * kLanes);
+    }
   }
 #pragma GCC unroll 1
   for (int64_t k = 0; k < words; ++k, panel += kVectors * kLanes) {
@@ -132,7 +136,7 @@ struct Rectangle {
   static constexpr int64_t kPer = kPairs ? 2 : 1;
   static constexpr int64_t kDepth = 384;         // words in a block of depth: some panels stay in the second-level cache
   static constexpr int64_t kLeftWords = 16384;  // of a block of a, which stays there too
-  static constexpr int64_t kMostRows = 1024;
+  static constexpr int64_t kMostRows = 1024, kMostPanels = 128 / kLanes;
 
   const Product& product;
   Panels panels;
@@ -148,15 +152,15 @@ struct Rectangle {
         left_rows(larger(4, smaller(16, kLeftWords / kTileRows / larger(1, words))) * kTileRows),
         in_place(reads_in_place<kPairs>(product.a, product.depth)) {}
 
-  // For rectangles of so many rows and panels.
-  void take(Scratch& scratch, int64_t rows, int64_t count) {
-    const int64_t width = (2 * count + 1) * kLanes;
+  void take(Scratch& scratch) {
+    const int64_t rows = smaller(product.rows, kMostRows);
+    const int64_t width = (2 * smaller(panels.count, kMostPanels) + 1) * kLanes;
     bias = scratch.take(width);
     packed = scratch.take(width * words);
     const int64_t most = smaller(rows, left_rows);
     left = scratch.take(in_place ? 0 : larger(left_floats(product.a, most, words, kTileRows),
                                               left_floats(product.a, most, words, kWideTileRows)));
-    sums = scratch.take((depth_blocks == 1 ? kTileRows : smaller(rows, kMostRows)) * width);
+    sums = scratch.take((depth_blocks == 1 ? kTileRows : rows) * width);
   }
 
   void pack(int64_t first_depth, int64_t depth, int64_t first_panel, int64_t last_panel) const {
@@ -284,25 +288,34 @@ struct Rectangle {
   }
 };
 
-// Tasks that follow each other are row blocks of one group of panels, and computed together: its panels are packed once.
+// Tasks are numbered along the side of c with fewer of them. Those that follow each other and make up a rectangle are
+// computed together, so that less is packed twice.
 template <bool kPairs>
 bool run_product(const Product& product, int64_t begin, int64_t end) {
+  using Pass = Rectangle<kPairs>;
   const ProductTasks tasks(product);
-  Rectangle<kPairs> rectangle(product);
+  Pass pass(product);
   Scratch scratch;
-  const auto take = [&] { rectangle.take(scratch, product.rows, blocks_in(rectangle.panels.count, tasks.groups)); };
-  take();
+  pass.take(scratch);
   if (!scratch.allocate()) return false;
-  take();
+  pass.take(scratch);
+  const bool by_rows = tasks.blocks >= tasks.groups;
+  const int64_t across = by_rows ? tasks.groups : tasks.blocks;
   while (begin < end) {
-    const int64_t group = begin / tasks.blocks, block = begin % tasks.blocks;
-    const int64_t last_block = smaller(tasks.blocks, block + end - begin), last = tasks.first_row(product, last_block);
-    const int64_t first_panel = rectangle.panels.count * group / tasks.groups;
-    const int64_t last_panel = rectangle.panels.count * (group + 1) / tasks.groups;
-    for (int64_t row = tasks.first_row(product, block); row < last; row += rectangle.kMostRows) {
-      rectangle.multiply(row, smaller(rectangle.kMostRows, last - row), first_panel, last_panel);
+    const int64_t line = begin / across, place = begin % across;
+    const int64_t lines = place == 0 ? larger(1, (end - begin) / across) : 1;
+    const int64_t places = smaller(across - place, end - begin);
+    const int64_t block = by_rows ? line : place, blocks = by_rows ? lines : places;
+    const int64_t group = by_rows ? place : line, groups = by_rows ? places : lines;
+    const int64_t last_row = tasks.first_row(product, block + blocks);
+    const int64_t last_panel = tasks.first_panel(pass.panels, group + groups);
+    for (int64_t p = tasks.first_panel(pass.panels, group); p < last_panel; p += Pass::kMostPanels) {
+      const int64_t until = smaller(last_panel, p + Pass::kMostPanels);
+      for (int64_t row = tasks.first_row(product, block); row < last_row; row += Pass::kMostRows) {
+        pass.multiply(row, smaller(Pass::kMostRows, last_row - row), p, until);
+      }
     }
-    begin += last_block - block;
+    begin += lines * places;
   }
   return true;
 }

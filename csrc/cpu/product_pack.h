@@ -56,6 +56,14 @@ VIM_INLINE vec load_across(const T* p, int64_t count, int64_t step, int64_t dept
   return load_some(p, count);
 }
 
+// What the next chunk will load there.
+template <bool kPairs, class T>
+VIM_INLINE void prefetch_across(const T* p, int64_t step) {
+  constexpr int64_t kAhead = kPairs ? 2 * kChunk : kChunk;
+  __builtin_prefetch(p + kAhead * step);
+  if constexpr (kPairs) __builtin_prefetch(p + (kAhead + 1) * step);
+}
+
 // Numbers that lie anywhere, a vector of them.
 template <class T>
 VIM_INLINE vec gather(const T* p, int64_t count, int64_t step) {
@@ -73,6 +81,7 @@ void pack_panel(const T* source, int64_t row, int64_t column, int64_t depth, int
     for (int64_t k = 0; k < words; ++k) {
       const T* from = source + k * kPer * row;
       for (int64_t c = 0; c < width; c += kLanes) {
+        prefetch_across<kPairs>(from + c, row);
         store(panel + k * width + c, load_across<kPairs>(from + c, columns - c, row, depth - k * kPer));
       }
     }
@@ -88,6 +97,7 @@ void pack_panel(const T* source, int64_t row, int64_t column, int64_t depth, int
         if (c + i >= columns) {
           square[i] = vec{};
         } else if (row == 1) {
+          __builtin_prefetch(from + (i + kLanes) * column);
           square[i] = load_along<kPairs>(from + i * column, left);
         } else {
           float line[kPer * kLanes];
@@ -181,6 +191,7 @@ Left pack_left(const Matrix& a, const T* source, int64_t rows, int64_t depth, in
         const T* from = source + first + k * kPer * a.column;
         // What a vector writes beyond its rows is written over, or beyond the tile.
         for (int64_t r = 0; r < count; r += kLanes) {
+          prefetch_across<kPairs>(from + r, a.column);
           store(to + r, load_across<kPairs>(from + r, rows - first - r, a.column, depth - k * kPer));
         }
       }
