@@ -6,6 +6,7 @@ An isolated `pip install .` has no torch: it makes a pure wheel, and the kernels
 import importlib.util
 import shutil
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -23,12 +24,17 @@ class _BuildWithKernels(build_py):
         package = Path(self.build_lib) / "vim"
         shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
         if WITH_LIBRARY:
-            spec = importlib.util.spec_from_file_location("native_build", ROOT / "vim/ops/_native_build.py")
-            native_build = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = native_build
-            spec.loader.exec_module(native_build)
+            native_build = _import_native_build()
             (package / "_lib").mkdir(exist_ok=True)
             shutil.copy(native_build.build(native_build.cpu_recipe(), print), package / "_lib")
+
+
+def _import_native_build():
+    """Import vim/ops/_native_build.py without the packages around it, which need more than torch."""
+    for name in ("vim", "vim.ops"):
+        package = sys.modules[name] = types.ModuleType(name)
+        package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+    return importlib.import_module("vim.ops._native_build")
 
 
 class _WithLibrary(Distribution):

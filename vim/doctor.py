@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vim.ops import _native, _native_build, _native_cuda, available_backends, unavailable_backends
+from vim.ops._private_folders import private_folder
 from vim.version import __version__
 
 OPS = (
@@ -77,12 +78,22 @@ def _library() -> Iterator[str]:
     yield f"compiler: {_compiler_version(compiler) if compiler else 'none'}"
     yield f"sources: {_native_build.find_sources() or 'not installed'}"
     for folder in _native_build.cache_folders():
-        yield f"cache: {folder} ({'exists' if folder.is_dir() else 'does not exist'})"
+        yield f"cache: {folder} ({_state_of(folder)})"
     reason = _native.load()
     if reason is None:
         yield f"library: {_native.cpu.path}, using {_native.capability()}"
     else:
         yield f"not in use: {reason}"
+
+
+def _state_of(folder: Path) -> str:
+    try:
+        private_folder(folder)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"not used: {error}"
+    return "exists"
 
 
 def _cuda_library() -> Iterator[str]:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -245,6 +246,100 @@ def test_a_cache_that_cannot_be_written(place, tmp_path, compiler, monkeypatch):
     assert find_library() == path
 
 
+def test_folders_for_temporary_files_are_for_where_the_cache_cannot_be_written(cache, compiler, tmp_path, monkeypatch):
+    """Anybody may have made a folder of that name."""
+    compiler()
+    monkeypatch.setenv("VIM_CACHE_DIR", str(_native_build.cache_folders()[1]))
+    other = build(_quiet)
+    monkeypatch.setenv("VIM_CACHE_DIR", str(cache))
+    assert find_library() is None
+    assert build(_quiet).is_relative_to(cache)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("VIM_CACHE_DIR", str(blocked / "cache"))
+    assert find_library() == other
+
+
+def test_a_lock_is_neither_emptied_nor_followed(cache, compiler, tmp_path):
+    compiler()
+    folder = build(_quiet).parents[1]
+    precious = tmp_path / "precious"
+    precious.write_text("letters")
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to(precious)
+    (folder / "build-link").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(OSError, match="lock"):
+        build(_quiet, force=True)
+    (folder / "lock").unlink()
+    build(_quiet, force=True)
+    assert precious.read_text() == "letters"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"VIM_CACHE_DIR": "~nobody-of-that-name/x"}, None),
+        ({"VIM_CACHE_DIR": "", "XDG_CACHE_HOME": "", "HOME": None}, None),
+        ({"CXX": "g++ 'open"}, "CXX=g\\+\\+ 'open is not a command: No closing quotation; install one"),
+        ({"VIM_CPU_CAPABILITY": "avx"}, "VIM_CPU_CAPABILITY must be one of baseline, avx2, .*, got 'avx'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_make_no_sense(environment, reason, cache, compiler, fresh, monkeypatch, caplog):
+    """The next backend runs, and the reason is said once, in words."""
+    compiler(output='echo "error: boom"; exit 1')
+    monkeypatch.setattr("pwd.getpwuid", _no_user)
+    for name, value in environment.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING):
+        vim.ops.causal_conv1d(torch.ones(1, 2, 9), torch.ones(2, 4))
+    (record,) = caplog.records
+    assert re.search(f"backend 'native' is not used on cpu: .*{reason or 'boom'}", record.getMessage())
+
+
+def _no_user(uid: int) -> None:
+    raise KeyError(uid)
+
+
+def test_no_home_and_no_temporary_files(compiler, monkeypatch):
+    compiler()
+    monkeypatch.setenv("VIM_CACHE_DIR", "~nobody-of-that-name")
+    monkeypatch.setattr("tempfile.gettempdir", _no_folder)
+    with pytest.raises(BuildError, match=r"no folder to build in: ~nobody-of-that-name.* begins with a home folder"):
+        build(_quiet)
+
+
+def _no_folder() -> str:
+    raise FileNotFoundError("No usable temporary directory found")
+
+
+def test_an_empty_capability_is_none(monkeypatch):
+    monkeypatch.setenv("VIM_CPU_CAPABILITY", "")
+    _native.NativeLibrary().check_settings()
+    assert "VIM_CPU_CAPABILITY" not in os.environ
+
+
+def test_relative_folders_and_compilers(compiler, tmp_path, monkeypatch):
+    path = compiler()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIM_CACHE_DIR", "here")
+    monkeypatch.setenv("CXX", f"./{path.name}")
+    assert build(_quiet).is_relative_to(tmp_path / "here")
+    assert find_library() is not None
+
+
+def test_a_compiler_that_does_not_start(cache, tmp_path, monkeypatch):
+    path = tmp_path / "c++"
+    path.write_bytes(b"\x7fELF of another machine")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    with pytest.raises(BuildError, match=r"c\+\+ does not start: Exec format error; CXX chooses another compiler"):
+        build(_quiet)
+
+
 def test_a_folder_that_others_can_write_is_not_trusted(cache, compiler):
     compiler()
     path = build(_quiet)
@@ -344,11 +439,16 @@ def real_library():
     return _native.library_path()
 
 
-def test_a_damaged_library_is_built_again(real_library, cache, compiler):
+@pytest.mark.parametrize("damage", ["cut short", "a lost block"])
+def test_a_damaged_library_is_built_again(damage, real_library, cache, compiler):
     """A disk that lost what it had said it wrote."""
     compiler(output=f'cp {real_library} "$out"')
     path = build(_quiet)
-    path.write_bytes(path.read_bytes()[:1000])
+    contents = path.read_bytes()
+    half = len(contents) // 2
+    path.write_bytes(
+        contents[:1000] if damage == "cut short" else contents[:half] + bytes(512) + contents[half + 512 :]
+    )
     assert find_library() is None
     out, err = _python(CALL).communicate()
     assert (out.strip(), "LOG" in err) == ("native", False), err

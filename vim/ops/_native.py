@@ -71,6 +71,7 @@ class NativeLibrary:
     def _load(self) -> Path:
         if os.environ.get("VIM_NATIVE", "").lower() in _OFF:
             raise SwitchedOff("switched off by VIM_NATIVE")
+        self.check_settings()
         failed = False
         for path in self.found():
             try:
@@ -79,6 +80,16 @@ class NativeLibrary:
                 _logger.info("cannot load %s: %s; building it again", path, error)
                 failed = True
         return self._attach(self.build(force=failed))
+
+    def check_settings(self) -> None:
+        """Raise BuildError where $VIM_CPU_CAPABILITY is none of its choices: the library would use the slowest."""
+        wanted = os.environ.get("VIM_CPU_CAPABILITY")
+        if wanted == "":
+            # As if it was not set, for the library too, which reads it itself.
+            del os.environ["VIM_CPU_CAPABILITY"]
+        elif wanted is not None and wanted not in _native_build.instruction_sets():
+            choices = ", ".join(_native_build.instruction_sets())
+            raise _native_build.BuildError(f"VIM_CPU_CAPABILITY must be one of {choices}, got {wanted!r}")
 
     def _attach(self, path: Path) -> Path:
         torch.ops.load_library(path)
@@ -108,6 +119,9 @@ class CUDALibrary(NativeLibrary):
         if recipe.compilers:
             _logger.warning("building the CUDA kernels, once; this takes a minute or two")
         return _native_build.build(recipe, _logger.info, force)
+
+    def check_settings(self) -> None:
+        """Check nothing: settings of the CPU do not matter here."""
 
     def _attach(self, path: Path) -> Path:
         super()._attach(path)

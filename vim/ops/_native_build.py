@@ -14,7 +14,6 @@ import platform
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -26,9 +25,13 @@ from pathlib import Path
 
 import torch
 
+from vim.ops._private_folders import private_folder
+
 LIBRARY = "libvimamba.so"
-# The last bytes of a complete library: loading one that a full disk or a crash cut short would end the process.
-_SEAL = b"\0vimamba: complete"
+# A library ends in this and the hash of all before it: loading one that a full disk, a crash or a bad block of a disk
+# has damaged would end the process.
+_SEAL = b"\0vimamba: sha256 "
+_HASH_BYTES = 32
 # Seconds after which a compiler is taken for stuck, and a process that waits for another's build goes without.
 COMPILE_TIMEOUT = 300.0
 LOCK_TIMEOUT = 600.0
@@ -98,11 +101,14 @@ def find_sources() -> Path | None:
 
 def find_compiler() -> list[str] | None:
     """Command of the C++ compiler: $CXX, else the first of g++, clang++ and c++ that exists."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
+    try:
+        wanted = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:
+        return None
     for command in [wanted] if wanted else [["g++"], ["clang++"], ["c++"]]:
         path = shutil.which(command[0])
         if path is not None:
-            return [path, *command[1:]]
+            return [os.path.abspath(path), *command[1:]]
     return None
 
 
@@ -130,10 +136,19 @@ def cpu_recipe() -> Recipe:
     )
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """Return the names that $VIM_CPU_CAPABILITY may have."""
+    return tuple(_INSTRUCTION_SETS)
+
+
 def no_compiler() -> str:
     """What to say where there is no C++ compiler."""
     wanted = os.environ.get("CXX")
     what = f"the compiler CXX={wanted} does not exist" if wanted else "there is no C++ compiler"
+    try:
+        shlex.split(wanted or "")
+    except ValueError as error:
+        what = f"CXX={wanted} is not a command: {error}"
     return f"{what}; install one (for example `apt install g++`), then run `python -m vim.build`"
 
 
@@ -160,15 +175,16 @@ def compiler_key(compilers: dict[str, list[str]]) -> str:
 
 def cache_folders() -> list[Path]:
     """Where libraries are looked for, the first being preferred: $VIM_CACHE_DIR or the user's cache, then a private
-    folder among the temporary files.
+    folder among the temporary files, for where the first cannot be written.
     """
-    chosen = os.environ.get("VIM_CACHE_DIR")
-    if chosen:
-        first = Path(chosen).expanduser()
-    else:
-        first = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache")).expanduser() / "vimamba"
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return [first, Path(tempfile.gettempdir()) / f"vimamba-{user}"]
+    chosen = os.environ.get("VIM_CACHE_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vimamba")
+    first = os.path.expanduser(chosen)
+    # What still begins with "~" leads nowhere; `private_folder` says so.
+    folders = [Path(first) if first.startswith("~") else Path(first).absolute()]
+    user = os.geteuid() if hasattr(os, "geteuid") else "user"
+    with contextlib.suppress(FileNotFoundError):  # no folder for temporary files
+        folders.append(Path(tempfile.gettempdir()).absolute() / f"vimamba-{user}")
+    return folders
 
 
 def find_library(recipe: Recipe) -> Path | None:
@@ -177,7 +193,10 @@ def find_library(recipe: Recipe) -> Path | None:
 
 
 def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
-    """The libraries of this recipe's sources whose file names match, those in the preferred cache first."""
+    """The libraries of this recipe's sources whose file names match.
+
+    Folders after the first that can be written are not looked into: what is built does not go there.
+    """
     sources = find_sources()
     if sources is None:
         return
@@ -185,9 +204,13 @@ def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
     name = compiler_key(recipe.compilers) if recipe.compilers else "*"
     for folder in cache_folders():
         with contextlib.suppress(OSError):
-            yield from (
-                p for p in sorted((folder / key).glob(f"{name}/{pattern}")) if is_complete(p) and _is_ours(p.parent)
-            )
+            for library in sorted(private_folder(folder / key).glob(f"{name}/{pattern}")):
+                with contextlib.suppress(OSError):
+                    private_folder(library.parent)
+                    if is_complete(library):
+                        yield library
+        if _can_be_made(folder):
+            return
 
 
 def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
@@ -208,7 +231,7 @@ def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
         raise BuildError("the sources of the kernels, csrc/, were not installed; reinstall vimamba")
     if not recipe.compilers:
         raise BuildError(recipe.missing)
-    folder = _writable_folder(source_key(sources, recipe))
+    folder = _writable_folder(source_key(sources, recipe), report)
     target = folder / compiler_key(recipe.compilers) / recipe.library
     with _locked(folder / "lock", report):
         if force or not is_complete(target):
@@ -241,21 +264,25 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
     # nvcc, where there is one, knows its own libraries.
     linker = recipe.compilers.get(".cu", recipe.compilers[".cpp"])
     _run([*linker, "-shared", "-o", str(library), *objects, *libraries], folder)
-    with open(library, "ab") as file:
-        file.write(_SEAL)
+    with open(library, "r+b") as file:
+        file.write(_SEAL + _hash(file.read()))
         file.flush()
         os.fsync(file.fileno())
     return library
 
 
 def is_complete(library: Path) -> bool:
-    """Whether the library is there to its last byte."""
+    """Whether the library is there to its last byte, and every byte is as it was written."""
     try:
-        with open(library, "rb") as file:
-            file.seek(-len(_SEAL), os.SEEK_END)
-            return file.read() == _SEAL
+        contents = library.read_bytes()
     except OSError:
         return False
+    code, seal = contents[: -len(_SEAL) - _HASH_BYTES], contents[-len(_SEAL) - _HASH_BYTES :]
+    return seal == _SEAL + _hash(code)
+
+
+def _hash(contents: bytes) -> bytes:
+    return hashlib.sha256(contents).digest()
 
 
 def _build_aside(sources: Path, recipe: Recipe, target: Path, report: Report) -> None:
@@ -266,7 +293,7 @@ def _build_aside(sources: Path, recipe: Recipe, target: Path, report: Report) ->
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as aside:
             library = compile_library(sources, recipe, Path(aside), report)
-            target.parent.mkdir(mode=0o700, exist_ok=True)
+            private_folder(target.parent, create=True)
             os.replace(library, target)
     except OSError as error:
         raise BuildError(f"cannot write to {folder}: {error}; free space or set VIM_CACHE_DIR") from error
@@ -276,17 +303,20 @@ def _build_aside(sources: Path, recipe: Recipe, target: Path, report: Report) ->
 def _run(command: list[str], folder: Path) -> None:
     """Run a compiler to its end or its time limit, with all that it starts."""
     # A session of its own, so that the limit ends the compiler proper too and not just its driver.
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env={**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"},
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"},
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not start: {error.strerror}; CXX chooses another compiler") from error
     try:
         output, _ = process.communicate(timeout=COMPILE_TIMEOUT)
     except subprocess.TimeoutExpired as error:
@@ -305,28 +335,28 @@ def _run(command: list[str], folder: Path) -> None:
         )
 
 
-def _writable_folder(key: str) -> Path:
-    problems = []
+def _can_be_made(folder: Path) -> bool:
+    """Whether the folder is private and can be written, made first if it has to be."""
+    try:
+        return os.access(private_folder(folder, create=True), os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def _writable_folder(key: str, report: Report) -> Path:
+    problems: list[str] = []
     for folder in cache_folders():
-        path = folder / key
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not _is_ours(path):
-                problems.append(f"{path} belongs to another user")
-                continue
+            path = private_folder(folder / key, create=True)
             with tempfile.TemporaryFile(dir=path):
-                return path
+                pass
         except OSError as error:
             problems.append(str(error))
+            continue
+        if problems:
+            report(f"building in {path}: {'; '.join(problems)}")
+        return path
     raise BuildError(f"no folder to build in: {'; '.join(problems)}; set VIM_CACHE_DIR to one that can be written")
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether nobody but us (and root) could have put a library there."""
-    if not hasattr(os, "getuid"):
-        return True
-    status = folder.stat()
-    return status.st_uid in (os.getuid(), 0) and not status.st_mode & stat.S_IWOTH
 
 
 @contextlib.contextmanager
@@ -338,7 +368,9 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
     """
     import fcntl  # not on Windows, where nothing is built
 
-    with open(path, "w") as file:
+    # Neither emptied, nor followed if it is a link.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "r+b") as file:
         deadline, said = time.monotonic() + LOCK_TIMEOUT, False
         while True:
             try:

@@ -1,0 +1,117 @@
+"""Folders for compiled code, which nobody but this user and root can change.
+
+Loading a library runs its code, and whoever can write to one folder on the way to it can put another in its place. So
+every folder is looked at, from the root of the file system down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+# Links on one way, as many as Linux follows.
+_MOST_LINKS = 40
+
+
+class NotPrivate(OSError):
+    """Another user could change what lies in a folder; the message names it."""
+
+
+def private_folder(path: Path, create: bool = False) -> Path:
+    """Return the folder without links, once nobody but this user and root can change what lies in it.
+
+    Args:
+        path: An absolute path.
+        create: Make the folders that are missing, for this user alone.
+
+    Raises:
+        NotPrivate: Another user could change what lies in it.
+        OSError: It does not exist, or cannot be read or made.
+    """
+    if not path.is_absolute():
+        raise FileNotFoundError(f"{path} begins with a home folder that does not exist")
+    if not hasattr(os, "geteuid"):
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+    here, links, below_shared = Path(path.anchor), 0, False
+    _check(here, below_shared)
+    pending = [*reversed(path.parts[1:])]
+    while pending:
+        name = pending.pop()
+        if name == "..":
+            here = here.parent
+            continue
+        shared = _is_shared(here)
+        below_shared = below_shared or shared
+        entry = here / name
+        if create and not os.path.lexists(entry):
+            with contextlib.suppress(FileExistsError):
+                entry.mkdir(mode=0o700)
+        _check(entry, below_shared)
+        if entry.is_symlink():
+            links += 1
+            if shared or links > _MOST_LINKS:
+                raise NotPrivate(f"{entry} is a link")
+            target = Path(os.readlink(entry))
+            here = Path(target.anchor) if target.is_absolute() else here
+            pending += [part for part in reversed(target.parts) if part != target.anchor]
+        else:
+            here = entry
+    if _is_shared(here):
+        raise NotPrivate(f"{here} can be written by other users")
+    return here
+
+
+def _check(entry: Path, below_shared: bool) -> None:
+    """Raise for a folder or a link that another user could change, except a folder in which each keeps their own."""
+    status = entry.lstat()
+    if status.st_uid not in _owners(below_shared):
+        raise NotPrivate(f"{entry} belongs to another user")
+    if stat.S_ISLNK(status.st_mode):
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(f"{entry} is not a folder")
+    if _is_writable_by_others(status) and not status.st_mode & stat.S_ISVTX:
+        raise NotPrivate(f"{entry} can be written by other users")
+
+
+def _is_shared(folder: Path) -> bool:
+    return _is_writable_by_others(folder.lstat())
+
+
+def _is_writable_by_others(status: os.stat_result) -> bool:
+    by_group = status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid)
+    return bool(by_group or status.st_mode & stat.S_IWOTH)
+
+
+def _is_own_group(group: int) -> bool:
+    """Whether this user is alone in a group: many systems give each user one, and let it write to new folders."""
+    import grp
+    import pwd
+
+    try:
+        user, record = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return record.gr_gid == user.pw_gid and record.gr_name == user.pw_name and set(record.gr_mem) <= {user.pw_name}
+
+
+def _owners(below_shared: bool) -> set[int]:
+    """Return whom a folder may belong to."""
+    owners = {0, os.geteuid()}
+    # In a container without privileges root's folders seem to be nobody's; so do other users', where all may write.
+    if not below_shared and not _knows_root():
+        owners.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
+    return owners
+
+
+def _knows_root() -> bool:
+    """Whether the root of the machine is a user here, and not one outside of a container's user namespace."""
+    try:
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+    except OSError:
+        return True
+    return any(line.split()[:2] == ["0", "0"] for line in lines)
