@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,3 +72,66 @@ def test_every_environment_variable_is_documented():
     for source in (s for s in sources if s.exists()):
         for name in re.findall(r"""["'](VIM_[A-Z_]+)["']""", source.read_text()):
             assert name in documented, f"{source.name} reads {name}"
+
+
+def _build(kind: str, source: Path, target: Path, **environment: str) -> Path:
+    """Have setuptools build from a folder, as pip does."""
+    target.mkdir()
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (built,) = target.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory):
+    """What a source distribution of this repository unpacks to."""
+    folder = tmp_path_factory.mktemp("packaging")
+    copy = folder / "copy"
+    for name in ("vim", "csrc", "configs", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    for path in ROOT.glob("*.*"):
+        if path.is_file():
+            shutil.copy(path, copy)
+    shutil.copy(ROOT / "LICENSE", copy)
+    with tarfile.open(_build("sdist", copy, folder / "sdist")) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+def test_a_source_distribution_has_the_kernels_and_the_recipes(source_distribution, tmp_path):
+    """And a wheel is built from it, here by a compiler that writes empty files."""
+    for name in ("csrc", "configs"):
+        wanted = {p.relative_to(ROOT) for p in (ROOT / name).rglob("*") if p.is_file()}
+        assert wanted
+        assert {p.relative_to(source_distribution) for p in (source_distribution / name).rglob("*.*")} == wanted
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done\n: > "$out"\n')
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "VIM_CACHE_DIR": str(tmp_path / "cache")}
+    with zipfile.ZipFile(_build("wheel", source_distribution, tmp_path / "wheel", **environment)) as wheel:
+        names = set(wheel.namelist())
+    assert {"vim/csrc/cpu/kernels.cpp", "vim/_lib/libvimamba.so", "vim/__init__.py"} <= names
+
+
+def test_a_folder_named_vim_does_not_hide_an_editable_install(source_distribution, tmp_path):
+    """The original's clone has one, without an `__init__.py`."""
+    with zipfile.ZipFile(_build("editable", source_distribution, tmp_path / "wheel")) as wheel:
+        wheel.extractall(tmp_path / "site")
+    (tmp_path / "clone" / "vim").mkdir(parents=True)
+    (tmp_path / "clone" / "vim" / "main.py").write_text("")
+    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+    code += "import importlib.util; print(importlib.util.find_spec('vim').origin)"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path / "clone",
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(source_distribution / "vim" / "__init__.py")
