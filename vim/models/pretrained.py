@@ -27,25 +27,18 @@ from torch import Tensor
 
 from vim.layers.pos_embed import cls_indices, resample_pos_embed
 from vim.layers.token_sequence import extract_tokens, insert_tokens
+from vim.models.state_dicts import Weights, select_weights
 from vim.models.vision_mamba import VisionMamba
 
 _logger = logging.getLogger(__name__)
 
-Weights = Literal["raw", "ema"]
 Resampling = Literal["exact", "reference"]
-# Where a checkpoint keeps a state dict: the original's (and our) training loop, then timm's.
-_ENTRIES = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
-# Names of tensors that only one kind of model has, in the order in which they are looked for.
-_FOREIGN_NAMES = {
-    r".*\.(A_logs|Ds|x_proj_weight|dt_projs_weight|dt_projs_bias)$": "VMamba's family (MzeroMiko/VMamba)",
-    r"(.*\.)?layers\.\d+\.blocks\.\d+\.(op|ln_1|self_attention)\.": "VMamba's family (MzeroMiko/VMamba)",
-    r"(.*\.)?(forward_conv1d|backward_conv1d)\.": "kyegomez/VisionMamba's model",
-    r"to_patch_embedding\.": "vit-pytorch's kind (kyegomez/VisionMamba's is one)",
-    r"levels\.\d+\.": "MambaVision's hierarchical model (NVlabs/MambaVision)",
-    r"backbone\.(embedding|layers\.\d+\.mixer)\b": "a Mamba language model or a model inside a larger one",
-    r"temporal_pos_embedding$": "VideoMamba's model for video",
-    r"blocks\.\d+\.attn\.": "a vision transformer",
-}
+# What NumPy's numbers and arrays need to be loaded, in both of its generations.
+_NUMPY_NAMES = (
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
 # Seconds to wait for the hub's first answer.
 _PATIENCE = 5.0
 
@@ -98,12 +91,28 @@ def _knock(url: str) -> None:
         pass
 
 
+class _Unread:
+    """A number or an array of NumPy beside the weights: nothing of it is read."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _allowed_classes() -> contextlib.AbstractContextManager[None]:
+    """Let torch's restricted loader go on at what training loops keep beside weights, without making NumPy's things."""
+    unread: list[Any] = [(_Unread, name) for name in _NUMPY_NAMES]
+    return torch.serialization.safe_globals([argparse.Namespace, *unread])
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file of tensors, numbers and text; nothing in it is run.
 
     Args:
         path: A safetensors file, or one of `torch.save`. `argparse.Namespace`, which the released files hold, is
-            allowed; other classes are not.
+            allowed, and NumPy's numbers and arrays are passed over; other classes are not allowed.
 
     Returns:
         Its contents, on the CPU.
@@ -121,7 +130,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         except SafetensorError as error:
             raise RuntimeError(f"{file} is truncated or no safetensors file: {error}") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _allowed_classes():
             contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{file} was not loaded: {_foreign_classes(file)}") from error
@@ -135,59 +144,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _foreign_classes(file: Path) -> str:
     """Why the restricted loader refused a file, in words."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _allowed_classes():
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except (RuntimeError, ValueError, pickle.UnpicklingError):
         names = []
     if not names:
         return "it is damaged or no checkpoint of PyTorch"
+    if any(name.startswith("torch.nn.modules.") for name in names):
+        return (
+            "it holds a whole model, and loading classes from a file can run code; where it was written, save its "
+            "state dict: torch.save(model.state_dict(), FILE)"
+        )
     return f"it needs {', '.join(sorted(names))}, and loading classes from a file can run code"
-
-
-def select_weights(checkpoint: dict[str, Any], weights: Weights = "raw") -> dict[str, Tensor]:
-    """The state dict in a checkpoint, without the prefixes of wrappers.
-
-    Args:
-        checkpoint: What a training loop saved, or a state dict.
-        weights: "raw" (the trained weights) or "ema" (their moving average). A plain state dict is "raw".
-
-    Raises:
-        ValueError: The checkpoint has no such weights, or they are another model's; the message says whose.
-    """
-    if weights not in _ENTRIES:
-        raise ValueError(f"weights must be 'raw' or 'ema', got {weights!r}")
-    nested = [kind for kind, names in _ENTRIES.items() if any(isinstance(checkpoint.get(n), dict) for n in names)]
-    if nested:
-        if weights not in nested:
-            raise ValueError(f"the checkpoint has no {weights!r} weights, but {' and '.join(map(repr, nested))}")
-        state_dict = next(checkpoint[n] for n in _ENTRIES[weights] if isinstance(checkpoint.get(n), dict))
-    elif weights == "ema":
-        raise ValueError("the checkpoint has no 'ema' weights: it is a plain state dict")
-    else:
-        state_dict = checkpoint
-    if not state_dict:
-        raise ValueError("the checkpoint has no tensors")
-    state_dict = {_bare(str(name)): tensor for name, tensor in state_dict.items()}
-    odd = next((name for name, value in state_dict.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        kind = type(state_dict[odd]).__name__
-        raise ValueError(f"the checkpoint is no state dict: {odd!r} must be a tensor, got {kind}")
-    _refuse_foreign(state_dict)
-    return state_dict
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"^((_orig_mod|module)\.)+", "", name)
-
-
-def _refuse_foreign(state_dict: dict[str, Tensor]) -> None:
-    for pattern, whose in _FOREIGN_NAMES.items():
-        found = next((name for name in state_dict if re.match(pattern, name)), None)
-        if found is not None:
-            raise ValueError(f"the checkpoint is of {whose}, not of Vision Mamba: it has {found!r}")
-    proj = state_dict.get("patch_embed.proj.weight")
-    if proj is not None and proj.dim() != 4:
-        raise ValueError(f"patch_embed.proj.weight must have 4 axes, got {tuple(proj.shape)}: not a model for images")
 
 
 def checkpoint_filter_fn(

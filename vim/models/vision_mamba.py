@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from vim.models.checks import (
     check_order,
     check_rates,
 )
+from vim.models.state_dicts import under_own_names
 
 ClsPosition = Literal["none", "head", "middle", "double", "random"]
 GlobalPool = Literal["token", "avg", "max", "last", ""]
@@ -277,6 +278,12 @@ class VisionMamba(nn.Module):
         self.head = self._make_head(num_classes, {"device": weight.device, "dtype": weight.dtype})
         init_head(self.head)
         self.head.train(self.training)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy weights into the model, wherever in a checkpoint they lie (see `vim.models.state_dicts`)."""
+        if not state_dict.keys() <= self.state_dict().keys():
+            state_dict = under_own_names(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @torch.no_grad()
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
