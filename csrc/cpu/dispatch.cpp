@@ -17,7 +17,7 @@ const Kernels& choose() {
   const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const char* wanted = std::getenv("VIM_CPU_CAPABILITY");
   // Whether a table is at most what is wanted, asked from the highest table down.
-  bool any = wanted == nullptr;
+  bool any = wanted == nullptr || *wanted == '\0';
   const auto allowed = [&](const char* name) { return any = any || std::strcmp(wanted, name) == 0; };
   if (allowed("avx512bf16") && avx512bf16) return kernels_avx512bf16();
   if (allowed("avx512") && avx512) return kernels_avx512();

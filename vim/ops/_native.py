@@ -83,11 +83,8 @@ class NativeLibrary:
 
     def check_settings(self) -> None:
         """Raise BuildError where $VIM_CPU_CAPABILITY is none of its choices: the library would use the slowest."""
-        wanted = os.environ.get("VIM_CPU_CAPABILITY")
-        if wanted == "":
-            # As if it was not set, for the library too, which reads it itself.
-            del os.environ["VIM_CPU_CAPABILITY"]
-        elif wanted is not None and wanted not in _native_build.instruction_sets():
+        wanted = os.environ.get("VIM_CPU_CAPABILITY", "")
+        if wanted and wanted not in _native_build.instruction_sets():
             choices = ", ".join(_native_build.instruction_sets())
             raise _native_build.BuildError(f"VIM_CPU_CAPABILITY must be one of {choices}, got {wanted!r}")
 
