@@ -111,8 +111,8 @@ struct BlockResults {
 };
 
 // What each device supplies, for arguments that are known to fit. `type` is the dtype of products and activations.
-void run_forward(const BlockShape& shape, const BlockWeights& weights, const Tensor& hidden_states,
-                 const OptionalTensor& residual, ScalarType type, double eps, double scale, BlockResults& results);
+BlockResults run_forward(const BlockShape& shape, const BlockWeights& weights, const Tensor& hidden_states,
+                         const OptionalTensor& residual, ScalarType type, double eps, double scale);
 
 // Gradients in the order of the schema: of the residual sum, then of the weights. `weight_grads` says whether those of
 // the products' weights are wanted; where they are not, they are empty.
@@ -155,16 +155,7 @@ BlockTuple bidirectional_block(
   check_device("residual", residual, hidden_states);
   check_sizes("residual", residual, sizes_of(hidden_states));
   const BlockShape shape(hidden_states, weights, checkpoint_every);
-  BlockResults results{allocate(hidden_states, shape.rows(shape.d_model), dtype),
-                       allocate(hidden_states, shape.rows(shape.d_model), ScalarType::Float),
-                       absent(hidden_states, dtype), absent(hidden_states, dtype),
-                       absent(hidden_states, ScalarType::Float)};
-  if (checkpoint_every > 0) {
-    results.xz = allocate(hidden_states, shape.rows(2 * shape.d_inner), dtype);
-    results.x_dbl = allocate(hidden_states, {2, shape.batch, shape.length, shape.x_dbl_columns()}, dtype);
-    results.checkpoints = allocate(hidden_states, shape.checkpoints(), ScalarType::Float);
-  }
-  run_forward(shape, weights, hidden_states, residual, dtype, eps, scale, results);
+  const BlockResults results = run_forward(shape, weights, hidden_states, residual, dtype, eps, scale);
   return {results.out, results.residual, results.xz, results.x_dbl, results.checkpoints};
 }
 
@@ -222,7 +213,7 @@ auto bidirectional_block_backward(
   check("xz", xz, shape.rows(2 * shape.d_inner));
   check("x_dbl", x_dbl, {2, shape.batch, shape.length, shape.x_dbl_columns()});
   check("checkpoints", checkpoints, shape.checkpoints());
-  return as_tuple(run_backward(shape, weights, dense(dout), dense(dresidual), dense(residual), dense(xz), dense(x_dbl),
+  return as_tuple(run_backward(shape, weights, dense(dout), dense(dresidual), dense(residual), dense(xz), x_dbl,
                                dense(checkpoints), eps, scale, weight_grads),
                   std::make_index_sequence<kBlockGrads>{});
 }

@@ -137,10 +137,35 @@ std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& w
   return {out, out_b};
 }
 
+// Writes the gradient of x to `dx`, and returns the weights'.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_gradients(const Tensor& dout, const Tensor& dout_b, const Tensor& x,
+                                                          const Tensor& weight, const OptionalTensor& bias,
+                                                          const Tensor& weight_b, const OptionalTensor& bias_b,
+                                                          const Tensor& dx) {
+  Filter filters[2] = {{weight, bias}, {weight_b, bias_b, kBackwardSide}};
+  for (Filter& filter : filters) {
+    filter.check(x, x.size(2));
+    filter.make_dense();
+  }
+  Conv conv = bidirectional(x, filters);
+  const Tensor dweight = allocate_like(weight), dweight_b = allocate_like(weight_b);
+  const Tensor dbias = bias.has_value() ? allocate_like(*bias) : absent(x, ScalarType::Float);
+  const Tensor dbias_b = bias_b.has_value() ? allocate_like(*bias_b) : absent(x, ScalarType::Float);
+  conv.dx = output(dx, 0, 1, 2);
+  conv.direction[0].dout = input(dout, 0, 1, 2);
+  conv.direction[1].dout = input(dout_b, 0, 1, 2);
+  conv.direction[0].dweight = mutable_floats(dweight);
+  conv.direction[1].dweight = mutable_floats(dweight_b);
+  if (bias.has_value()) conv.direction[0].dbias = mutable_floats(dbias);
+  if (bias_b.has_value()) conv.direction[1].dbias = mutable_floats(dbias_b);
+  run_backward(conv, x);
+  return {dweight, dbias, dweight_b, dbias_b};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_conv1d_backward(
     const Tensor& dout, const Tensor& dout_b, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const Tensor& weight_b, const OptionalTensor& bias_b) {
-  Filter filters[2] = {{weight, bias}, {weight_b, bias_b, kBackwardSide}};
+  const Filter filters[2] = {{weight, bias}, {weight_b, bias_b, kBackwardSide}};
   if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported() || !same_type(dout, x) ||
       !same_type(dout_b, x)) {
     return call_op<Tensor, Tensor, Tensor, Tensor, Tensor>("vim::bidirectional_conv1d_backward_reference", dout, dout_b,
@@ -152,23 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_conv1d_backward
   check_sizes("dout", dout, sizes_of(x));
   check_device("dout_b", dout_b, x);
   check_sizes("dout_b", dout_b, sizes_of(x));
-  for (Filter& filter : filters) {
-    filter.check(x, x.size(2));
-    filter.make_dense();
-  }
-  Conv conv = bidirectional(x, filters);
-  const Tensor dx = allocate_like(x), dweight = allocate_like(weight), dweight_b = allocate_like(weight_b);
-  const Tensor dbias = bias.has_value() ? allocate_like(*bias) : absent(x, ScalarType::Float);
-  const Tensor dbias_b = bias_b.has_value() ? allocate_like(*bias_b) : absent(x, ScalarType::Float);
-  conv.dx = output(dx, 0, 1, 2);
-  conv.direction[0].dout = input(dout, 0, 1, 2);
-  conv.direction[1].dout = input(dout_b, 0, 1, 2);
-  conv.direction[0].dweight = mutable_floats(dweight);
-  conv.direction[1].dweight = mutable_floats(dweight_b);
-  if (bias.has_value()) conv.direction[0].dbias = mutable_floats(dbias);
-  if (bias_b.has_value()) conv.direction[1].dbias = mutable_floats(dbias_b);
-  run_backward(conv, x);
-  return {dx, dweight, dbias, dweight_b, dbias_b};
+  const Tensor dx = allocate_like(x);
+  return std::tuple_cat(std::tuple(dx), conv_gradients(dout, dout_b, x, weight, bias, weight_b, bias_b, dx));
 }
 
 // Attaches the ops of one family of names, those that end in `suffix`.

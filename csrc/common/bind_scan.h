@@ -307,18 +307,10 @@ std::tuple<Tensor, Tensor> bidirectional_scan(
 using BidirectionalGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                       Tensor, Tensor, Tensor>;
 
-BidirectionalGrads bidirectional_scan_backward(
-    const Tensor& dy, const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias,
-    const Tensor& A_log, const Tensor& D, const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b,
-    const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b, const Tensor& z, const Tensor& checkpoints,
-    double scale, int64_t checkpoint_every) {
-  BidirectionalInputs inputs{
-      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}}, z};
-  if (!inputs.supported() || !same_type(dy, u) || !is_float(checkpoints)) {
-    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-        "vim::bidirectional_scan_backward_reference", dy, u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b,
-        dt_weight_b, dt_bias_b, A_b_log, D_b, z, checkpoints, scale, checkpoint_every);
-  }
+// Writes the gradient of z to `dz` and returns the operands'. Where `y` is given, it gets the forward pass's result; it
+// may be dy.
+std::vector<Tensor> scan_gradients(const Tensor& dy, BidirectionalInputs inputs, const Tensor& checkpoints, double scale,
+                                   int64_t checkpoint_every, const Tensor& dz, const OptionalTensor& y) {
   inputs.check();
   for (Operands& side : inputs.sides) side.make_dense();
   ScanBackward k;
@@ -326,6 +318,7 @@ BidirectionalGrads bidirectional_scan_backward(
   Scan& scan = k.scan;
   scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, true);
   const int64_t chunks = chunks_of(scan.length, scan.checkpoint_every);
+  const Tensor& u = inputs.sides[0].u;
   check_device("dy", dy, u);
   check_device("checkpoints", checkpoints, u);
   check_sizes("dy", dy, sizes_of(u));
@@ -351,12 +344,28 @@ BidirectionalGrads bidirectional_scan_backward(
     scan.direction[d].checkpoints =
         const_cast<float*>(floats(states)) + d * scan.batch * chunks * scan.d_state * scan.dim;
   }
-  outputs.push_back(allocate_like(z));
   k.dy = input(dy, 0, 1, 2);
-  k.dz = output(outputs[12], 0, 1, 2);
+  k.dz = output(dz, 0, 1, 2);
+  if (y.has_value()) k.y = output(*y, 0, 1, 2);
   run_backward(k, u);
-  const std::vector<Tensor>& o = outputs;
-  return {o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7], o[8], o[9], o[10], o[11], o[12]};
+  return outputs;
+}
+
+BidirectionalGrads bidirectional_scan_backward(
+    const Tensor& dy, const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias,
+    const Tensor& A_log, const Tensor& D, const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b,
+    const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b, const Tensor& z, const Tensor& checkpoints,
+    double scale, int64_t checkpoint_every) {
+  const BidirectionalInputs inputs{
+      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}}, z};
+  if (!inputs.supported() || !same_type(dy, u) || !is_float(checkpoints)) {
+    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+        "vim::bidirectional_scan_backward_reference", dy, u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b,
+        dt_weight_b, dt_bias_b, A_b_log, D_b, z, checkpoints, scale, checkpoint_every);
+  }
+  const Tensor dz = allocate_like(z);
+  const std::vector<Tensor> o = scan_gradients(dy, inputs, checkpoints, scale, checkpoint_every, dz, std::nullopt);
+  return {o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7], o[8], o[9], o[10], o[11], dz};
 }
 
 // Attaches the ops of one family of names, those that end in `suffix`.

@@ -195,13 +195,13 @@ Scan scan_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights&
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-void run_forward(const BlockShape& shape, const BlockWeights& weights, const Tensor& hidden_states,
-                 const OptionalTensor& residual, ScalarType type, double eps, double scale, BlockResults& results) {
+BlockResults run_forward(const BlockShape& shape, const BlockWeights& weights, const Tensor& hidden_states,
+                         const OptionalTensor& residual, ScalarType type, double eps, double scale) {
   const int64_t tokens = shape.tokens(), model = shape.d_model, inner = shape.d_inner;
-  if (tokens == 0) return;
+  const int64_t columns = shape.x_dbl_columns();
   FloatWeights values;
-  const bool saves = shape.checkpoint_every > 0;
-  const Tensor xz = saves ? results.xz : allocate(hidden_states, shape.rows(2 * inner), type);
+  const Tensor sum = allocate(hidden_states, shape.rows(model), ScalarType::Float);
+  const Tensor xz = allocate(hidden_states, shape.rows(2 * inner), type);
   {
     const Tensor x = as_rows(hidden_states);
     const OptionalTensor added = dense(residual);
@@ -213,29 +213,34 @@ void run_forward(const BlockShape& shape, const BlockWeights& weights, const Ten
     norm.x_row = row_stride(x);
     norm.residual = floats(added);
     norm.y = normed.mutable_data_ptr();
-    norm.r = mutable_floats(results.residual);
+    norm.r = mutable_floats(sum);
     run_norm(norm);
     multiply({product(tokens, model, 2 * inner, matrix(normed, model), transposed(as_it_is(weights.in_proj)),
                       target(xz, 2 * inner), values(weights.in_bias))});
   }
   const Tensor u = allocate(hidden_states, {2, tokens, inner}, type);
   run_conv(conv_of(shape, weights, values, xz, u));
-  const int64_t columns = shape.x_dbl_columns();
-  const Tensor x_dbl = saves ? results.x_dbl : allocate(hidden_states, {2, shape.batch, shape.length, columns}, type);
+  const Tensor x_dbl = allocate(hidden_states, {2, shape.batch, shape.length, columns}, type);
+  const Tensor states = allocate(hidden_states, shape.checkpoints(), ScalarType::Float);
   const auto x_proj = [&](int d) {
     return product(tokens, inner, columns, matrix(u, inner, 1, d * tokens * inner),
                    transposed(as_it_is(weights.sides[d].x_proj)), target(x_dbl, columns, d * tokens * columns));
   };
   multiply({x_proj(0), x_proj(1)});
   OptionalTensor wide_rows;
-  Scan scan = scan_of(shape, weights, values, xz, u, x_dbl, results.checkpoints, scale);
+  Scan scan = scan_of(shape, weights, values, xz, u, x_dbl, states, scale);
   // A block of channels has read its part of the forward direction's u before it writes y.
   scan.y = rows_of(u, shape, inner);
   scan = with_float_rows(scan, u, wide_rows);
   parallel(kernels().scan_tasks(scan), scan_work(shape),
            [&](int64_t begin, int64_t end) { return kernels().scan_forward(scan, begin, end); });
-  multiply({product(tokens, inner, model, matrix(u, inner), transposed(as_it_is(weights.out_proj)),
-                    target(results.out, model), values(weights.out_bias))});
+  const Tensor out = allocate(hidden_states, shape.rows(model), type);
+  multiply({product(tokens, inner, model, matrix(u, inner), transposed(as_it_is(weights.out_proj)), target(out, model),
+                    values(weights.out_bias))});
+  if (shape.checkpoint_every == 0) {
+    return {out, sum, absent(out, type), absent(out, type), absent(out, ScalarType::Float)};
+  }
+  return {out, sum, xz, x_dbl, states};
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -267,8 +272,9 @@ class WeightGrads {
 
 std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& weights, const Tensor& dout,
                                  const OptionalTensor& dresidual, const Tensor& residual, const Tensor& xz,
-                                 const Tensor& x_dbl, const Tensor& checkpoints, double eps, double scale,
+                                 const Tensor& given_x_dbl, const Tensor& checkpoints, double eps, double scale,
                                  bool weight_grads) {
+  const Tensor x_dbl = dense(given_x_dbl);
   const Kernels& table = kernels();
   const int64_t tokens = shape.tokens(), model = shape.d_model, inner = shape.d_inner;
   const int64_t columns = shape.x_dbl_columns();

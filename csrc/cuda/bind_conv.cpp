@@ -2,6 +2,7 @@
 #include "../common/bind_conv.h"
 #include "conv.h"
 #include "binding.h"
+#include "ops.h"
 
 namespace vim {
 namespace {
@@ -19,6 +20,20 @@ void run_backward(Conv& conv, const Tensor& like) {
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> on_cuda::bidirectional_conv1d(const Tensor& x, const Tensor& weight,
+                                                         const OptionalTensor& bias, const Tensor& weight_b,
+                                                         const OptionalTensor& bias_b) {
+  return vim::bidirectional_conv1d(x, weight, bias, weight_b, bias_b);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> on_cuda::conv_gradients(const Tensor& dout, const Tensor& dout_b,
+                                                                   const Tensor& x, const Tensor& weight,
+                                                                   const OptionalTensor& bias, const Tensor& weight_b,
+                                                                   const OptionalTensor& bias_b, const Tensor& dx) {
+  return vim::conv_gradients(dout, dout_b, x, weight, bias, weight_b, bias_b, dx);
+}
+
 }  // namespace vim
 
 VIM_DEVICE_IMPL(m) { vim::implement_convolutions(m, vim::kFamily); }

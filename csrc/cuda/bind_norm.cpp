@@ -2,6 +2,7 @@
 #include "../common/bind_norm.h"
 #include "norm.h"
 #include "binding.h"
+#include "ops.h"
 
 namespace vim {
 namespace {
@@ -21,6 +22,17 @@ void run_backward(Norm& norm, const Tensor& like) {
 bool reads_weight_like_x() { return true; }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> on_cuda::add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
+                                                 double eps) {
+  return vim::add_rms_norm(x, residual, weight, eps);
+}
+
+std::tuple<Tensor, Tensor> on_cuda::add_rms_norm_backward(const Tensor& dy, const OptionalTensor& dr, const Tensor& r,
+                                                          const Tensor& weight, double eps) {
+  return vim::add_rms_norm_backward(dy, dr, r, weight, eps);
+}
+
 }  // namespace vim
 
 VIM_DEVICE_IMPL(m) { vim::implement_norm(m, vim::kFamily); }

@@ -2,6 +2,7 @@
 #include "../common/bind_scan.h"
 
 #include "binding.h"
+#include "ops.h"
 #include "scan.h"
 
 namespace vim {
@@ -54,6 +55,22 @@ void run_backward(const ScanBackward& backward, const Tensor& like) {
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> on_cuda::bidirectional_scan(const ScanSide& f, const ScanSide& b, const Tensor& z,
+                                                       double scale, int64_t checkpoint_every) {
+  return vim::bidirectional_scan(f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D, b.u, b.x_dbl, b.dt_weight, b.dt_bias,
+                                 b.A_log, b.D, z, scale, checkpoint_every);
+}
+
+std::vector<Tensor> on_cuda::scan_gradients(const Tensor& dy, const ScanSide& f, const ScanSide& b, const Tensor& z,
+                                            const Tensor& checkpoints, double scale, int64_t checkpoint_every,
+                                            const Tensor& dz) {
+  const BidirectionalInputs inputs{{{f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D},
+                                    {b.u, b.x_dbl, b.dt_weight, b.dt_bias, b.A_log, b.D, kBackwardSide}},
+                                   z};
+  return vim::scan_gradients(dy, inputs, checkpoints, scale, checkpoint_every, dz, dy);
+}
+
 }  // namespace vim
 
 VIM_DEVICE_IMPL(m) { vim::implement_scans(m, vim::kFamily); }

@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads) scan_backward_kernel(const __grid_co
   backward.run();
 }
 
-// dz, from y of all directions
+// dz, from y of all directions, and scale y silu(z) where the caller wants it
 template <class T>
 __global__ void __launch_bounds__(kThreads) scan_gate_backward_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const Scan& scan = passes.k.scan;
@@ -349,8 +349,9 @@ __global__ void __launch_bounds__(kThreads) scan_gate_backward_kernel(const __gr
   const int64_t channel = i % scan.dim, token = i / scan.dim % scan.length, b = i / scan.dim / scan.length;
   float y = passes.sums[i];
   if (scan.directions == 2) y += passes.sums[size + i];
-  const float dout = scan.scale * read<T>(passes.k.dy, b, token, channel);
-  write<T>(passes.k.dz, b, token, channel, dout * y * silu_slope(read<T>(scan.z, b, token, channel)));
+  const float dout = scan.scale * read<T>(passes.k.dy, b, token, channel), z = read<T>(scan.z, b, token, channel);
+  write<T>(passes.k.dz, b, token, channel, dout * y * silu_slope(z));
+  if (passes.k.y.data != nullptr) write<T>(passes.k.y, b, token, channel, scan.scale * y * silu(z));
 }
 
 }  // namespace

@@ -123,7 +123,9 @@ struct GeneralBackward {
     } else {
       step_row(passes, d, b, token)[channel] = ddelta;
     }
-    if (gated && d + 1 == scan.directions) write<T>(passes.k.dz, b, token, channel, dout * y * silu_slope(z));
+    if (!gated || d + 1 < scan.directions) return;
+    write<T>(passes.k.dz, b, token, channel, dout * y * silu_slope(z));
+    if (passes.k.y.data != nullptr) write<T>(passes.k.y, b, token, channel, scan.scale * y * silu(z));
   }
 
   VIM_DEVICE void run_group(int64_t n0) {

@@ -34,12 +34,15 @@ def _fake(hidden_states: Tensor, residual: Tensor | None, *arguments: Any) -> tu
     if checkpoint_every == 0:
         return out, total, out.new_empty(0), out.new_empty(0), total.new_empty(0)
     d_inner, d_state = weights[_A_LOG].shape
+    columns = weights[_X_PROJ].shape[0]
+    # On a GPU rows start at multiples of 16 bytes.
+    padded = -(-columns // 8) * 8 if hidden_states.is_cuda else columns
     states = (2, batch, num_chunks(seqlen, checkpoint_every), d_state, d_inner)
     return (
         out,
         total,
         out.new_empty(batch, seqlen, 2 * d_inner),
-        out.new_empty(2, batch, seqlen, weights[_X_PROJ].shape[0]),
+        out.new_empty(2, batch, seqlen, padded)[..., :columns],
         total.new_empty(states),
     )
 
