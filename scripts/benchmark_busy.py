@@ -39,7 +39,9 @@ _LOOP = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="processes beside, one column after another")
+    parser.add_argument(
+        "--busy", type=int, nargs="+", default=[0, 1, 2], help="processes beside, one column after another"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="torch's numbers of threads")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for a case, a number of threads and a load")
     parser.add_argument("--cases", nargs="+", default=list(_CASES), metavar="CASE", help="model:size:batch:dtype:mode")

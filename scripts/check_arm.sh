@@ -10,3 +10,5 @@ compile() { aarch64-linux-gnu-g++ -std=c++17 -O3 -Wno-psabi -fno-math-errno -ffp
 compile -DVIM_ISA=baseline -c csrc/cpu/kernels.cpp -o "$folder/kernels.o"
 compile csrc/cpu/dispatch.cpp scripts/kernel_driver.cpp "$folder/kernels.o" -static -pthread -o "$folder/driver"
 qemu-aarch64 "$folder/driver"
+compile csrc/cpu/pool.cpp csrc/cpu/processors.cpp scripts/pool_driver.cpp -static -pthread -o "$folder/pool"
+qemu-aarch64 "$folder/pool"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer: every kernel over
-# awkward shapes in buffers of exact size, by one thread and by three (scripts/kernel_driver.cpp). No torch needed.
+# awkward shapes in buffers of exact size, by one thread and by three (scripts/kernel_driver.cpp), and the pool of threads
+# under stress (scripts/pool_driver.cpp). No torch needed.
 # Usage: scripts/sanitize.sh [--time | --cuda]     (--time measures optimised kernels instead; --cuda takes the CUDA
 # kernels, emulated on the host, through their tests instead, with the installed torch; CXX chooses the compiler)
 set -euo pipefail
@@ -51,7 +52,12 @@ if [[ ${1:-} == --time ]]; then
 fi
 
 for sanitizers in address,undefined thread; do
-  build driver -O1 -g "-fsanitize=$sanitizers" -fno-sanitize-recover=all -fno-omit-frame-pointer
+  flags=(-O1 -g "-fsanitize=$sanitizers" -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  "$cxx" -std=c++17 "${flags[@]}" csrc/cpu/pool.cpp csrc/cpu/processors.cpp scripts/pool_driver.cpp \
+    -o "$folder/pool" -pthread
+  printf '%s: ' "$sanitizers"
+  TSAN_OPTIONS=halt_on_error=1 "$folder/pool"
+  build driver "${flags[@]}"
   for set in $sets; do
     printf '%s: ' "$sanitizers"
     # GCC's fake stack, which that check needs, does not align 64-byte vectors (GCC bug 110027).

@@ -118,7 +118,6 @@ struct alignas(64) Slot {
 
   // Takes parts until there are none. The caller's rank is 0.
   void work(int64_t rank) {
-    const uint64_t own_mode = floating_point_mode();
     uint64_t seen = ticket.load();
     while (const int64_t left = grains_left(seen)) {
       const auto function = run.load(std::memory_order_relaxed);
@@ -130,7 +129,7 @@ struct alignas(64) Slot {
       // Large parts first, small ones last, so that all threads end together.
       const int64_t part = (left - 1) / (2 * sharers) + 1;
       if (!ticket.compare_exchange_weak(seen, seen - static_cast<uint64_t>(part))) continue;
-      set_floating_point_mode(callers_mode);
+      set_floating_point_mode(callers_mode);  // a worker computes nothing between jobs
       const int64_t begin = std::max<int64_t>(0, size - left * step), end = size - (left - part) * step;
       if (!function(argument, begin, end)) ok.store(false, std::memory_order_relaxed);
       // From here on the slot may be another job's, whose caller it does no harm to wake.
@@ -140,7 +139,6 @@ struct alignas(64) Slot {
       }
       seen = ticket.load();
     }
-    set_floating_point_mode(own_mode);
   }
 
   void wait() {
@@ -263,6 +261,9 @@ class Pool {
   }
 
   static void* serve(void* worker) {
+#if defined(__linux__)
+    pthread_setname_np(pthread_self(), "vim-pool");  // for people who ask `top -H`
+#endif
     at_work = true;
     static_cast<Worker*>(worker)->pool->serve(*static_cast<Worker*>(worker));
     return nullptr;
