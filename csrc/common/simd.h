@@ -113,10 +113,14 @@ VIM_INLINE vec load(const bfloat16* p) {
 }
 
 VIM_INLINE void store(bfloat16* p, vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(v);  // numbers that are not normal become zero
+#else
   const uvec raw = bits<uvec>(v);
   const uvec rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
   const uvec is_nan = bits<uvec>(v != v);
   const hvec half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), hvec);
+#endif
   std::memcpy(p, &half, sizeof half);
 }
 

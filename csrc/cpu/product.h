@@ -265,11 +265,18 @@ struct Rectangle {
       if (pass.loads) {
         move(row, rows, column, kVectors, to, [](auto* c, int64_t n, float* sum) { store(sum, load_some(c, n)); });
       }
+      if (pass.stores) prefetch(row, rows, column);
       tile_of<kPairs, kVectors>(rows)(a.at(i, first, rows), panel, block_words, from.data, from.row, to.data, to.row);
       if (pass.stores) {
         move(row, rows, column, kVectors, to, [](auto* c, int64_t n, float* sum) { store_some(c, n, load(sum)); });
       }
     }
+  }
+
+  void prefetch(int64_t row, int64_t rows, int64_t column) const {
+    const int64_t size = product.c_element == Element::float32 ? 4 : 2;
+    const char* c = static_cast<const char*>(product.c) + (row * product.c_row + column) * size;
+    for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(c + r * product.c_row * size, 1);
   }
 
   // Between a tile of c and its sums.

@@ -165,6 +165,7 @@ def test_product(check):
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(capability):
     code = (
+        "import torch\ntorch.set_num_threads(1)\n"
         "from tests.ops.test_product import CHECKS, _native\n"
         "for check in CHECKS: check()\n"
         "print(_native.capability())\n"
