@@ -21,14 +21,17 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 case $(uname -m) in
-x86_64) sets="baseline avx2 avx512" ;;
+x86_64) sets="baseline avx2 avx512 avx512bf16" ;;
 *) sets="baseline" ;;
 esac
 
 flags_of() {
   case $1 in
   avx2) echo -mavx2 -mfma -mf16c ;;
-  avx512) echo -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512 ;;
+  avx512*)
+    echo -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512
+    [[ $1 != avx512bf16 ]] || echo -mavx512bf16
+    ;;
   esac
 }
 

@@ -1,11 +1,11 @@
-"""Products of the CPU's kernels against float64: strides, element types, odd sizes, threads, instruction sets."""
+"""Products of the CPU's kernels against float64: strides, element types, odd sizes, threads.
+
+`test_native_kernels.py` runs these checks on every instruction set.
+"""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -160,24 +160,6 @@ CHECKS = (check_layouts, check_sizes, check_threads, check_numbers_stay_apart, c
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_product(check):
     check()
-
-
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set(capability):
-    code = (
-        "import torch\ntorch.set_num_threads(1)\n"
-        "from tests.ops.test_product import CHECKS, _native\n"
-        "for check in CHECKS: check()\n"
-        "print(_native.capability())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "VIM_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] in (capability, "avx2", "baseline")
 
 
 def test_wrong_operands():
