@@ -1,7 +1,8 @@
-"""Twenty files that no run can be carried on from: each is refused in one line, runs no code, and stays as it is."""
+"""Files that no run can be carried on from: each is refused in one line, runs no code, and stays as it is."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import shutil
 import zipfile
@@ -9,9 +10,13 @@ import zipfile
 import pytest
 import torch
 
-from tests.training import TINY_OPTIONS
+from tests.training import TINY_OPTIONS, tiny_config
 from vim import train
-from vim.checkpoints.io import save_checkpoint
+from vim.checkpoints.io import CheckpointError, load_weights, save_checkpoint, save_weights
+from vim.engine.model import build_model, without_weights
+from vim.engine.run_state import Position, _position
+from vim.engine.starting_weights import load_starting_weights
+from vim.engine.trained_model import load_trained_model
 
 
 class Attack:
@@ -94,6 +99,10 @@ def drop(name):
     return change(lambda contents: contents.pop(name))
 
 
+def set_in(name, **values):
+    return change(lambda contents: contents[name].update(values))
+
+
 DAMAGES = {
     "empty": (cut(0.0), "is truncated, damaged or no checkpoint"),
     "a tenth": (cut(0.1), "is truncated, damaged or no checkpoint"),
@@ -124,6 +133,17 @@ DAMAGES = {
         "cannot be resumed from: loaded state dict has a different number of parameter groups",
     ),
     "a position of a wrong kind": (change(lambda contents: contents.update(position=7)), "cannot be resumed from"),
+    "an epoch that is text": (set_in("position", epoch="1"), "position.epoch must be a whole number >= 0, got '1'"),
+    "settings of a wrong kind": (change(lambda contents: contents.update(config=[1])), "must hold settings by name"),
+    "a setting of a wrong kind": (
+        change(lambda contents: contents["config"]["data"].update(dataset=5)),
+        "cannot be resumed from",
+    ),
+    "weights of a wrong kind": (change(lambda contents: contents.update(model=3)), "cannot be resumed from"),
+    "a weight that is a number": (
+        change(lambda contents: contents["model"].update({"head.weight": 1.0})),
+        "does not fit the model: 'head.weight' must be a tensor, got float",
+    ),
 }
 
 
@@ -133,10 +153,6 @@ def whole_run(tmp_path_factory):
     options = ["--data.dataset", "synthetic", "--data.synthetic_images", "64", "--output", str(folder)]
     assert train.main([*TINY_OPTIONS, *options]) == 0
     return folder
-
-
-def test_there_are_twenty():
-    assert len(DAMAGES) == 20
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -157,3 +173,114 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_run_or_lost(
     assert message in error
     assert not mark.exists()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+ENVIRONMENTS = {
+    "cut short": '[{"started": "2',
+    "of a wrong kind": '{"started": "2025"}',
+    "no text": b"\xff\xfe",
+    "too deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+def test_a_damaged_record_of_environments_is_refused_in_one_line(kind, tmp_path, capfd, whole_run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    text = ENVIRONMENTS[kind]
+    (folder / "environment.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    capfd.readouterr()
+    assert train.main(["--resume", str(folder)]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "environment.json" in error
+    assert error.endswith("move it away\n")
+
+
+def edit_best(edit):
+    def damage(folder):
+        contents = torch.load(folder / "best.pth", weights_only=True)
+        edit(contents)
+        save_checkpoint(folder / "best.pth", contents)
+        return folder
+
+    return damage
+
+
+def edit_metadata(metadata):
+    def damage(folder):
+        path = folder / "best.safetensors"
+        save_weights(path, load_weights(path)[0], metadata)
+        return path
+
+    return damage
+
+
+MALFORMED = {
+    "settings are a list": (edit_best(lambda c: c.update(config=[1])), "must hold settings by name, got [1]"),
+    "settings are none": (edit_best(lambda c: c.update(config=None)), "must hold settings by name, got None"),
+    "a name is a number": (edit_best(lambda c: c["config"]["data"].update(dataset=5)), "cannot be used"),
+    "a size is missing": (edit_best(lambda c: c["config"]["model"].update(img_size=[16])), "cannot be used"),
+    "an argument is text": (edit_best(lambda c: c["config"]["model"]["args"].update(depth="x")), "cannot be used"),
+    "classes are a number": (edit_best(lambda c: c.update(class_names=10)), "class_names must be a list"),
+    "classes are numbers": (edit_best(lambda c: c.update(class_names=[*range(10)])), "class_names must be a list"),
+    "weights are a list": (edit_best(lambda c: c.update(model=[1], model_ema=[1])), "must be tensors by name"),
+    "weights are numbers": (edit_best(lambda c: c.update(model={"a": 1}, model_ema={"a": 1})), "must be tensors"),
+    "the kind of weights is a list": (edit_best(lambda c: c.update(weights=["ema"])), "'raw' or 'ema', got ['ema']"),
+    "metadata are cut short": (edit_metadata({"vimamba": '{"config":'}), "the settings in it are no JSON"),
+    "metadata are a list": (edit_metadata({"vimamba": "[]"}), "cannot be used"),
+    "metadata lack settings": (edit_metadata({"vimamba": "{}"}), "cannot be used: KeyError: 'config'"),
+    "metadata are too deep": (edit_metadata({"vimamba": "[" * 100_000}), "the settings in it are no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_refused_in_one_line(name, tmp_path, capfd, whole_run):
+    """By what looks at it, and by what starts from it."""
+    damage, message = MALFORMED[name]
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    source = damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_trained_model(str(source))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    config = tiny_config(model__checkpoint=str(source)).model
+    model = build_model(without_weights(config), 10)
+    with contextlib.suppress(ValueError):  # the weights themselves may be whole
+        load_starting_weights(model, config)
+
+
+ROW = {"epoch": 1, "step": 4}
+POSITION = {"epoch": 1, "step": 4, "history": [ROW], "best": {"epoch": 1, "weights": "raw", "top1": 9.0, "loss": 2.0}}
+
+
+def test_a_position_that_a_run_can_have():
+    assert _position(POSITION, 4) == Position(**POSITION)
+    assert _position({}, 4) == Position()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"updates": 5},
+        {"epoch": 1.0},
+        {"epoch": True},
+        {"meter": {"steps": 1}},
+        {"meter": [1]},
+        {"history": []},
+        {"history": [1]},
+        {"history": [{"step": 1}]},
+        {"epoch": 2, "history": [ROW, {**ROW, "more": 1}]},
+        {"best": None},
+        {"best": [1]},
+        {"best": {"epoch": 1, "top1": "9", "loss": 1.0}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_position_that_no_run_can_have(changes):
+    """`restore` makes one line of each of these."""
+    with pytest.raises((ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)):
+        _position({**POSITION, **changes}, 4)

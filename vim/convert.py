@@ -10,7 +10,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 when what was asked for cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m vim.convert", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", metavar="IN", help="checkpoint of the original, of vim.train or of timm")
+    parser.add_argument("source", metavar="IN", help="run folder, or checkpoint of the original, of us or timm")
     parser.add_argument("out", metavar="OUT", help="file to write: .safetensors, or .pth for the original's scripts")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="trained or averaged (default: raw)")
     parser.add_argument("--model", default="", metavar="NAME", help="timm model that the weights must fit")

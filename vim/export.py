@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 
-def main() -> None:
-    """Parse the command line and export."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and export.
+
+    Args:
+        argv: The arguments, without the name of the program; `None` takes those of the process.
+
+    Returns:
+        The exit code: 0, 1 when the export failed on the way, 2 when what was asked for cannot be done.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
         from jsonargparse import CLI
     except ImportError as error:
-        sys.exit(f'python -m vim.export needs {error.name}: pip install "vimamba[export]"')
+        return _fail(f'it needs {error.name}: pip install "vimamba[export]"', 2)
     from vim.engine.export import export_onnx
+    from vim.engine.stop import exits_on_sigterm
 
     try:
-        CLI(export_onnx, prog="python -m vim.export")
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        sys.exit(f"vim.export: {error}")
+        with exits_on_sigterm():  # what is half written is removed then
+            CLI(export_onnx, args=None if argv is None else list(argv), prog="python -m vim.export")
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(str(error), 2)
+    except RuntimeError as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"vim.export: {message}\n")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

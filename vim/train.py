@@ -32,14 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         names = ", ".join(missing)
         return _fail(f'training needs {names}: pip install "vimamba[train]", or -e ".[train]" in a clone', 2)
-    from vim.engine.distributed import join_processes
+    from vim.engine.distributed import JoinError, join_processes
 
-    with join_processes() as processes:
-        try:
-            trainer = _prepare(sys.argv[1:] if argv is None else argv, processes)
-        except _Refused as error:
-            return _fail(str(error), 2) if processes.is_main else 2
-        return _train(trainer)
+    try:
+        with join_processes() as processes:
+            try:
+                trainer = _prepare(sys.argv[1:] if argv is None else argv, processes)
+            except _Refused as error:
+                return _fail(str(error), 2) if processes.is_main else 2
+            return _train(trainer)
+    except JoinError as error:
+        return _fail(str(error), 2)
 
 
 class _Refused(Exception):
@@ -56,7 +59,9 @@ def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
 
     def choose() -> RunFolder | None:
         if command.resume is not None:
-            return RunFolder(command.resume)
+            folder = RunFolder(command.resume)
+            folder.starts()  # to find a damaged record before the run goes on
+            return folder
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             return _restarted_folder(command.output)
         return choose_run_folder(command.config, command.output) if processes.is_main else None

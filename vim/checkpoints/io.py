@@ -108,7 +108,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         contents = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{file} holds objects other than plain data, and was not loaded") from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is a zip file but no checkpoint of PyTorch") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{file} was not written by vim.train: it has no format mark {FORMAT!r}")
@@ -168,6 +168,11 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | os
         CheckpointError: A weight is missing, left over or of another shape; the message names the first.
     """
     own = module.state_dict()
+    odd = next((name for name, tensor in weights.items() if not isinstance(tensor, Tensor)), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{source} does not fit the model: {odd!r} must be a tensor, got {type(weights[odd]).__name__}"
+        )
     for name, tensor in own.items():
         if name not in weights:
             raise CheckpointError(f"{source} does not fit the model: it lacks {name!r}")

@@ -1,5 +1,6 @@
 """What a setting may be: each rule raises an error that names the setting, the rule and the value."""
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -28,14 +29,21 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     check(name, value, "one of " + ", ".join(repr(choice) for choice in allowed), lambda v: v in allowed)
 
 
+def check_finite(name: str, value: Any) -> None:
+    """Raise for infinity, which YAML spells `.inf`, also as one of several numbers."""
+    check(name, value, "finite", lambda v: all(-math.inf < x < math.inf for x in (v if isinstance(v, tuple) else (v,))))
+
+
 def check_positive(name: str, value: Any) -> None:
-    """Raise unless the value is above zero."""
+    """Raise unless the value is above zero, and finite."""
     check(name, value, "> 0", lambda v: v > 0)
+    check_finite(name, value)
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Raise unless the value is zero or more."""
+    """Raise unless the value is zero or more, and finite."""
     check(name, value, ">= 0", lambda v: v >= 0)
+    check_finite(name, value)
 
 
 def check_fraction(name: str, value: Any) -> None:
@@ -43,7 +51,8 @@ def check_fraction(name: str, value: Any) -> None:
     check(name, value, "between 0 and 1", lambda v: 0 <= v <= 1)
 
 
-def check_range(name: str, value: tuple[float, float], upper: float = float("inf")) -> None:
-    """Raise unless the values are two numbers above zero, the lower first."""
-    rule = "two numbers, 0 < low <= high" + ("" if upper == float("inf") else f" <= {upper:g}")
+def check_range(name: str, value: tuple[float, float], upper: float = math.inf) -> None:
+    """Raise unless the values are two finite numbers above zero, the lower first."""
+    rule = "two numbers, 0 < low <= high" + ("" if upper == math.inf else f" <= {upper:g}")
     check(name, value, rule, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= upper)
+    check_finite(name, value)

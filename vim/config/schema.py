@@ -7,7 +7,15 @@ line spells it (`optim.lr`) and the value it got. The docstring under a field is
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vim.config.checks import check, check_choice, check_fraction, check_not_negative, check_positive, check_range
+from vim.config.checks import (
+    check,
+    check_choice,
+    check_finite,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_range,
+)
 from vim.config.engine import DistillConfig, LogConfig, ProgressiveConfig, SaveConfig
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -127,7 +135,9 @@ class DataConfig:
         check("data.crop_pct", self.crop_pct, "> 0 and <= 1", lambda v: 0 < v <= 1)
         check_choice("data.interpolation", self.interpolation, Interpolation)
         check("data.mean", self.mean, "at least one number", lambda v: len(v) > 0)
-        check("data.std", self.std, "at least one number, each > 0", lambda v: len(v) > 0 and min(v) > 0)
+        check("data.std", self.std, "at least one number, each > 0", lambda v: len(v) > 0 and all(s > 0 for s in v))
+        check_finite("data.mean", self.mean)
+        check_finite("data.std", self.std)
         check_not_negative("data.workers", self.workers)
         check("data.synthetic_images", self.synthetic_images, ">= 4", lambda v: v >= 4)
 

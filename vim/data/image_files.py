@@ -1,5 +1,6 @@
 """Images that are files, read and augmented one by one; one that cannot be read is replaced or left out."""
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,6 +33,12 @@ BAD_IMAGE = (
 )
 # So many images in a row that cannot be read are no damaged files but a disk that is not there.
 _MOST_IN_A_ROW = 10
+
+
+def check_regular(path: str) -> None:
+    """Raise OSError for what is there and no regular file: a pipe that nobody writes to would be read for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is not a regular file")
 
 
 class ImageSource(Protocol):
@@ -62,6 +70,8 @@ class ReaderSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image, decoded, and its label."""
+        if isinstance(self.reader, ReaderImageFolder):
+            check_regular(self.name(index))
         file, label = self.reader[index]
         with file:
             image = Image.open(file)

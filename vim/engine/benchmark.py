@@ -21,6 +21,7 @@ import vim.models  # noqa: F401  (registers our models with timm)
 from vim.engine.benchmark_report import write_report
 from vim.engine.gpu import time_calls
 from vim.engine.machine import PeakMemory, describe_machine, keep_freed_memory, probe_machine
+from vim.engine.model import create_named
 from vim.ops import default_backend
 
 _logger = logging.getLogger(__name__)
@@ -151,9 +152,9 @@ def measure_case(
             with PeakMemory(device) as peak:
                 calls[spec]()
             memory[spec] = peak.mebibytes
-        except (RuntimeError, ValueError) as error:  # for want of memory, or of a backend
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # for want of memory, or of a backend
             calls.pop(spec, None)
-            failed[spec] = str(error).splitlines()[0]
+            failed[spec] = next(iter(str(error).splitlines()), type(error).__name__)
             _logger.warning("%s does not run: %s", spec, failed[spec])
     times: dict[str, list[float]] = {spec: [] for spec in calls}
     deadline = time.perf_counter() + seconds
@@ -200,7 +201,7 @@ def make_call(
     torch.manual_seed(0)
     set_fused_attn(variant != "math")
     with device:
-        model = timm.create_model(name, img_size=size, drop_path_rate=0.0)
+        model = create_named(name, img_size=size, drop_path_rate=0.0)
     set_fused_attn(True)
     images = torch.randn(batch, 3, size, size, device=device)
     if mode == "inference":

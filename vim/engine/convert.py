@@ -50,7 +50,7 @@ def convert(source: str, out: str, weights: Literal["raw", "ema"] = "raw", model
     """Write the weights of a training checkpoint to a file of their own, and print what was matched.
 
     Args:
-        source: A checkpoint of the original, of vim.train or of timm, or a safetensors file.
+        source: A run folder, a checkpoint of the original, of vim.train or of timm, or a safetensors file.
         out: File to write: .safetensors for timm and us, .pth for the original's scripts.
         weights: raw, or ema for the moving average.
         model: The timm model that the weights must fit; the nearest registered one if it is not given.
@@ -75,6 +75,7 @@ def convert_checkpoint(source: Path, out: Path, weights: Weights = "raw", model:
         raise FileNotFoundError(f"there is no folder {out.parent} to write to")
     if model and not timm.is_model(model):
         raise ValueError(f"model must be one that timm knows, got {model!r}")
+    source = source / "best.pth" if source.is_dir() else source
     checkpoint = read_checkpoint(source)
     state_dict = select_weights(checkpoint, weights)
     name = model or nearest_model(state_dict)
@@ -111,7 +112,7 @@ def compare(state_dict: dict[str, Tensor], name: str) -> Match:
     """Compare a state dict with the registered model `name`, whose head gets as many outputs."""
     head = state_dict.get("head.weight")
     with torch.device("meta"):
-        own = timm.create_model(name, num_classes=0 if head is None else head.shape[0]).state_dict()
+        own = timm.create_model(name, num_classes=head.shape[0] if head is not None and head.ndim else 0).state_dict()
     both = [key for key in own if key in state_dict]
     return Match(
         name,

@@ -14,6 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 _T = TypeVar("_T")
 
 
+class JoinError(ValueError):
+    """The processes of a run cannot meet; the message says why, in one line."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
     """The processes of a run, as one of them sees them; alone by default.
@@ -72,22 +76,41 @@ def join_processes() -> Iterator[Processes]:
     """Meet the other processes that torchrun started, and part from them when the block ends; alone without torchrun.
 
     Raises:
-        RuntimeError: The others do not come.
+        JoinError: What torchrun tells its processes is missing or wrong, or the others do not come.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", default=1)
     if size == 1 or not dist.is_available():
         yield Processes()
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = _number("LOCAL_RANK")
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it starts the processes once more, and in it the addresses of those that died, which
-    # gloo would wait for.
-    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size} processes"
-    # Without a name of a backend: gloo for tensors on a CPU, NCCL for those on a GPU.
-    dist.init_process_group(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it starts the processes once more, and in it the addresses of those that died,
+        # which gloo would wait for.
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size} processes"
+        # Without a name of a backend: gloo for tensors on a CPU, NCCL for those on a GPU.
+        dist.init_process_group(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
+    except (ValueError, RuntimeError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = " ".join(str(error).split())
+        raise JoinError(
+            f"the {size} processes cannot meet at {where}: {reason}; MASTER_PORT chooses another port, and torchrun's "
+            "--standalone any that is free"
+        ) from error
     try:
         yield Processes(rank=dist.get_rank(), local_rank=local_rank, size=size)
     finally:
         dist.destroy_process_group()
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """Return a number that torchrun has put into the environment."""
+    text = os.environ.get(name, None if default is None else str(default))
+    if text is None:
+        size = os.environ.get("WORLD_SIZE")
+        raise JoinError(f"{name} is not set, but WORLD_SIZE is {size}: start the processes with torchrun")
+    if not text.strip().isdecimal():
+        raise JoinError(f"{name} must be a number, got {text!r}: start the processes with torchrun")
+    return int(text)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
 import vim.models  # noqa: F401  (registers our models with timm)
+from vim.engine.model import check_model_name, create_named
 from vim.engine.trained_model import load_trained_model
 from vim.ops import exportable_ops
 
@@ -68,7 +68,9 @@ def _trained(source: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[
 def _named(name: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int, int]]:
     """A model of timm, the channels of its images and their size."""
     settings = {"img_size": 224, "in_chans": 3} | {key: value for key, value in named.items() if value is not None}
-    return timm.create_model(name, **settings), settings["in_chans"], (settings["img_size"], settings["img_size"])
+    check_model_name(name)
+    network = create_named(name, **settings)
+    return network, settings["in_chans"], (settings["img_size"], settings["img_size"])
 
 
 def write_onnx(model: nn.Module, path: Path, in_chans: int, image_shape: tuple[int, int], tolerance: float) -> float:

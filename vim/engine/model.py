@@ -1,13 +1,18 @@
 """Build the model that the settings name, and find the device to run it on."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 import vim.models  # registers our models with timm
@@ -60,16 +65,34 @@ def _is_ours(name: str) -> bool:
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vim.")
 
 
+def create_named(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """Create a model of timm; `img_size` is left out for one that takes images of any size and no argument for it.
+
+    Raises:
+        TypeError: The model takes no such argument, or none of such a type.
+        ValueError: It refuses a value, or its weights cannot be had.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        if "img_size" in arguments and "'img_size'" in str(error):
+            del arguments["img_size"]
+            return create_named(name, pretrained, **arguments)
+        raise
+    except LocalEntryNotFoundError as error:
+        raise ValueError("it is not in the cache of Hugging Face, and was not fetched") from error
+    except (RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or f"{type(error).__name__} without a reason"
+        raise ValueError(reason) from error
+
+
 def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(config.name, pretrained=config.pretrained, **arguments)
+        return create_named(config.name, config.pretrained, **arguments)
     except TypeError as error:
-        if "'img_size'" in str(error):  # convolutional networks take any size, and no argument for it
-            del arguments["img_size"]
-            return timm.create_model(config.name, pretrained=config.pretrained, **arguments)
         raise ValueError(f"model.args does not fit model.name {config.name!r}: {error}{_nearest(error)}") from error
-    except RuntimeError as error:
-        raise ValueError(f"model.name {config.name!r} cannot be created: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"model.name {config.name!r} cannot be created with these model.args: {error}") from error
 
 
 def _nearest(error: TypeError) -> str:
@@ -81,6 +104,13 @@ def _nearest(error: TypeError) -> str:
         else []
     )
     return f": did you mean {near[0]!r}?" if near else ""
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keep timm from the network for the time of the block: names such as "hf-hub:..." are looked up in the cache."""
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+        yield
 
 
 def check_model_name(name: str) -> None:

@@ -49,9 +49,25 @@ class RunFolder:
         for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink()
         write_text(self.config, _HEADER.format(path=self.config) + dump_config(config))
-        starts = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.exists() else []
-        starts.append(describe_environment(device))
-        write_text(self.environment, json.dumps(starts, indent=2) + "\n")
+        write_text(self.environment, json.dumps([*self.starts(), describe_environment(device)], indent=2) + "\n")
+
+    def starts(self) -> list[Any]:
+        """Return the record of the environments that this run was started in.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        if not self.environment.exists():
+            return []
+        try:
+            starts = json.loads(self.environment.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.environment} is no JSON ({error}): move it away") from error
+        if not isinstance(starts, list):
+            raise ValueError(
+                f"{self.environment} must hold a list of starts, got {type(starts).__name__}: move it away"
+            )
+        return starts
 
     def write_samples(self, images: TensorImages, class_names: tuple[str, ...]) -> list[Path]:
         """Write the first held-out image of each class, up to ten of them, as `CLASS_INDEX.png`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vim.checkpoints.io import CheckpointError, load_into, rng_state, set_rng_state
 from vim.config.engine import SaveConfig
 from vim.config.load import check_resumable, config_from_dict, config_to_dict
+from vim.engine.meter import EpochMeter
 
 if TYPE_CHECKING:
     from vim.engine.trainer import Trainer
@@ -89,16 +90,37 @@ def restore(trainer: "Trainer", state: Mapping[str, Any]) -> None:
     missing = {"config", "model", "model_ema", "position", "optimizer", "scaler", "rng"} - set(state)
     if missing:
         raise CheckpointError(f"{path} cannot be resumed from: it lacks {min(missing)!r}")
-    load_into(trainer.model, state["model"], path)
-    if trainer.ema is not None:
-        load_into(trainer.ema.module, state["model_ema"] or {}, path)
     try:
+        load_into(trainer.model, state["model"], path)
+        if trainer.ema is not None:
+            load_into(trainer.ema.module, state["model_ema"] or {}, path)
         check_resumable(config_from_dict(state["config"], str(path)), trainer.config)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state["scaler"])
-        trainer.position = Position(**state["position"])
+        trainer.position = _position(state["position"], trainer.updates_per_epoch)
         states, rank = state["rng"], trainer.processes.rank
         if len(states) == trainer.processes.size:  # with another number each keeps the stream that it began
             set_rng_state(states[rank])
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be resumed from: {' '.join(str(error).split())}") from error
+
+
+def _position(saved: Mapping[str, Any], updates_per_epoch: int) -> Position:
+    """Return a saved position, once it is one that a run can have."""
+    position = Position(**saved)
+    for name in ("epoch", "updates", "step", "skipped_in_a_row"):
+        value = getattr(position, name)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"position.{name} must be a whole number >= 0, got {value!r}")
+    if position.updates > updates_per_epoch:
+        raise ValueError(f"position.updates must be <= {updates_per_epoch}, got {position.updates}")
+    EpochMeter(position.meter)
+    columns = [{"epoch", "step"} <= row.keys() and row.keys() == position.history[0].keys() for row in position.history]
+    if len(columns) != position.epoch or not all(columns):
+        raise ValueError(f"position.history must have a row of the same figures for each of {position.epoch} epochs")
+    best = position.best or {}
+    if position.epoch > 0 and not all(isinstance(best.get(name), (int, float)) for name in ("epoch", "top1", "loss")):
+        raise ValueError(f"position.best must hold the best figures so far, got {position.best!r}")
+    return position

@@ -75,8 +75,8 @@ def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str,
             contents = load_checkpoint(path)  # again, with its checksums
         kind = wanted if wanted != "best" else "ema" if contents.get("weights") == "ema" else "raw"
         return select_weights(contents, kind), _arguments(contents.get("config")), kind
-    except (RuntimeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"model.checkpoint cannot be used: {error}") from error
+    except (RuntimeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"model.checkpoint {path} cannot be used: {error}") from error
 
 
 def _arguments(config: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """SIGTERM, which schedulers send before they kill, as a request to save and stop."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,3 +32,16 @@ class StopRequest:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.made = True
+
+
+@contextmanager
+def exits_on_sigterm() -> Iterator[None]:
+    """Leave the block by SystemExit at SIGTERM, so that whatever removes half-written files runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

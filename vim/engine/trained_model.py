@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,24 @@ from vim.checkpoints.io import CheckpointError, load_checkpoint, load_into, load
 from vim.config.load import config_from_dict, config_to_dict
 from vim.config.schema import TrainConfig
 from vim.data.preprocessing import Preprocessing
-from vim.engine.model import build_model, check_model_name, without_weights
+from vim.engine.model import build_model, check_model_name, offline, without_weights
 from vim.engine.starting_weights import METADATA_KEY
 from vim.models import VisionMamba
 from vim.models.pretrained import checkpoint_filter_fn, read_checkpoint, select_weights
 
 Weights = Literal["best", "raw", "ema"]
+
+# What contents of a wrong kind or value lead to, in files whose checksums are right.
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    OSError,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +83,23 @@ def weights_metadata(config: TrainConfig, class_names: Sequence[str]) -> dict[st
     return {METADATA_KEY: json.dumps({"config": config_to_dict(config), "class_names": list(class_names)})}
 
 
-def _ours(about: dict[str, Any], state: dict[str, Tensor], path: Path, weights: Weights) -> TrainedModel:
-    """Build the model of a run of ours, whose settings and class names are in `about`."""
-    config, class_names = config_from_dict(about["config"], str(path)), tuple(about["class_names"])
-    model = build_model(without_weights(config.model), len(class_names))
-    load_into(model, state, path)
+def _ours(about: Any, state: Any, path: Path, weights: Weights) -> TrainedModel:
+    """Build the model of a run of ours, whose settings and class names are in `about`.
+
+    Nothing is fetched, whatever the file says: only a command line may ask for that, with `--model NAME`.
+    """
+    try:
+        config = config_from_dict(about["config"], str(path))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, download=False))
+        class_names = _texts(about["class_names"])
+        with offline():
+            model = build_model(without_weights(config.model), len(class_names))
+        load_into(model, _tensors(state), path)
+    except CheckpointError:
+        raise
+    except _DAMAGED as error:
+        reason = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
+        raise CheckpointError(f"{path} cannot be used: {reason}{' '.join(str(error).split())}") from error
     return TrainedModel(
         model=model,
         preprocessing=Preprocessing.from_config(config),
@@ -84,6 +108,18 @@ def _ours(about: dict[str, Any], state: dict[str, Tensor], path: Path, weights: 
         weights=weights,
         path=path,
     )
+
+
+def _texts(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names must be a list of at least one text")
+    return tuple(names)
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError("its weights must be tensors by name")
+    return dict(state)
 
 
 def _our_checkpoint(path: Path, weights: Weights) -> TrainedModel:
@@ -95,6 +131,8 @@ def _our_checkpoint(path: Path, weights: Weights) -> TrainedModel:
     if missing:
         raise CheckpointError(f"{path} cannot be predicted from: it lacks {min(missing)!r}")
     kind = contents["weights"] if weights == "best" else weights
+    if kind not in ("raw", "ema"):
+        raise CheckpointError(f"{path} cannot be predicted from: its weights must be 'raw' or 'ema', got {kind!r}")
     state = contents["model_ema" if kind == "ema" else "model"]
     if state is None:
         raise CheckpointError(f"{path} has no averaged weights: the run had ema_decay null")
@@ -107,7 +145,11 @@ def _our_weights(path: Path, weights: Weights) -> TrainedModel:
     state, metadata = load_weights(path)
     if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path} does not say which model it belongs to: add --model NAME")
-    return _ours(json.loads(metadata[METADATA_KEY]), state, path, weights)
+    try:
+        about = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be used: the settings in it are no JSON ({error})") from error
+    return _ours(about, state, path, weights)
 
 
 def _foreign_file(path: Path, model_name: str, weights: Weights) -> TrainedModel:

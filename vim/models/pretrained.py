@@ -182,6 +182,9 @@ def checkpoint_filter_fn(
     if resampling not in ("exact", "reference"):
         raise ValueError(f"resampling must be 'exact' or 'reference', got {resampling!r}")
     state_dict = select_weights(state_dict, weights)
+    for name, axes in (("pos_embed", 3), ("cls_token", 3)):
+        if name in state_dict and state_dict[name].dim() != axes:
+            raise ValueError(f"the checkpoint's {name} must have {axes} axes, got {tuple(state_dict[name].shape)}")
     _check_architecture(state_dict, model)
     source_cls = _source_cls_position(state_dict, model)
     _fit_pos_embed(state_dict, model, source_cls, resampling)
