@@ -21,11 +21,32 @@ def test_patches_equal_timm_where_they_do_not_overlap():
     assert (ours.grid_size, ours.num_patches, ours.feat_ratio()) == (theirs.grid_size, theirs.num_patches, 8)
 
 
-@pytest.mark.parametrize(("img_size", "stride", "grid"), [(224, 8, (27, 27)), ((30, 45), 5, (3, 6)), (16, 3, (1, 1))])
+@pytest.mark.parametrize(("img_size", "stride", "grid"), [(224, 8, (27, 27)), ((26, 41), 5, (3, 6)), (16, 3, (1, 1))])
 def test_grid_of_overlapping_patches(img_size, stride, grid):
     embed = PatchEmbed(img_size, 16, stride, embed_dim=4)
     assert embed.grid_size == grid
     assert embed(torch.zeros(1, 3, *embed.img_size)).shape == (1, grid[0] * grid[1], 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "covered"), [(31, 8, (24, 24)), ((32, 33), 8, (32, 32)), ((30, 45), 5, (28, 43))]
+)
+def test_rows_and_columns_that_no_patch_covers_are_refused_unless_they_are_padded(size, stride, covered):
+    words = rf"img_size must be covered by patches .* which cover \({covered[0]}, {covered[1]}\) of"
+    with pytest.raises(ValueError, match=words):
+        PatchEmbed(size, 8, stride)
+    fits = 8 + 7 * stride
+    embed = PatchEmbed(fits, 8, stride, in_chans=1, embed_dim=4, strict_img_size=False)
+    sides = (size, size) if isinstance(size, int) else size
+    with pytest.raises(ValueError, match=words):
+        embed(torch.zeros(1, 1, *sides))
+    with pytest.raises(ValueError, match=words):
+        embed.set_input_size(size)
+    assert embed.img_size == (fits, fits)
+    padded = PatchEmbed(size, 8, stride, in_chans=1, embed_dim=4, dynamic_img_pad=True)
+    image = torch.zeros(1, 1, *sides, requires_grad=True)
+    padded(image).sum().backward()
+    assert (image.grad != 0).all(), "every pixel enters the model"
 
 
 @pytest.mark.parametrize(("size", "grid"), [((30, 17), (4, 3)), ((8, 8), (1, 1)), ((3, 33), (1, 5))])

@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
         embed_dim: Width of the tokens.
         bias: Give the projection a bias.
         strict_img_size: Refuse images of another size than `img_size`.
-        dynamic_img_pad: Pad images at the right and the bottom until patches cover them.
+        dynamic_img_pad: Pad images at the right and the bottom until patches cover them; else such images are refused.
 
     Attributes:
         img_size, patch_size, stride: (height, width) in pixels.
@@ -35,7 +35,8 @@ class PatchEmbed(nn.Module):
         (batch, in_chans, height, width) -> (batch, patches, embed_dim), row by row.
 
     Raises:
-        ValueError: A size is not positive, a patch is larger than the image, or an image does not fit the model.
+        ValueError: A size is not positive, a patch is larger than the image, patches leave rows or columns of it
+            uncovered, or an image does not fit the model.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class PatchEmbed(nn.Module):
         """What `set_input_size` would make of (img_size, patch_size, stride, grid_size); the stride scales along.
 
         Raises:
-            ValueError: A size is not positive, the stride would be fractional, or a patch is larger than the image.
+            ValueError: A size is not positive, the stride would be fractional, a patch is larger than the image, or
+                patches leave some of it uncovered.
         """
         patch = self.patch_size if patch_size is None else as_size("patch_size", patch_size)
         size = self.img_size if img_size is None else as_size("img_size", img_size)
@@ -113,6 +115,15 @@ class PatchEmbed(nn.Module):
             (math.ceil((max(size - patch, 0)) / step) if self.dynamic_img_pad else (size - patch) // step) + 1
             for size, patch, step in zip(img_size, patch_size, stride, strict=True)
         )
+        if not self.dynamic_img_pad and not any(isinstance(size, torch.SymInt) for size in img_size):
+            # A symbol, in an export for images of any size, is not compared: that would pin it.
+            covered = (rows - 1) * stride[0] + patch_size[0], (columns - 1) * stride[1] + patch_size[1]
+            if covered != tuple(img_size):
+                raise ValueError(
+                    f"img_size must be covered by patches of patch_size = {patch_size} every patch_stride = {stride} "
+                    f"pixels, which cover {covered} of {tuple(img_size)}: change it, or pad images with "
+                    "dynamic_img_pad=True"
+                )
         return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +148,7 @@ class PatchEmbed(nn.Module):
             right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
             x = F.pad(x, (0, right, 0, bottom))
         else:
-            self.dynamic_feat_size((height, width))  # at least a patch
+            self.dynamic_feat_size((height, width))  # refuses what patches do not cover
         return self.norm(self.proj(x).flatten(2).mT)
 
 
