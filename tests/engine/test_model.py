@@ -15,7 +15,7 @@ def test_the_settings_reach_the_model():
     model = build_model(config, 7)
     assert isinstance(model, vim.VisionMamba)
     assert model(torch.randn(2, 3, 16, 24)).shape == (2, 7)
-    assert (model.depth, model.embed_dim, model.drop_rate) == (1, 16, 0.3)
+    assert (model.depth, model.embed_dim, model.head_drop.p) == (1, 16, 0.3)
     assert describe_model(model, config).startswith("vim_tiny_patch16_224 (patch_size=8, embed_dim=16, depth=1")
 
 

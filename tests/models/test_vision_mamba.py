@@ -372,3 +372,24 @@ def test_a_file_with_foreign_classes_is_refused(tmp_path):
             pretrained=True,
             pretrained_cfg_overlay={"file": str(tmp_path / "foreign.pth")},
         )
+
+
+def test_dropout_before_the_head_is_a_module_that_can_be_left_on():
+    """Monte-Carlo dropout: the model in evaluation mode, its dropout not."""
+    model = small(drop_rate=0.5, drop_path_rate=0.0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+        for module in dropouts:
+            module.train()
+        assert not torch.equal(model(x), model(x))
+    assert model.head_drop.p == 0.5
+    assert model.head_drop in dropouts
+    assert list(model.state_dict()) == list(small().state_dict())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"cls_position": "none"}, {"cls_position": "double"}, {"pos_embed": "none"}])
+def test_only_parameters_that_there_are_are_kept_from_weight_decay(kwargs):
+    model = small(**kwargs)
+    assert model.no_weight_decay() == {n for n, _ in model.named_parameters() if n in ("pos_embed",) or "cls_tok" in n}

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint, register_notrace_module
 from timm.models._input import update_model_args, update_model_input_size
@@ -143,7 +142,6 @@ class VisionMamba(nn.Module):
         self.num_prefix_tokens = len(cls_indices(cls_position, 0))
         self.pairwise_layers = pairwise_layers
         self.flip_ratio, self.token_shuffle = flip_ratio, token_shuffle
-        self.drop_rate = drop_rate
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -166,6 +164,7 @@ class VisionMamba(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         if rotary != "none":
             self.rope = GridRotary(embed_dim, self.patch_embed.grid_size, rotary_side, **place)
+        self.head_drop = nn.Dropout(drop_rate)
         self.head = self._make_head(num_classes, place)
         self.drop_path = Block.make_drop_path(drop_path_rate)
         # A block drops what the block before it added: the first two never do, and the final norm drops the last.
@@ -247,7 +246,8 @@ class VisionMamba(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the original excludes from weight decay, besides one-dimensional ones."""
-        return {"pos_embed", "cls_token", "dist_token", "cls_token_head", "cls_token_tail"}
+        own = {name for name, _ in self.named_parameters(recurse=False)}
+        return own & {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -463,7 +463,7 @@ class VisionMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify tokens as `forward_features` returns them; `pre_logits` stops before the head."""
-        x = F.dropout(self.pool(x), self.drop_rate, self.training)
+        x = self.head_drop(self.pool(x))
         if pre_logits:
             return x
         x = self.head(x)
