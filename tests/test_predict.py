@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,9 +23,11 @@ from PIL import Image
 from tests.training import change
 from vim import predict
 from vim.checkpoints.io import CheckpointError, save_weights
+from vim.config.load import config_to_dict
 from vim.config.schema import TrainConfig
 from vim.engine.predictor import describe_classes, list_images, load_predictor
 from vim.engine.run_folder import RunFolder
+from vim.engine.starting_weights import METADATA_KEY
 from vim.engine.trainer import Trainer
 
 
@@ -104,14 +110,14 @@ def test_a_file_that_is_no_image_is_named_and_skipped_and_the_exit_code_tells(ru
     skipped = output.err.splitlines()
     assert skipped[0].startswith(f"vim.predict: {folder / '001.png'} is skipped: ")
     assert skipped[1].startswith(f"vim.predict: {folder / '002.jpg'} is skipped: ")
-    assert skipped[2:] == ["vim.predict: 2 of 6 images could not be read"]
+    assert skipped[2:] == ["vim.predict: 2 of 6 images could not be read", "vim.predict: 1 file passed over (1 .txt)"]
 
 
 @pytest.mark.parametrize(
     ("source", "images", "options", "message"),
     [
         ("{run}", "/nowhere.png", [], "there is no image or folder /nowhere.png"),
-        ("{run}", "{empty}", [], "none of its files ends in .jpeg, .jpg, .png"),
+        ("{run}", "{empty}", [], "none of its files ends in .avif, .bmp, "),
         ("{empty}", "{image}", [], "there is no checkpoint"),
         ("{image}", "{image}", [], "is truncated, damaged or no checkpoint"),
         ("/nowhere", "{image}", [], "there is no run folder, checkpoint or timm model '/nowhere'"),
@@ -187,6 +193,52 @@ def test_images_below_a_folder_are_found_in_order_whatever_the_case_of_their_nam
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a/1.jpg", "b/2.PNG", "c.jpeg"]
+
+
+def test_the_images_of_a_folder_are_those_that_training_finds(tmp_path):
+    store = tmp_path / "store"
+    for name in ("store/0.jpg", "store/10.webp", "store/9.bmp", "set/._0.jpg", "set/.cache/1.jpg", "set/x.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.symlink(store, tmp_path / "set" / "linked")
+    passed_over = Counter()
+    found = list_images(tmp_path / "set", passed_over=passed_over)
+    assert [path.name for path in found] == ["0.jpg", "9.bmp", "10.webp"]
+    assert passed_over == {".heic": 1}
+    assert list_images(tmp_path / "set", [".heic"]) == [tmp_path / "set" / "x.heic"]
+
+
+def test_the_endings_of_the_run_count(run, held_out, capsys):
+    folder, _ = held_out
+    config = change(run.config, data__extensions=(".picture",))
+    contents = {"config": config_to_dict(config), "class_names": run.loaders.class_names}
+    path = folder / "weights.safetensors"
+    save_weights(path, run.model.state_dict(), {METADATA_KEY: json.dumps(contents)})
+    (folder / "000.png").rename(folder / "0.Picture")
+    assert predict.main([str(path), str(folder), "--topk", "1"]) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines()[0] == str(folder / "0.Picture")
+    assert output.err == "vim.predict: 70 files passed over (69 .png, 1 .safetensors)\n"
+
+
+def test_a_photograph_is_predicted_upright(run, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    random = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(random).save(tmp_path / "a.png", exif=exif)
+    predictor = load_predictor(str(run.folder.path))
+    (prediction,) = predictor.predict_files([tmp_path / "a.png"], topk=10)
+    upright = predictor.probabilities([Image.fromarray(np.rot90(random, 3))])[0]
+    assert [value for _, value in prediction.guesses] == upright.sort(descending=True).values.tolist()
+    assert predictor.probabilities([Image.open(tmp_path / "a.png")])[0].equal(upright)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
+def test_a_reader_that_has_enough_ends_it_without_a_word(run, held_out):
+    command = f"{sys.executable} -m vim.predict {run.folder.path} {held_out[0]} --device cpu | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{held_out[0] / '000.png'}\n"
 
 
 def test_a_batch_of_photographs_is_never_in_memory_as_a_whole(run, held_out, monkeypatch):

@@ -137,4 +137,7 @@ def _backends() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    from vim.engine.terminal import end_with_reader
+
+    end_with_reader()
     sys.exit(main())

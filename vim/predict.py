@@ -1,8 +1,8 @@
 """`python -m vim.predict`: name what is on an image, or on every image of a folder."""
 
 import argparse
-import io
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,14 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _make_parser().parse_args(argv)
 
+    from vim.data.listing import describe_passed_over
     from vim.engine.model import resolve_device
     from vim.engine.predictor import list_images, load_predictor
+    from vim.engine.terminal import show_any_name
 
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text, nor fit the terminal
+    show_any_name()
+    passed_over: Counter[str] = Counter()
     try:
-        files = list_images(options.images)
         predictor = load_predictor(options.source, options.weights, options.model, resolve_device(options.device))
+        files = list_images(options.images, predictor.extensions, passed_over)
         predictions = predictor.predict_files(files, options.topk)
         unread = sum(_show(prediction) for prediction in predictions)
     except (ValueError, OSError) as error:
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if unread:
         sys.stderr.write(f"vim.predict: {unread} of {len(files)} images could not be read\n")
+    if passed_over:
+        sys.stderr.write(f"vim.predict: {describe_passed_over(passed_over)}\n")
     return 1 if unread else 0
 
 
@@ -79,4 +83,7 @@ def _show(prediction: "Prediction") -> int:
 
 
 if __name__ == "__main__":
+    from vim.engine.terminal import end_with_reader
+
+    end_with_reader()
     sys.exit(main())

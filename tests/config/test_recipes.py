@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from vim.config.load import config_from_dict, parse_command_line, setting_names
-from vim.config.schema import TrainConfig
+from vim.config.schema import IMAGE_EXTENSIONS, TrainConfig
 from vim.engine.model import build_model
 from vim.engine.optim import Schedule
 
@@ -38,6 +38,8 @@ DEFAULTS = {
     "distill.teacher": None,
     "data.dataset": "folder",
     "data.download": False,
+    "data.extensions": IMAGE_EXTENSIONS,  # the original's, torchvision's, and more of a kind that ImageNet lacks
+    "data.bits": 16,
     "data.input_key": None,
     "data.target_key": None,
     "data.train_split": "train",

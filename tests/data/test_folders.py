@@ -8,6 +8,7 @@ import tarfile
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.training import tiny_config, write_image_folder
 from vim.data.loaders import build_loaders
@@ -63,6 +64,71 @@ def test_a_tar_file_a_split_is_read_as_a_folder_is(images, tmp_path):
     assert next(iter(loaders.train))[0].equal(next(iter(expected.train))[0])
 
 
+def test_the_class_is_the_first_folder_in_a_tar_file_too(images, tmp_path):
+    """With folders around it and in it, hidden files of macOS, hard links, and a tar file a class inside."""
+    image = (images / "val" / "ant" / "0.png").read_bytes()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for name in ("ant/p1/0.png", "ant/p2/0.png", "bee/p1/0.png", "._ant", "ant/._0.png", "ant/x.heic"):
+                add(archive, f"./set/{name}", image)
+            for name, kind in (("bee/1.png", tarfile.LNKTYPE), ("bee/2.png", tarfile.SYMTYPE)):
+                link = tarfile.TarInfo(f"./set/{name}")
+                link.type, link.linkname = kind, "./set/bee/p1/0.png"
+                archive.addfile(link)
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as inside:
+                add(inside, "0.png", image)
+            add(archive, "set/cat.tar", inner.getvalue())
+    sets = open_image_sets(config("folder", tmp_path))
+    assert sets.class_names == ("ant", "bee", "cat")
+    source = sets.train.source
+    assert list(source.keys()) == [
+        f"train.tar:set/{name}" for name in ("ant/p1/0.png", "ant/p2/0.png", "bee/1.png", "bee/p1/0.png", "cat/0.png")
+    ]
+    assert source.labels() == [0, 0, 1, 1, 2]
+    expected = Image.open(io.BytesIO(image)).tobytes()
+    assert all(source.read(index)[0].tobytes() == expected for index in range(5))
+    assert source.passed_over == {".heic": 1, "link in an archive": 1}
+
+
+def test_a_tar_file_that_is_compressed_is_refused_by_name(images, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w:gz") as archive:
+            archive.add(images / split, arcname=".")
+    with pytest.raises(ValueError, match=rf"damaged, compressed or no tar file, {tmp_path / 'train.tar'}"):
+        open_image_sets(config("folder", tmp_path))
+
+
+def test_what_shards_hold_besides_labelled_images_is_counted(images, tmp_path):
+    image = (images / "val" / "ant" / "0.png").read_bytes()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as archive:
+            for name, data in (
+                *(("0.png", image), ("0.cls", b"0"), ("1.JPG", image), ("1.png", image), ("1.cls", b"\xef\xbb\xbf1")),
+                *(("2.heic", image), ("2.cls", b"1"), ("3.png", image), ("4.json", b'{"label": 0}'), ("5.txt", b"x")),
+            ):
+                add(archive, name, data)
+    (tmp_path / "classnames.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee\r\n")  # as Windows' editor writes it
+    sets = open_image_sets(config("wds/", tmp_path))
+    assert sets.class_names == ("ant", "bee")
+    assert list(sets.train.source.keys()) == ["train-0.tar:0.png", "train-0.tar:1.JPG"]
+    assert sets.train.source.labels() == [0, 1]
+    assert sets.train.source.passed_over == {
+        "second image of a sample": 1,
+        ".heic": 1,
+        "label without an image": 1,
+        "image without a label": 1,
+    }
+
+
+@pytest.mark.parametrize(("names", "words"), [(b"ant\nbee\nant\n", "'ant' twice"), (b"caf\xe9\n", "is not UTF-8")])
+def test_names_of_classes_that_cannot_be_are_refused_with_their_file(images, tmp_path, names, words):
+    write_shards(images, tmp_path)
+    (tmp_path / "classnames.txt").write_bytes(names)
+    with pytest.raises(ValueError, match=rf"{words}.*{tmp_path / 'classnames.txt'}"):
+        open_image_sets(config("wds/", tmp_path))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_read_as_a_folder_is(images, tmp_path, workers):
     write_shards(images, tmp_path / "shards")
@@ -104,7 +170,11 @@ def test_shards_that_cannot_be_used_are_refused(images, tmp_path, damage):
     else:
         for file in (tmp_path / "train").iterdir():
             file.unlink()
-    reason = "must have shards for the split 'train'" if damage == "empty" else rf"damaged or no tar file, {shard}"
+    reason = (
+        "must have shards for the split 'train'"
+        if damage == "empty"
+        else rf"damaged, compressed or no tar file, {shard}"
+    )
     with pytest.raises(ValueError, match=reason):
         open_image_sets(config("wds/", tmp_path))
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import vim
 from tests.training import tiny_config
-from vim.data.preprocessing import Preprocessing, per_channel, to_color_mode
+from vim.data.preprocessing import Preprocessing, per_channel
 
 assert vim  # registers the models
 
@@ -52,12 +52,3 @@ def test_one_value_stands_for_every_channel():
     assert per_channel((0.1, 0.2), 2) == (0.1, 0.2)
     with pytest.raises(ValueError, match=r"one for each of in_chans = 3 channels, got \(0.1, 0.2\)"):
         per_channel((0.1, 0.2), 3)
-
-
-def test_an_image_of_16_bits_keeps_its_upper_8():
-    pixels = np.array([[0, 255, 256], [32_768, 65_279, 65_535]], dtype=np.uint16)
-    converted = to_color_mode(Image.fromarray(pixels), "RGB")
-    assert np.array(converted)[..., 1].tolist() == [[0, 0, 1], [128, 254, 255]]
-    for kind in (np.int32, np.float32):
-        with pytest.raises(ValueError, match="its pixels are 32-bit numbers"):
-            to_color_mode(Image.fromarray(pixels.astype(kind)), "L")

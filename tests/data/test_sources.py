@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import struct
 
@@ -12,7 +13,7 @@ import pytest
 from tests.training import change, tiny_config, write_image_folder
 from vim.data.folders import find_split
 from vim.data.image_files import ImageFiles
-from vim.data.sources import image_files, open_image_sets
+from vim.data.sources import first_readable_file, open_image_sets
 from vim.data.tensors import TensorImages
 
 
@@ -28,7 +29,7 @@ def test_a_folder_gives_its_classes_in_order_and_the_same_labels_in_both_splits(
     assert (len(sets.train), len(sets.val)) == (9, 4)
     labels = [sets.val.source.read(index)[1] for index in range(4)]
     assert [sets.class_names[label] for label in labels] == ["ant", "ant", "cat", "cat"]
-    assert image_files(sets.val, 1) == [tmp_path / "validation" / "ant" / "0.jpg"]
+    assert first_readable_file(sets.val) == tmp_path / "validation" / "ant" / "0.jpg"
     assert isinstance(sets.train, ImageFiles)
 
 
@@ -51,8 +52,47 @@ def test_a_folder_that_is_not_one_of_images_is_refused(tmp_path):
         open_image_sets(folder_config(tmp_path / "nowhere"))
     (tmp_path / "train" / "ant").mkdir(parents=True)
     (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match=r"data.path has no images for the split 'train'"):
+    (tmp_path / "train" / "ant" / "0.heic").touch()
+    with pytest.raises(ValueError, match=r"data.path has no images for the split 'train' in .*, which holds 1 .heic"):
         open_image_sets(folder_config(tmp_path))
+
+
+def test_a_held_out_split_without_folders_is_refused_by_name(tmp_path):
+    """ImageNet's own layout."""
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2})
+    (tmp_path / "val").mkdir()
+    for index in range(3):
+        shutil.copy(tmp_path / "train" / "ant" / "0.jpg", tmp_path / "val" / f"ILSVRC2012_val_{index:08d}.JPEG")
+    words = r"a folder a class in .*val, and 3 images lie in it directly, such as ILSVRC2012_val_00000000.JPEG"
+    with pytest.raises(ValueError, match=words):
+        open_image_sets(folder_config(tmp_path))
+
+
+def test_a_held_out_split_of_one_class_with_folders_in_it_is_that_class(tmp_path):
+    write_image_folder(tmp_path, ["benign", "malignant"], {"train": 2})
+    write_image_folder(tmp_path / "val", ["p1", "p2"], {"benign": 1})
+    sets = open_image_sets(folder_config(tmp_path))
+    assert sets.class_names == ("benign", "malignant")
+    assert list(sets.val.source.labels()) == [0, 0]
+
+
+def test_the_endings_of_images_are_a_setting(tmp_path):
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 1}, suffix=".webp")
+    shutil.copy(tmp_path / "train" / "ant" / "0.webp", tmp_path / "train" / "ant" / "9.picture")
+    assert len(open_image_sets(folder_config(tmp_path)).train) == 4
+    sets = open_image_sets(folder_config(tmp_path, data__extensions=(".webp", ".Picture")))
+    assert len(sets.train) == 5
+    with pytest.raises(ValueError, match=r"which holds 4 .webp, 1 .picture: images end in .jpg \(data.extensions\)"):
+        open_image_sets(folder_config(tmp_path, data__extensions=(".jpg",)))
+
+
+def test_the_file_to_try_a_model_on_can_be_read_and_named(tmp_path):
+    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 2})
+    (tmp_path / "val" / "ant" / "0.jpg").write_bytes(b"no image")
+    os.rename(tmp_path / "val" / "ant" / "1.jpg", os.fsencode(tmp_path / "val" / "ant") + b"/\xe9.jpg")
+    sets = open_image_sets(folder_config(tmp_path))
+    assert first_readable_file(sets.val) == tmp_path / "val" / "bee" / "0.jpg"
+    assert first_readable_file(sets.val, tries=2) is None
 
 
 def test_one_class_is_not_enough(tmp_path):

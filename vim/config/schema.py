@@ -29,6 +29,12 @@ Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
 BestBy = Literal["raw", "ema", "better"]
 
+# What Pillow reads without further packages, by the endings in use.
+IMAGE_EXTENSIONS = (
+    *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -94,6 +100,8 @@ class DataConfig:
     Hugging Face, such as `torch/cifar10` and `hfds/NAME`."""
     path: str | None = None
     """Where the images are; for `folder`, a folder with one sub-folder a split."""
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+    """Endings of image files, in either case; files with another one are passed over, and counted at the start."""
     download: bool = False
     """Fetch a data set of torchvision or Hugging Face that is not in `data.path` yet."""
     input_key: str | None = None
@@ -112,6 +120,8 @@ class DataConfig:
     """Mean of a channel, for pixels between 0 and 1; one value, or one a channel."""
     std: tuple[float, ...] = (0.35,)
     """Standard deviation of a channel, for pixels between 0 and 1; one value, or one a channel."""
+    bits: int = 16
+    """Bits in use of a grey image with 16 bits a pixel, such as 12; the upper 8 of them are kept."""
     workers: int = 0
     """Processes that read images; 0 reads in the training process."""
     pin_memory: bool = False
@@ -132,6 +142,13 @@ class DataConfig:
                 f"data.path must be null when data.dataset is {self.dataset!r}, which reads no files, got "
                 f"{self.path!r}: for a folder of images add --data.dataset folder"
             )
+        check(
+            "data.extensions",
+            self.extensions,
+            "at least one ending with its dot, such as '.jpg'",
+            lambda v: len(v) > 0 and all(len(ending) > 1 and ending.startswith(".") for ending in v),
+        )
+        check("data.bits", self.bits, "from 8 to 16", lambda v: 8 <= v <= 16)
         check("data.crop_pct", self.crop_pct, "> 0 and <= 1", lambda v: 0 < v <= 1)
         check_choice("data.interpolation", self.interpolation, Interpolation)
         check("data.mean", self.mean, "at least one number", lambda v: len(v) > 0)

@@ -1,11 +1,14 @@
-"""Images in folders or tar files with a folder a class, and in the shards of WebDataset."""
+"""Images in folders or tar files with a folder a class."""
 
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from timm.data.readers import create_reader
-
-from vim.data.image_files import ReaderSource
-from vim.data.shards import ShardReader, find_shards
+from vim.config.schema import IMAGE_EXTENSIONS
+from vim.data.archives import list_members
+from vim.data.class_folders import label_by_folder
+from vim.data.image_files import FileSource, ImageSource, MemberSource
+from vim.data.listing import ending_of, endings_of, list_files, natural_key
 
 _SYNONYMS = {
     "train": ("train", "training"),
@@ -13,35 +16,54 @@ _SYNONYMS = {
 }
 
 
-def open_folder(root: str, split: str) -> tuple[ReaderSource, tuple[str, ...]]:
+def open_folder(
+    root: str, split: str, extensions: Sequence[str] = IMAGE_EXTENSIONS, known: Collection[str] = ()
+) -> tuple[ImageSource, tuple[str, ...]]:
     """Open the images of a split: a folder, or a tar file, with a folder a class.
+
+    Args:
+        root: The folder with the splits.
+        split: The split.
+        extensions: Endings of images, in either case.
+        known: Names that are classes, even of a folder that is alone; see `label_by_folder`.
 
     Returns:
         The images and the names of their classes, in the order of their labels.
 
     Raises:
-        ValueError: There is no such folder or tar file, or no image in it.
+        ValueError: There is no such folder or tar file, no image in it, or an image without a class.
+        OSError: A folder cannot be read.
     """
     place = find_split(Path(root).expanduser(), split)
-    try:
-        reader = create_reader("", root=str(place))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"data.path has no images for the split {split!r} in {place}: {error}") from error
-    labels = reader.class_name_to_idx if place.is_file() else reader.class_to_idx
-    return ReaderSource(reader), tuple(sorted(labels, key=lambda name: labels[name]))
+    source = _open_archive(place, extensions, known) if place.is_file() else _open_files(place, extensions, known)
+    if not len(source[0]):
+        others = ", ".join(f"{count:,} {kind}" for kind, count in source[0].passed_over.most_common(5)) or "no file"
+        raise ValueError(
+            f"data.path has no images for the split {split!r} in {place}, which holds {others}: images end in "
+            f"{', '.join(extensions)} (data.extensions)"
+        )
+    return source
 
 
-def open_shards(root: str, split: str) -> tuple[ReaderSource, tuple[str, ...] | None]:
-    """Open the images of a split in WebDataset's shards, for reading in any order.
+def _open_files(place: Path, extensions: Sequence[str], known: Collection[str]) -> tuple[FileSource, tuple[str, ...]]:
+    listing = list_files(place, extensions)
+    labels, names = label_by_folder(listing.paths, str(place), known)
+    return FileSource(place, listing.paths, labels, listing.passed_over), names
 
-    Returns:
-        The images, and the names of their classes if the shards tell.
 
-    Raises:
-        ValueError: There are no shards, or no labelled image in them.
-    """
-    reader = ShardReader(find_shards(Path(root).expanduser(), split_names(split)))
-    return ReaderSource(reader), reader.class_names
+def _open_archive(
+    place: Path, extensions: Sequence[str], known: Collection[str]
+) -> tuple[MemberSource, tuple[str, ...]]:
+    passed_over: Counter[str] = Counter()
+    endings, members = endings_of(extensions), []
+    for member in list_members(place, passed_over):
+        if member.name.lower().endswith(endings):
+            members.append(member)
+        else:
+            passed_over[ending_of(member.name)] += 1
+    members.sort(key=lambda member: natural_key(member.name))
+    labels, names = label_by_folder([member.name for member in members], str(place), known)
+    return MemberSource(members, labels, passed_over), names
 
 
 def find_split(root: Path, split: str) -> Path:

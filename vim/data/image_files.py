@@ -3,7 +3,9 @@
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,26 +14,13 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vim.data.archives import Member
+from vim.data.decoding import BAD_IMAGE, read_image, to_color_mode, upright
 from vim.data.order import Place
-from vim.data.preprocessing import to_color_mode
 from vim.data.randomness import Draw, generator_for, seeded
 from vim.data.unreadable import Batch, Unreadable
 
-# What Pillow raises, over all of its formats, for a file that is missing, no image, cut short, damaged or too large.
-BAD_IMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# So many images in a row that cannot be read are no damaged files but a disk that is not there.
+# So many images in a row that cannot be read mean that the disk is gone, and not that files are damaged.
 _MOST_IN_A_ROW = 10
 
 
@@ -42,17 +31,93 @@ def check_regular(path: str) -> None:
 
 
 class ImageSource(Protocol):
-    """Where images and their labels come from."""
+    """Images of a split, and their labels."""
+
+    passed_over: Counter[str]
+    """How many files there are besides, by the kind that they are of."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image, opened at least, and its label."""
+        """Return an image, decoded and upright, and its label."""
         ...
 
     def name(self, index: int) -> str:
         """Return the name of an image, for messages."""
         ...
+
+    def labels(self) -> Sequence[int] | None:
+        """Return the label of each image, or `None` where the images must be read to know it."""
+        ...
+
+    def keys(self) -> Sequence[str] | None:
+        """Return a name for each image that stays when the data moves to another folder, or `None` without names."""
+        ...
+
+
+class FileSource:
+    """Images in files.
+
+    Args:
+        root: The folder that they are in.
+        paths: Their paths in it, with `/` between the parts.
+        labels: Label of each.
+        passed_over: How many files there are besides, by kind.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int], passed_over: Counter[str]) -> None:
+        self._root, self._paths, self._labels, self.passed_over = root, paths, labels, passed_over
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image, decoded and upright, and its label."""
+        return read_image(self.name(index)), self._labels[index]
+
+    def name(self, index: int) -> str:
+        """Return the path of the file."""
+        return str(self._root / self._paths[index])
+
+    def labels(self) -> Sequence[int]:
+        """Return the label of each image."""
+        return self._labels
+
+    def keys(self) -> Sequence[str]:
+        """Return the path of each file in the folder of the split."""
+        return self._paths
+
+
+class MemberSource:
+    """Images in tar files.
+
+    Args:
+        members: The images.
+        labels: Label of each.
+        passed_over: How many files there are besides, by kind.
+    """
+
+    def __init__(self, members: Sequence[Member], labels: Sequence[int], passed_over: Counter[str]) -> None:
+        self._members, self._labels, self.passed_over = members, labels, passed_over
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image, decoded and upright, and its label."""
+        return read_image(self._members[index].open()), self._labels[index]
+
+    def name(self, index: int) -> str:
+        """Return the path of the tar file with the name of the image in it."""
+        return f"{self._members[index].archive}:{self._members[index].name}"
+
+    def labels(self) -> Sequence[int]:
+        """Return the label of each image."""
+        return self._labels
+
+    def keys(self) -> Sequence[str]:
+        """Return the name of each image's tar file with its own."""
+        return [f"{member.archive.name}:{member.name}" for member in self._members]
 
 
 class ReaderSource:
@@ -60,27 +125,34 @@ class ReaderSource:
 
     Args:
         reader: Gives a file and a label by index.
+        labels: Label of each image, where they are known.
     """
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    def __init__(self, reader: Any, labels: Sequence[int] | None = None) -> None:
+        self.reader, self._labels = reader, labels
+        self.passed_over: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image, decoded, and its label."""
+        """Return an image, decoded and upright, and its label."""
         if isinstance(self.reader, ReaderImageFolder):
             check_regular(self.name(index))
         file, label = self.reader[index]
         with file:
-            image = Image.open(file)
-            image.load()
-        return image, label
+            return read_image(file), label
 
     def name(self, index: int) -> str:
         """Return the path of the file."""
         return str(self.reader.filename(index, absolute=True))
+
+    def labels(self) -> Sequence[int] | None:
+        """Return the label of each image, where they are known."""
+        return self._labels
+
+    def keys(self) -> None:
+        """Return `None`: the files may be in a cache, under names that mean nothing."""
 
 
 class TorchvisionSource:
@@ -94,17 +166,27 @@ class TorchvisionSource:
     def __init__(self, dataset: Any, title: str) -> None:
         self.dataset = dataset
         self._title = title
+        self.passed_over: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image and its label."""
-        return self.dataset[index]
+        """Return an image, upright, and its label."""
+        image, label = self.dataset[index]
+        return upright(image), label
 
     def name(self, index: int) -> str:
         """Return the data set's name with the number of the image in it."""
         return f"{self._title}[{index}]"
+
+    def labels(self) -> Sequence[int] | None:
+        """Return the label of each image, where the data set has them in an attribute of the usual name."""
+        labels = getattr(self.dataset, "targets", None)
+        return None if labels is None or len(labels) != len(self) else [int(label) for label in labels]
+
+    def keys(self) -> None:
+        """Return `None`: the images have numbers only."""
 
 
 class Relabelled:
@@ -118,18 +200,31 @@ class Relabelled:
     def __init__(self, source: ImageSource, labels: Sequence[int]) -> None:
         self.source = source
         self._labels = labels
+        self.passed_over = source.passed_over
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image and our label of it."""
+        """Return an image, decoded and upright, and our label of it."""
         image, label = self.source.read(index)
-        return image, self._labels[label] if 0 <= label < len(self._labels) else -1
+        return image, self._ours(label)
 
     def name(self, index: int) -> str:
         """Return the name of an image."""
         return self.source.name(index)
+
+    def labels(self) -> Sequence[int] | None:
+        """Return our label of each image, where theirs are known."""
+        labels = self.source.labels()
+        return None if labels is None else [self._ours(label) for label in labels]
+
+    def keys(self) -> Sequence[str] | None:
+        """Return the names of the source."""
+        return self.source.keys()
+
+    def _ours(self, label: int) -> int:
+        return self._labels[label] if 0 <= label < len(self._labels) else -1
 
 
 class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
@@ -141,15 +236,18 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         source: Where the images come from.
         num_classes: Labels must be less than this.
         color_mode: The mode of PIL that images are converted to.
+        bits: Bits in use of a grey image with 16 bits a pixel.
         seed: Seed of the run, for the augmentation.
         replace: Show another image, drawn at random, for one that cannot be read; else leave it out of its batch.
     """
 
-    def __init__(self, source: ImageSource, num_classes: int, color_mode: str, *, seed: int, replace: bool) -> None:
+    def __init__(
+        self, source: ImageSource, num_classes: int, color_mode: str, *, bits: int = 16, seed: int, replace: bool
+    ) -> None:
         self.source = source
         self.transform: Callable[[Image.Image], Tensor] | None = None
         """From an image to (channels, height, width), uint8; drawn from the global random generators."""
-        self._num_classes, self._color_mode = num_classes, color_mode
+        self._num_classes, self._color_mode, self._bits = num_classes, color_mode, bits
         self._seed, self._replace = seed, replace
 
     def __len__(self) -> int:
@@ -192,7 +290,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         image, label = self.source.read(index)
         if not 0 <= label < self._num_classes:
             raise ValueError(f"its label is {label}, which is none of the {self._num_classes} classes")
-        return to_color_mode(image, self._color_mode), int(label)
+        return to_color_mode(image, self._color_mode, self._bits), int(label)
 
     def _transformed(self, image: Image.Image, place: Place) -> Tensor:
         if self.transform is None:

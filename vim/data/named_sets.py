@@ -58,7 +58,15 @@ def _open_hugging_face(data: DataConfig, split: str) -> tuple[ImageSource, tuple
         )
     labels: dict[str, int] = dataset.reader.class_to_idx
     names = tuple(sorted(labels, key=lambda label: labels[label])) or None
-    return ReaderSource(dataset.reader), names
+    return ReaderSource(dataset.reader, _labels_of(dataset.reader)), names
+
+
+def _labels_of(reader: Any) -> list[int] | None:
+    """Return the column of the labels, or `None` where a label is more than a number in one column."""
+    if reader.target_keys:
+        return None
+    labels = list(reader.dataset[reader.label_key])
+    return labels if all(isinstance(label, int) for label in labels) else None
 
 
 @contextlib.contextmanager

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from vim.config.schema import TrainConfig
+from vim.data.decoding import to_color_mode, upright
 
 _COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -30,6 +30,8 @@ class Preprocessing:
     """Side of the crop over the side that the image is resized to."""
     interpolation: str
     """Resampling, by its name in PIL."""
+    bits: int = 16
+    """Bits in use of a grey image with 16 bits a pixel."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "Preprocessing":
@@ -42,6 +44,7 @@ class Preprocessing:
             std=per_channel(config.data.std, in_chans),
             crop_pct=config.data.crop_pct,
             interpolation=config.data.interpolation,
+            bits=config.data.bits,
         )
 
     @classmethod
@@ -82,7 +85,7 @@ class Preprocessing:
         Raises:
             ValueError: No image has this number of channels.
         """
-        mode = self.color_mode
+        mode, bits = self.color_mode, self.bits
         resize_and_normalise: Any = create_transform(
             self.input_size,
             is_training=False,
@@ -91,27 +94,7 @@ class Preprocessing:
             std=self.std,
             crop_pct=self.crop_pct,
         )
-        return lambda image: resize_and_normalise(to_color_mode(image, mode))
-
-
-def to_color_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Return the image with 8 bits a channel in a mode of PIL; of 16 bits the upper 8 are kept.
-
-    Args:
-        image: An image of any mode.
-        mode: `L`, `RGB` or `RGBA`.
-
-    Raises:
-        ValueError: Its pixels have 32 bits, which say nothing about their range.
-        OSError: The file is damaged.
-    """
-    if image.mode.startswith("I;16"):  # PIL itself would cut what is over 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit numbers (mode {image.mode!r}) of unknown range: convert it to 8 or 16 bits"
-        )
-    return image.convert(mode)
+        return lambda image: resize_and_normalise(to_color_mode(upright(image), mode, bits))
 
 
 def per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:

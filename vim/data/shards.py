@@ -5,27 +5,53 @@ entered in the middle. Here the headers are read once, and then every image by i
 is shuffled as a whole, an evaluation is exact and a run that was interrupted goes on where it was.
 """
 
-import io
 import json
-import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from timm.data.readers import get_img_extensions
-from timm.data.readers.reader import Reader
+from vim.config.schema import IMAGE_EXTENSIONS
+from vim.data.archives import Member, list_members
+from vim.data.folders import split_names
+from vim.data.image_files import MemberSource
+from vim.data.listing import endings_of
 
 _LABEL = ".cls"
 _METADATA = ".json"
 _LONGEST_LABEL = 1 << 20  # bytes; a label is a number, or a small JSON object with one
+_CLASS_NAMES = "classnames.txt"
 
 
-class _Member(NamedTuple):
-    """A file inside a shard."""
+def open_shards(
+    root: str, split: str, extensions: Sequence[str] = IMAGE_EXTENSIONS
+) -> tuple[MemberSource, tuple[str, ...] | None]:
+    """Open the images of a split in WebDataset's shards, for reading in any order.
 
-    shard: int
-    offset: int
-    size: int
-    name: str
+    A sample is the files of one key, `KEY.jpg` with `KEY.cls` (a number) or `KEY.json` (an object with a number under
+    `label`). A `classnames.txt` beside the shards, a name a line, names the classes.
+
+    Args:
+        root: The folder with the shards.
+        split: The split.
+        extensions: Endings of images, in either case.
+
+    Returns:
+        The images, and the names of their classes if the shards tell.
+
+    Raises:
+        ValueError: There are no shards, a file is no tar file, or there is no labelled image.
+    """
+    shards = find_shards(Path(root).expanduser(), split_names(split))
+    passed_over: Counter[str] = Counter()
+    members: list[Member] = []
+    labels: list[int] = []
+    for shard in shards:
+        for member, label in _samples(shard, endings_of(extensions), passed_over):
+            members.append(member)
+            labels.append(label)
+    if not members:
+        raise ValueError(f"data.path must have images with a label, KEY.jpg and KEY.cls: {shards[0]} has none")
+    return MemberSource(members, labels, passed_over), _class_names(shards[0])
 
 
 def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
@@ -42,7 +68,7 @@ def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
         raise ValueError(f"data.path must be a folder of shards, and {str(root)!r} is not a folder")
     for split in splits:
         for pattern in (f"{split}/*.tar", f"{split}[-_.]*.tar", f"*[-_.]{split}[-_.]*.tar"):
-            found = sorted(root.glob(pattern))
+            found = sorted(path for path in root.glob(pattern) if not path.name.startswith("."))
             if found:
                 return found
     raise ValueError(
@@ -51,82 +77,41 @@ def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
     )
 
 
-class ShardReader(Reader):
-    """Reads labelled images from shards by index.
-
-    A sample is the files of one key, `KEY.jpg` with `KEY.cls` (a number) or `KEY.json` (an object with a number under
-    `label`). A `classnames.txt` beside the shards, a name a line, names the classes.
-
-    Args:
-        shards: The tar files.
-
-    Raises:
-        ValueError: A file is no tar file, or there is no labelled image.
-    """
-
-    def __init__(self, shards: list[Path]) -> None:
-        super().__init__()
-        self._shards = shards
-        self._images: list[_Member] = []
-        self._labels: list[int] = []
-        extensions = get_img_extensions(as_set=True)
-        for number, shard in enumerate(shards):
-            self._index(number, shard, extensions)
-        if not self._images:
-            raise ValueError(f"data.path must have images with a label, KEY.jpg and KEY.cls: {shards[0]} has none")
-        self.class_names = _class_names(shards[0])
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-        """Return the file of an image and its label."""
-        member = self._images[index]
-        with open(self._shards[member.shard], "rb") as shard:
-            shard.seek(member.offset)
-            return io.BytesIO(shard.read(member.size)), self._labels[index]
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        member = self._images[index]
-        return Path(member.name).name if basename else f"{self._shards[member.shard]}:{member.name}"
-
-    def _index(self, number: int, shard: Path, extensions: set[str]) -> None:
-        """Add the labelled images of a shard."""
-        images: dict[str, _Member] = {}
-        labels: dict[str, int] = {}
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    key, extension = _split_name(member.name)
-                    if not member.isfile():
-                        continue
-                    if extension in extensions:
-                        images[key] = _Member(number, member.offset_data, member.size, member.name)
-                    elif extension in (_LABEL, _METADATA) and key not in labels:
-                        file = archive.extractfile(member)
-                        label = None if file is None else _read_label(file.read(_LONGEST_LABEL), extension)
-                        if label is not None:
-                            labels[key] = label
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(f"data.path has a shard that is damaged or no tar file, {shard}: {error}") from error
-        for key, image in images.items():
-            if key in labels:
-                self._images.append(image)
-                self._labels.append(labels[key])
+def _samples(shard: Path, endings: tuple[str, ...], passed_over: Counter[str]) -> list[tuple[Member, int]]:
+    """Return the labelled images of a shard, and count the samples that are none."""
+    images: dict[str, Member] = {}
+    labels: dict[str, int] = {}
+    others: dict[str, str] = {}
+    with open(shard, "rb") as file:
+        for member in list_members(shard, passed_over):
+            key, ending = _split_name(member.name)
+            if ending in (_LABEL, _METADATA):
+                label = _read_label(member.read(file, _LONGEST_LABEL), ending)
+                if label is not None:
+                    labels.setdefault(key, label)
+            elif ending not in endings:
+                others[key] = ending
+            elif key in images:
+                passed_over["second image of a sample"] += 1
+            else:
+                images[key] = member
+    passed_over.update(others.get(key, "label without an image") for key in labels.keys() - images.keys())
+    passed_over.update("image without a label" for _ in images.keys() - labels.keys())
+    return [(image, labels[key]) for key, image in images.items() if key in labels]
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Return the key of a sample and the extension of one of its files: what follows the first dot of the name."""
+    """Return the key of a sample and the ending of one of its files: what follows the first dot of the name."""
     folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    return folder + slash + stem, dot + extension.lower()
+    stem, dot, ending = base.partition(".")
+    return folder + slash + stem, dot + ending.lower()
 
 
-def _read_label(data: bytes, extension: str) -> int | None:
+def _read_label(data: bytes, ending: str) -> int | None:
     """Return the number in a label file, or `None` if it has none."""
     try:
-        if extension == _LABEL:
-            return int(data)
+        if ending == _LABEL:
+            return int(data.decode("utf-8-sig"))
         contents = json.loads(data)
         label = contents.get("label") if isinstance(contents, dict) else None
         return label if isinstance(label, int) else None
@@ -135,9 +120,21 @@ def _read_label(data: bytes, extension: str) -> int | None:
 
 
 def _class_names(shard: Path) -> tuple[str, ...] | None:
-    """Return the names in `classnames.txt` beside a shard, or in the folder above."""
+    """Return the names in `classnames.txt` beside a shard, or in the folder above.
+
+    Raises:
+        ValueError: The file is not UTF-8, or has a name twice.
+    """
     for folder in (shard.parent, shard.parent.parent):
-        file = folder / "classnames.txt"
+        file = folder / _CLASS_NAMES
         if file.is_file():
-            return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+            try:
+                lines = file.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"data.path has a {_CLASS_NAMES} that is not UTF-8, {file}: {error}") from error
+            names = tuple(line.strip() for line in lines if line.strip())
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if twice:
+                raise ValueError(f"data.path has the class {twice[0]!r} twice in {file}")
+            return names
     return None

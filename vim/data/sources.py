@@ -7,10 +7,12 @@ from typing import cast
 
 from vim.config.schema import TrainConfig
 from vim.data import digits, fashion_mnist
-from vim.data.folders import open_folder, open_shards
-from vim.data.image_files import ImageFiles, ImageSource, Relabelled
+from vim.data.decoding import BAD_IMAGE
+from vim.data.folders import open_folder
+from vim.data.image_files import FileSource, ImageFiles, ImageSource, Relabelled
 from vim.data.named_sets import open_named
 from vim.data.preprocessing import Preprocessing
+from vim.data.shards import open_shards
 from vim.data.synthetic import make_synthetic
 from vim.data.tensors import RandomCropFlip, TensorImages
 
@@ -50,7 +52,7 @@ def open_image_sets(config: TrainConfig) -> ImageSets:
     source, names = _open_split(config, config.data.train_split)
     class_names = _class_names(names, config)
     _check_classes(class_names, config)
-    held_out, held_out_names = _open_split(config, config.data.val_split)
+    held_out, held_out_names = _open_split(config, config.data.val_split, class_names)
     held_out = _relabel(held_out, held_out_names, class_names, config)
     return ImageSets(
         train=_files(source, class_names, config, replace=True),
@@ -84,7 +86,7 @@ def open_eval_set(
                 f"{len(class_names)}: {', '.join(class_names[:10])}"
             )
         return train if split == config.data.train_split else val, names
-    source, found = _open_split(config, split)
+    source, found = _open_split(config, split, class_names or ())
     wanted = _class_names(found, config) if class_names is None else class_names
     return _files(_relabel(source, found, wanted, config), wanted, config, replace=False), wanted
 
@@ -115,24 +117,26 @@ _IN_MEMORY: dict[str, Callable[[TrainConfig], _InMemory]] = {
 }
 
 
-def _open_split(config: TrainConfig, split: str) -> tuple[ImageSource, tuple[str, ...] | None]:
+def _open_split(
+    config: TrainConfig, split: str, known: tuple[str, ...] = ()
+) -> tuple[ImageSource, tuple[str, ...] | None]:
     """Return the images of a split, and the names of their classes in the order of their labels, if they have any."""
     data = config.data
     if data.dataset == "folder":
-        return open_folder(cast(str, data.path), split)
+        return open_folder(cast(str, data.path), split, data.extensions, known)
     if "/" not in data.dataset:
         raise ValueError(
             f"data.dataset must be 'folder', one of {', '.join(map(repr, _IN_MEMORY))}, 'wds/', or a name with a "
             f"prefix that timm knows, such as 'torch/cifar10', got {data.dataset!r}"
         )
     if data.dataset.partition("/")[0].lower() == "wds":
-        return open_shards(cast(str, data.path), split)
+        return open_shards(cast(str, data.path), split, data.extensions)
     return open_named(data, split)
 
 
 def _files(source: ImageSource, class_names: tuple[str, ...], config: TrainConfig, *, replace: bool) -> ImageFiles:
     color_mode = Preprocessing.from_config(config).color_mode
-    return ImageFiles(source, len(class_names), color_mode, seed=config.seed, replace=replace)
+    return ImageFiles(source, len(class_names), color_mode, bits=config.data.bits, seed=config.seed, replace=replace)
 
 
 def _class_names(names: tuple[str, ...] | None, config: TrainConfig) -> tuple[str, ...]:
@@ -145,7 +149,7 @@ def _class_names(names: tuple[str, ...] | None, config: TrainConfig) -> tuple[st
     if len(names) < 2:
         raise ValueError(
             f"data.path {data.path!r} must have at least two classes, a folder each, in the split "
-            f"{data.train_split!r}, found {len(names)}"
+            f"{data.train_split!r}, found {len(names)}: {', '.join(names)}"
         )
     return names
 
@@ -194,9 +198,24 @@ def _augmented(train: TensorImages, config: TrainConfig) -> TensorImages:
     return TensorImages(train.images, train.labels, augment=crop, seed=config.seed)
 
 
-def image_files(dataset: ImageSet, count: int) -> list[Path]:
-    """Return the first files of a data set that is read from files of its own; empty for any other."""
-    if not isinstance(dataset, ImageFiles):
-        return []
-    names = (Path(dataset.source.name(index)) for index in range(min(count, len(dataset))))
-    return [path for path in names if path.is_file()]
+def first_readable_file(dataset: ImageSet, tries: int = 10) -> Path | None:
+    """Return the first image with a file of its own that can be read and whose name is text, or `None`.
+
+    Args:
+        dataset: The images.
+        tries: How many to look at.
+    """
+    source = dataset.source if isinstance(dataset, ImageFiles) else None
+    while isinstance(source, Relabelled):
+        source = source.source
+    if not isinstance(source, FileSource):
+        return None
+    for index in range(min(tries, len(source))):
+        name = source.name(index)
+        try:
+            source.read(index)
+            name.encode("utf-8")
+        except BAD_IMAGE:
+            continue
+        return Path(name)
+    return None

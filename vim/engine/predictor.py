@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
-from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 
-from vim.data.image_files import BAD_IMAGE
+from vim.config.schema import IMAGE_EXTENSIONS
+from vim.data.decoding import BAD_IMAGE, read_image
+from vim.data.listing import list_files
 from vim.data.preprocessing import Preprocessing
 from vim.engine.trained_model import TrainedModel, Weights, load_trained_model
 
@@ -38,14 +40,21 @@ class Predictor:
         preprocessing: From an image to its input.
         class_names: Name of each class.
         device: Where to run the model.
+        extensions: Endings of the images that it was trained on.
     """
 
     def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, class_names: Sequence[str], device: torch.device
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str],
+        device: torch.device,
+        extensions: Sequence[str] = IMAGE_EXTENSIONS,
     ) -> None:
         self.model = model.eval().to(device)
         self.preprocessing = preprocessing
         self.class_names = tuple(class_names)
+        self.extensions = tuple(extensions)
         self._device = device
         self._transform = preprocessing.transform()
 
@@ -84,10 +93,9 @@ class Predictor:
         errors: dict[Path, str] = {}
         for path in paths:
             try:
-                with Image.open(path) as image:
-                    inputs[path] = self._transform(image)
+                inputs[path] = self._transform(read_image(path))
             except BAD_IMAGE as error:
-                errors[path] = " ".join(str(error).split())
+                errors[path] = " ".join(str(error).split()) or type(error).__name__
         rows: Iterator[Tensor] = iter(self._classify(list(inputs.values())) if inputs else [])
         for path in paths:
             if path in errors:
@@ -116,7 +124,8 @@ def load_predictor(
     """
     trained = load_trained_model(source, weights, model_name)
     place = torch.device("cpu") if device is None else device
-    return Predictor(trained.model, trained.preprocessing, _names_of(trained), place)
+    extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
+    return Predictor(trained.model, trained.preprocessing, _names_of(trained), place, extensions)
 
 
 def _names_of(trained: TrainedModel) -> list[str]:
@@ -128,8 +137,15 @@ def _names_of(trained: TrainedModel) -> list[str]:
     return [label(index) for index in range(model.num_classes)]
 
 
-def list_images(path: Path) -> list[Path]:
-    """Return the file itself, or every image below a folder in the order of their names.
+def list_images(
+    path: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS, passed_over: Counter[str] | None = None
+) -> list[Path]:
+    """Return the file itself, or every image below a folder in the order of their names, as training finds them.
+
+    Args:
+        path: A file or a folder.
+        extensions: Endings of images, in either case.
+        passed_over: Counts the other files by their endings.
 
     Raises:
         FileNotFoundError: There is no such file or folder, or the folder has no images.
@@ -138,12 +154,13 @@ def list_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"there is no image or folder {path}")
-    extensions = get_img_extensions(as_set=True)
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
-    if not found:
-        endings = ", ".join(sorted(extensions))
+    listing = list_files(path, extensions)
+    if not listing.paths:
+        endings = ", ".join(extensions)
         raise FileNotFoundError(f"there is no image in the folder {path}: none of its files ends in {endings}")
-    return found
+    if passed_over is not None:
+        passed_over.update(listing.passed_over)
+    return [path / name for name in listing.paths]
 
 
 def describe_classes(class_names: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from vim.checkpoints.io import load_checkpoint, save_checkpoint, save_weights
 from vim.config.load import config_to_dict, flatten
 from vim.config.schema import TrainConfig
 from vim.data.loaders import build_loaders
-from vim.data.sources import image_files
+from vim.data.sources import first_readable_file
 from vim.data.tensors import TensorImages
 from vim.engine.distributed import Processes
 from vim.engine.evaluate import EvalResult, EvaluationStopped, evaluate
@@ -147,7 +147,7 @@ class Trainer:
     def example_image(self) -> str:
         """Return the path of a held-out image, for the user to try the model on."""
         samples = sorted(self.folder.samples.glob("*.png"))
-        return str(next(iter([*samples, *image_files(self.loaders.sets.val, 1)]), "IMAGE"))
+        return str(next(iter(samples), None) or first_readable_file(self.loaders.sets.val) or "IMAGE")
 
     def _open_records(self) -> Recorder:
         """Write the files that a run begins with, and open those that it adds to."""
