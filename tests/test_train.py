@@ -59,6 +59,31 @@ def test_training_on_the_digits_ends_with_a_command_that_works(tmp_path, monkeyp
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
         (["--resume", "/nowhere"], "--resume must name the folder of a run"),
         (["--device", "gpu"], "device must be 'auto', 'cpu'"),
+        (
+            ["--model.name", "vit_tiny_patch16_224", "--model.args", "{embed_dim: 32}"],
+            "cannot be created with these model.args: ",
+        ),
+        (
+            ["--model.name", "vit_tiny_patch16_224", "--model.args", "{global_pool: x}"],
+            "cannot be created with these model.args: ",
+        ),
+        (
+            ["--model.name", "convnext_atto", "--model.args", "{depths: [1]}"],
+            "cannot be created with these model.args: ",
+        ),
+        (["--model.img_size", "31"], "img_size must be covered by patches of patch_size = (8, 8)"),
+        (
+            ["--model.args.dynamic_img_size", "true", "--model.img_size", "32", "--progressive.start_size", "20"],
+            "start_size must be a multiple of progressive.multiple = 16, got 20",
+        ),
+        (
+            [
+                *("--progressive.start_size", "16", "--progressive.multiple", "4"),
+                "--model.args.dynamic_img_size",
+                "true",
+            ],
+            "which does not take images of (20, 20) (img_size must be covered by patches",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2_before_anything_is_written(

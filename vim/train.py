@@ -4,8 +4,8 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vim.engine.run_folder import RunFolder
     from vim.engine.trainer import Trainer
 
-_T = TypeVar("_T")
 _NEEDED = ("jsonargparse", "rich", "matplotlib", "sklearn")
 
 
@@ -32,21 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         names = ", ".join(missing)
         return _fail(f'training needs {names}: pip install "vimamba[train]", or -e ".[train]" in a clone', 2)
-    from vim.engine.distributed import JoinError, join_processes
+    from vim.engine.distributed import JoinError, Refused, join_processes
+    from vim.engine.terminal import show_any_name
 
+    show_any_name()
     try:
         with join_processes() as processes:
             try:
                 trainer = _prepare(sys.argv[1:] if argv is None else argv, processes)
-            except _Refused as error:
+            except Refused as error:
                 return _fail(str(error), 2) if processes.is_main else 2
             return _train(trainer)
     except JoinError as error:
         return _fail(str(error), 2)
-
-
-class _Refused(Exception):
-    """What was asked for cannot be done, in one of the processes at least."""
 
 
 def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
@@ -55,7 +52,7 @@ def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
     from vim.engine.run_folder import RunFolder, choose_run_folder
     from vim.engine.trainer import Trainer
 
-    command = _together(processes, lambda: parse_command_line(argv))
+    command = processes.together(lambda: parse_command_line(argv))
 
     def choose() -> RunFolder | None:
         if command.resume is not None:
@@ -71,21 +68,8 @@ def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
         trainer.resume()  # does nothing in a new folder
         return trainer
 
-    folder = cast(RunFolder, processes.broadcast(_together(processes, choose)))  # the main process has chosen one
-    return _together(processes, build)
-
-
-def _together(processes: "Processes", action: Callable[[], _T]) -> _T:
-    """Do something in all processes; if it fails in one it fails in all, for else the others would wait for it."""
-    result, error = None, None
-    try:
-        result = action()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as problem:
-        error = str(problem)
-    errors = [message for message in processes.gather(error) if message is not None]
-    if errors:
-        raise _Refused(errors[0])
-    return cast(_T, result)
+    folder = cast(RunFolder, processes.broadcast(processes.together(choose)))  # the main process has chosen one
+    return processes.together(build)
 
 
 def _restarted_folder(output: "Path | None") -> "RunFolder":
@@ -99,8 +83,11 @@ def _restarted_folder(output: "Path | None") -> "RunFolder":
 
 def _train(trainer: "Trainer") -> int:
     """Train, and say what to do next."""
+    from vim.engine.agreement import Disagreement
     from vim.engine.nonfinite import NonFiniteError
+    from vim.engine.run_lock import FolderInUse
     from vim.engine.stop import RunStopped
+    from vim.engine.terminal import write_out
 
     folder = shlex.quote(str(trainer.folder.path))
     carry_on = f"python -m vim.train --resume {folder}"
@@ -111,13 +98,15 @@ def _train(trainer: "Trainer") -> int:
 
     try:
         best = trainer.fit()
+    except (Disagreement, FolderInUse) as error:
+        return _fail(str(error), 2) if is_main else 2
     except NonFiniteError as error:
         return _fail(str(error), 1) if is_main else 1
     except OSError as error:  # a full disk, a folder that nobody may write to, images that are gone
         return _fail(f"{error}{how_to_carry_on()}", 1)
     except RunStopped as stopped:
         if is_main:
-            sys.stdout.write(f"{stopped}; carry on with: {carry_on}\n")
+            write_out(f"{stopped}; carry on with: {carry_on}\n")
         return 0
     except KeyboardInterrupt:
         return _fail(f"interrupted after step {trainer.position.step}{how_to_carry_on()}", 130) if is_main else 130
@@ -129,7 +118,7 @@ def _train(trainer: "Trainer") -> int:
         f"files: {trainer.folder.path}",
         f"next: python -m vim.predict {folder} {shlex.quote(trainer.example_image())}",
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    write_out("\n".join(lines) + "\n")
     return 0
 
 

@@ -38,6 +38,14 @@ def test_the_teacher_sees_the_images_in_its_own_size_and_normalisation(teacher_r
     assert not answer.requires_grad
 
 
+def test_a_teacher_of_other_classes_is_refused_even_if_they_are_as_many(teacher_run):
+    config = tiny_config(distill__teacher=str(teacher_run[0]))
+    with pytest.raises(ValueError, match=r"the classes of the run in the same order, .* class 0 was '0' and is '9'"):
+        Teacher(config, NAMES[::-1], CPU)
+    with pytest.raises(ValueError, match=r"to the run '9' is gone and 'ten' is new"):
+        Teacher(config, (*NAMES[:-1], "ten"), CPU)
+
+
 class Fixed(nn.Module):
     def __init__(self, logits):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from rich.console import Console
 from torch import nn
 
 from tests.processes import run_together
-from tests.training import tiny_config
-from vim import train
+from tests.training import TINY_OPTIONS, tiny_config, write_image_folder
+from vim import train, validate
 from vim.checkpoints.io import load_checkpoint
+from vim.engine.agreement import Disagreement
 from vim.engine.distributed import join_processes
 from vim.engine.evaluate import EvaluationStopped, evaluate
 from vim.engine.run_folder import RunFolder
@@ -195,6 +197,88 @@ def test_a_process_that_cannot_begin_takes_the_others_with_it(tmp_path, capfd):
     assert run_together(2, failing_main, arguments) == [2, 2]
     assert capfd.readouterr().err.splitlines() == ["vim.train: data.crop_pct must be > 0 and <= 1, got 7.0"]
     assert not (tmp_path / "run").exists()
+
+
+def differing_main(arguments, more, images):
+    """Start process 1 with other arguments, and with other images than the first."""
+    if os.environ.get("RANK") == "1":
+        arguments = [*arguments, *more, *(["--data.path", images] if images else [])]
+    return train.main(arguments)
+
+
+DIFFERENT = {
+    "settings": (["--optim.lr", "1.0", "--seed", "3"], None, "seed: 0 in process 0, 3 in process 1; optim.lr: "),
+    "sizes": (["--epochs", "2"], None, "epochs: 1 in process 0, 2 in process 1"),
+    "classes": ([], "bee renamed", "the name of class 1: 'bee' in process 0, 'cow' in process 1"),
+    "images": ([], "bee other", "the training images of the class 'bee': '3 images (checksum"),
+    "fewer": ([], "bee fewer", "the number of training images: 6 in process 0, 5 in process 1"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_processes_that_were_started_differently_are_refused_with_what_differs(tmp_path, capfd, name):
+    more, change, words = DIFFERENT[name]
+    images = write_image_folder(tmp_path / "images", ["ant", "bee"], {"train": 3, "val": 1})
+    other = None
+    if change is not None:
+        other = shutil.copytree(images, tmp_path / "other")
+        bee = other / "train" / "bee"
+        if change == "bee renamed":
+            for split in ("train", "val"):
+                (other / split / "bee").rename(other / split / "cow")
+        elif change == "bee other":
+            (bee / "0.jpg").rename(bee / "zero.jpg")
+        else:
+            (bee / "0.jpg").unlink()
+    arguments = ["--data.dataset", "folder", "--data.path", str(images), "--model.in_chans", "3"]
+    arguments += [*TINY_OPTIONS, "--batch_size", "4", "--micro_batch_size", "2", "--output", str(tmp_path / "run")]
+    assert run_together(2, differing_main, arguments, more, other and str(other)) == [2, 2]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vim.train")]
+    assert line.startswith("vim.train: all processes must be started alike, and they differ in ")
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+def train_with_another_weight(config, folder):
+    with join_processes() as processes:
+        trainer = Trainer(config, RunFolder(folder), Console(quiet=True), processes)
+        with torch.no_grad():
+            trainer.model.head.weight *= 1 + 0.5 * processes.rank
+        with pytest.raises(Disagreement) as raised:
+            trainer.fit()
+        return str(raised.value)
+
+
+def test_processes_that_start_from_other_weights_are_refused(tmp_path):
+    first, second = run_together(2, train_with_another_weight, tiny_config(), tmp_path / "run")
+    assert first == second
+    assert first.startswith("all processes must be started alike, and they differ in the norm of head.weight: ")
+
+
+def validate_with(arguments, more):
+    return validate.main([*arguments, *(more if os.environ.get("RANK") == "1" else [])])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--precision", "bfloat16"], "--precision: 'float32' in process 0, 'bfloat16' in process 1"),
+        (["--weights", "raw"], "--weights: 'ema' in process 0, 'raw' in process 1"),
+        (["--split", "train"], "--split: 'val' in process 0, 'train' in process 1"),
+        (["--path", "/nowhere"], "data.path must be a folder of images, and '/nowhere' is not a folder"),
+    ],
+)
+def test_processes_that_evaluate_something_else_are_refused(tmp_path, capfd, more, words):
+    images = write_image_folder(tmp_path / "images", ["ant", "bee"], {"train": 8, "val": 1})
+    config = tiny_config(
+        data__dataset="folder", data__path=str(images), model__in_chans=3, best_by="ema", optim__lr=0.1, ema_decay=0.9
+    )
+    Trainer(config, RunFolder(tmp_path / "run"), Console(quiet=True)).fit()
+    arguments = [str(tmp_path / "run"), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert run_together(2, validate_with, arguments, more) == [2, 2]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vim.validate")]
+    assert words in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_torchrun_trains_on_a_cpu(tmp_path):

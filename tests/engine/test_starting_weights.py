@@ -59,6 +59,20 @@ def test_another_number_of_classes_gets_a_new_head_and_keeps_the_rest(released):
     assert_same(model, {**source.state_dict(), **{f"head.{n}": t for n, t in fresh.state_dict().items()}})
 
 
+@pytest.mark.parametrize("name", ["best.pth", "best.safetensors"])
+def test_as_many_classes_of_other_names_get_a_new_head(tmp_path, name):
+    trainer = Trainer(tiny_config(ema_decay=None), RunFolder(tmp_path / "run"))
+    trainer.fit()
+    config = tiny_config(model__checkpoint=str(tmp_path / "run" / name)).model
+    names = trainer.loaders.class_names
+    assert_same(build_model(config, 10, names), trainer.model.state_dict())
+    assert_same(build_model(config, 10), trainer.model.state_dict())
+    for others in (names[::-1], (*names[:-1], "ten")):
+        model = build_model(config, 10, others)
+        assert_same(model, trainer.model.state_dict(), but=("head.weight", "head.bias"))
+        assert not torch.equal(model.head.weight, trainer.model.head.weight)
+
+
 def test_a_finer_stride_resamples_the_position_embedding_as_asked(released):
     path, source = released
     args = {**SMALL, "patch_stride": 4}

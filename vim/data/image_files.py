@@ -1,8 +1,6 @@
 """Images that are files, read and augmented one by one; one that cannot be read is replaced or left out."""
 
 import os
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,12 +1,15 @@
 """Distillation: a teacher's answers as a part of the loss."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vim.config.schema import TrainConfig
+from vim.data.contents import class_changes
 from vim.data.preprocessing import Preprocessing
-from vim.engine.predictor import load_predictor
+from vim.engine.trained_model import load_trained_model
 
 
 class Teacher:
@@ -25,10 +28,11 @@ class Teacher:
     def __init__(self, config: TrainConfig, class_names: tuple[str, ...], device: torch.device) -> None:
         distill = config.distill
         assert distill.teacher is not None
-        loaded = load_predictor(distill.teacher, model_name=distill.teacher_model, device=device)
+        loaded = load_trained_model(distill.teacher, model_name=distill.teacher_model)
+        model: Any = loaded.model
         student, teacher = Preprocessing.from_config(config), loaded.preprocessing
         for what, of_teacher, of_run in (
-            ("classes", len(loaded.class_names), len(class_names)),
+            ("classes", model.num_classes, len(class_names)),
             ("channels", teacher.in_chans, student.in_chans),
         ):
             if of_teacher != of_run:
@@ -36,7 +40,13 @@ class Teacher:
                     f"distill.teacher must have as many {what} as the run, {of_run}, got {distill.teacher!r} with "
                     f"{of_teacher}"
                 )
-        self._model = loaded.model.requires_grad_(False)
+        changes = None if loaded.class_names is None else class_changes(loaded.class_names, class_names)
+        if changes is not None:
+            raise ValueError(
+                f"distill.teacher must have the classes of the run in the same order, and from {distill.teacher!r} to "
+                f"the run {changes}"
+            )
+        self._model = model.eval().to(device).requires_grad_(False)
         self._size = teacher.image_shape
         # From the student's normalisation to the teacher's, a channel at a time.
         mean, std, other_mean, other_std = (

@@ -1,10 +1,10 @@
 """Several processes that train one model: torchrun starts them, and this is how they meet."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,10 @@ _T = TypeVar("_T")
 
 class JoinError(ValueError):
     """The processes of a run cannot meet; the message says why, in one line."""
+
+
+class Refused(ValueError):
+    """What was asked for cannot be done, in one of the processes at least; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +61,22 @@ class Processes:
         if self.size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def together(self, action: Callable[[], _T]) -> _T:
+        """Do something in all processes; if it fails in one it fails in all, for else the others would wait for it.
+
+        Raises:
+            Refused: It failed in some process.
+        """
+        result, error = None, None
+        try:
+            result = action()
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as problem:
+            error = str(problem)
+        errors = [message for message in self.gather(error) if message is not None]
+        if errors:
+            raise Refused(errors[0])
+        return cast(_T, result)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the main one's buffers, such as the running averages of batch normalisation."""

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -22,12 +22,13 @@ from vim.engine.starting_weights import load_starting_weights
 _FROM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
-def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+def build_model(config: ModelConfig, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
     """Create a model through timm.
 
     Args:
         config: The model's settings; its `num_classes` is not read.
         num_classes: Outputs of the classifier.
+        class_names: Names of the classes; where `model.checkpoint` has others, its classifier is not taken.
 
     Returns:
         The model, on the CPU, in training mode.
@@ -48,7 +49,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     }
     if config.checkpoint is not None:
         model = _create(without_weights(config), arguments)
-        load_starting_weights(model, config)
+        load_starting_weights(model, config, class_names)
         return model
     if config.pretrained and _is_ours(config.name):
         weights = "ema" if config.pretrained_weights == "ema" else "raw"
@@ -169,10 +170,10 @@ def checkpoint_gradients(model: nn.Module, config: ModelConfig) -> None:
 
 
 def check_sizes(model: nn.Module, image_shape: tuple[int, int], config: TrainConfig, device: torch.device) -> None:
-    """Check that a model takes the images of the first epoch, where those are smaller than its own.
+    """Check that a model takes images of a size, where that is another one than its own.
 
     Raises:
-        ValueError: It takes images of one size only.
+        ValueError: It does not take them.
     """
     if image_shape == config.model.image_shape:
         return
@@ -184,8 +185,9 @@ def check_sizes(model: nn.Module, image_shape: tuple[int, int], config: TrainCon
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"progressive.start_size must be null for model.name {config.model.name!r}, which takes images of one size "
-            f"({reason}); a model of ours takes any with --model.args.dynamic_img_size true"
+            f"progressive.start_size must be null for model.name {config.model.name!r}, which does not take images of "
+            f"{image_shape} ({reason}); a model of ours takes any with --model.args.dynamic_img_size true, in which "
+            "progressive.multiple is a multiple of its patches"
         ) from error
     finally:
         model.train(was_training)

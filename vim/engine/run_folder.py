@@ -17,6 +17,7 @@ from vim.checkpoints.io import write_text
 from vim.config.load import CONFIG_FILE, dump_config
 from vim.config.schema import TrainConfig
 from vim.data.tensors import TensorImages
+from vim.engine.run_lock import RunLock
 from vim.version import __version__
 
 _PACKAGES = ("torchvision", "timm", "numpy", "pillow", "safetensors", "triton", "mamba-ssm")
@@ -42,6 +43,8 @@ class RunFolder:
         self.best = path / "best.pth"
         self.best_weights = path / "best.safetensors"
         self.samples = path / "samples"
+        self.images = path / "images.json.gz"
+        self.lock = RunLock(path / ".lock")
 
     def write_start(self, config: TrainConfig, device: torch.device) -> None:
         """Write the settings, and add this start of the run to the record of its environments."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vim.checkpoints.io import CheckpointError, load_into, rng_state, set_rng_state
 from vim.config.engine import SaveConfig
 from vim.config.load import check_resumable, config_from_dict, config_to_dict
+from vim.data.contents import class_changes
 from vim.engine.meter import EpochMeter
 
 if TYPE_CHECKING:
@@ -84,12 +85,18 @@ def restore(trainer: "Trainer", state: Mapping[str, Any]) -> None:
         state: What `capture_weights` and `capture_rest` returned.
 
     Raises:
-        CheckpointError: The checkpoint is that of another model or of other settings, or lacks something.
+        CheckpointError: The checkpoint has another model, other settings or other classes, or lacks something.
     """
     path = trainer.folder.last
-    missing = {"config", "model", "model_ema", "position", "optimizer", "scaler", "rng"} - set(state)
+    missing = {"config", "class_names", "model", "model_ema", "position", "optimizer", "scaler", "rng"} - set(state)
     if missing:
         raise CheckpointError(f"{path} cannot be resumed from: it lacks {min(missing)!r}")
+    changes = class_changes(state["class_names"], trainer.loaders.class_names)
+    if changes is not None:
+        raise CheckpointError(
+            f"{path} cannot be resumed from: the classes of the data are not what they were: {changes}, and their "
+            "labels would mean others"
+        )
     try:
         load_into(trainer.model, state["model"], path)
         if trainer.ema is not None:

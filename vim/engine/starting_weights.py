@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ METADATA_KEY = "vimamba"
 """Where a safetensors file of ours keeps the settings and the class names of its run."""
 
 
-def load_starting_weights(model: nn.Module, config: ModelConfig) -> None:
+def load_starting_weights(model: nn.Module, config: ModelConfig, class_names: Sequence[str] | None = None) -> None:
     """Copy the weights of `model.checkpoint` into a model.
 
     What depends on sizes is made to fit: the position embedding is resampled, the patch embedding takes another patch
-    size or number of channels, and the head stays as it was drawn where the number of classes differs.
+    size or number of channels, and the head stays as it was drawn where the classes differ.
 
     Args:
         model: The model, changed in place.
         config: Its settings.
+        class_names: Names of its classes; with those in the file they tell whether the head is of the same classes.
 
     Raises:
         FileNotFoundError: There is no such file, or the run folder has no checkpoint.
@@ -42,7 +44,8 @@ def load_starting_weights(model: nn.Module, config: ModelConfig) -> None:
             f"model.checkpoint is for Vision Mamba, and model.name is {config.name!r}: for other models of timm set "
             "model.pretrained true and model.args.pretrained_cfg_overlay.file"
         )
-    state, trained_as, weights = _read(path / "best.pth" if path.is_dir() else path, config)
+    state, about, weights = _read(path / "best.pth" if path.is_dir() else path, config)
+    trained_as, trained_on = _arguments(about.get("config")), about.get("class_names")
     # How the checkpoint's model cut its images into patches, for resampling; files of others do not say.
     source: Any = model
     source.pretrained_model_args = {
@@ -54,14 +57,15 @@ def load_starting_weights(model: nn.Module, config: ModelConfig) -> None:
         raise CheckpointError(f"model.checkpoint {path} does not fit {config.name}: {error}") from error
     finally:
         source.pretrained_model_args = {}
-    new_head = _fit_head_and_channels(state, model, path)
+    others = class_names is not None and isinstance(trained_on, list) and list(class_names) != trained_on
+    new_head = _fit_head_and_channels(state, model, path, others)
     _check_names(state, model, path, new_head)
     model.load_state_dict(state, strict=False)
     _logger.info("%s weights of %s%s", weights, path, ", with a new head" if new_head else "")
 
 
 def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Return a state dict, the arguments of its model as far as the file tells, and which weights they are."""
+    """Return a state dict, what the file says of its run, and which weights they are."""
     wanted = config.pretrained_weights
     try:
         if path.suffix == ".safetensors":
@@ -69,12 +73,12 @@ def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str,
                 raise CheckpointError(f"model.pretrained_weights must be 'best' or 'raw' for {path}, got 'ema'")
             state, metadata = load_weights(path)
             about = json.loads(metadata.get(METADATA_KEY, "{}"))
-            return select_weights(state), _arguments(about.get("config")), "the"
+            return select_weights(state), about, "the"
         contents = read_checkpoint(path)
         if contents.get("format") == FORMAT:
             contents = load_checkpoint(path)  # again, with its checksums
         kind = wanted if wanted != "best" else "ema" if contents.get("weights") == "ema" else "raw"
-        return select_weights(contents, kind), _arguments(contents.get("config")), kind
+        return select_weights(contents, kind), contents, kind
     except (RuntimeError, json.JSONDecodeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"model.checkpoint {path} cannot be used: {error}") from error
 
@@ -88,10 +92,12 @@ def _arguments(config: Any) -> dict[str, Any]:
     return {**(model.get("args") or {}), "img_size": tuple(size) if isinstance(size, list) else size}
 
 
-def _fit_head_and_channels(state: dict[str, Tensor], model: VisionMamba, path: Path) -> bool:
-    """Leave out a head of other classes, and adapt the first convolution to the model's channels; say if it did."""
+def _fit_head_and_channels(state: dict[str, Tensor], model: VisionMamba, path: Path, other_classes: bool) -> bool:
+    """Leave out a head of other classes, adapt the first convolution to the channels; return True for a new head."""
     own = model.state_dict()
-    new_head = any(name in own and (name not in state or state[name].shape != own[name].shape) for name in _HEAD)
+    new_head = other_classes or any(
+        name in own and (name not in state or state[name].shape != own[name].shape) for name in _HEAD
+    )
     for name in _HEAD:
         if new_head or name not in own:
             state.pop(name, None)

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NoReturn, cast
 
 import torch
@@ -16,9 +17,12 @@ from torch.profiler import record_function
 from vim.checkpoints.io import load_checkpoint, save_checkpoint, save_weights
 from vim.config.load import config_to_dict, flatten
 from vim.config.schema import TrainConfig
+from vim.data.contents import contents_of
 from vim.data.loaders import build_loaders
 from vim.data.sources import first_readable_file
 from vim.data.tensors import TensorImages
+from vim.engine.agreement import check_agreement, check_weights, run_facts
+from vim.engine.data_record import changes_since_record, describe_data, write_record
 from vim.engine.distributed import Processes
 from vim.engine.evaluate import EvalResult, EvaluationStopped, evaluate
 from vim.engine.freeze import Freezer
@@ -42,6 +46,7 @@ from vim.engine.nonfinite import (
 from vim.engine.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
 from vim.engine.plots import draw_curves
 from vim.engine.run_folder import RunFolder
+from vim.engine.run_lock import FolderInUse
 from vim.engine.run_state import Position, SaveClock, capture_rest, capture_weights, restore
 from vim.engine.stop import RunStopped, StopRequest
 from vim.engine.task import ClassificationTask, set_matmul_precision
@@ -85,7 +90,8 @@ class Trainer:
         self.loaders = build_loaders(config, self.device, self.processes.rank, self.processes.size)
         self.updates_per_epoch = len(self.loaders.train) // self.batch.accumulation_steps
         start = without_weights(config.model) if folder.last.exists() else config.model  # resuming replaces them
-        self.model = build_model(start, len(self.loaders.class_names)).to(self.device)
+        class_names = self.loaders.class_names
+        self.model = build_model(start, len(class_names), class_names).to(self.device)
         self.ema = build_ema(self.model, config.ema_decay)
         if config.model.grad_checkpointing:
             checkpoint_gradients(self.model, config.model)
@@ -94,10 +100,13 @@ class Trainer:
         self.schedule = Schedule(self.optimizer, config, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.task = ClassificationTask(config, self.loaders.class_names, self.device)
-        check_sizes(self.model, self.task.image_shape(0), config, self.device)
+        for shape in sorted({self.task.image_shape(epoch) for epoch in range(config.epochs)}):
+            check_sizes(self.model, shape, config, self.device)
         if self.processes.size > 1:
             random_seed(config.seed, self.processes.rank)  # dropout and mixing differ
         self.position = Position()
+        self._contents = contents_of(self.loaders.sets)
+        self._changes: list[str] = []
         self._parallel: nn.Module | None = None
         self._train_model: Callable[[Tensor], Tensor] | None = None
         self._stop = StopRequest()
@@ -108,10 +117,19 @@ class Trainer:
         """Go back to the last checkpoint in the run's folder; a run that had none yet begins anew.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or is that of another model or of other settings.
+            CheckpointError: The checkpoint is damaged, or has another model, other settings or other classes.
+            FolderInUse: Another process writes into the run's folder.
         """
-        if self.folder.last.exists():
+        if not self.folder.last.exists():
+            return
+        with ExitStack() as undo:
+            if self.processes.is_main:
+                self.folder.lock.acquire()  # before the checkpoint is read, which may not change after that
+                undo.callback(self.folder.lock.release)
             restore(self, load_checkpoint(self.folder.last))
+            if self.processes.is_main:
+                self._changes = changes_since_record(self.folder.images, self._contents)
+            undo.pop_all()
 
     def fit(self) -> dict[str, Any]:
         """Train until the last epoch.
@@ -120,12 +138,16 @@ class Trainer:
             The best held-out figures: epoch, weights (`raw` or `ema`), top1 and loss.
 
         Raises:
+            Disagreement: The processes were started with other settings, data or weights than each other.
+            FolderInUse: Another process writes into the run's folder.
             NonFiniteError: The loss or its gradient was infinite or not a number in too many steps in a row.
             RunStopped: The run got SIGTERM, and has saved where it was.
         """
         config, position = self.config, self.position
         total_steps = config.epochs * self.updates_per_epoch
+        self._check_agreement()
         with (
+            self._hold_folder(),
             self._stop.listen(),
             closing(self._open_records()) as recorder,
             Reporter(total_steps, position.step, self._console) as reporter,
@@ -149,11 +171,36 @@ class Trainer:
         samples = sorted(self.folder.samples.glob("*.png"))
         return str(next(iter(samples), None) or first_readable_file(self.loaders.sets.val) or "IMAGE")
 
+    def _check_agreement(self) -> None:
+        """Compare what all processes must share; by the wrong data or weights they would train silently."""
+        position = [("the epoch to begin in", self.position.epoch), ("the step to begin at", self.position.step)]
+        facts = run_facts(self.config, self.loaders.class_names, self._contents)
+        check_agreement(self.processes, chain(facts, position))
+        check_weights(self.processes, self.model)
+
+    @contextmanager
+    def _hold_folder(self) -> Iterator[None]:
+        """Keep other processes from writing into the run's folder; if the main process cannot, none goes on."""
+        error: FolderInUse | OSError | None = None
+        if self.processes.is_main:
+            try:
+                self.folder.lock.acquire()
+            except (FolderInUse, OSError) as problem:
+                error = problem
+        error = self.processes.broadcast(error)
+        if error is not None:
+            raise error
+        try:
+            yield
+        finally:
+            self.folder.lock.release()
+
     def _open_records(self) -> Recorder:
         """Write the files that a run begins with, and open those that it adds to."""
         if not self.processes.is_main:
             return Recorder(None)
         self.folder.write_start(self.config, self.device)
+        write_record(self.folder.images, self._contents)
         held_out = self.loaders.sets.val
         if isinstance(held_out, TensorImages):
             self.folder.write_samples(held_out, self.loaders.class_names)
@@ -362,8 +409,7 @@ class Trainer:
 
     def _describe(self) -> list[str]:
         """Say what the run is about to do, with what the settings resolve to."""
-        config, sets, position, batch = self.config, self.loaders.sets, self.position, self.batch
-        where = f" in {config.data.path}" if config.data.path else ""
+        config, position, batch = self.config, self.position, self.batch
         count = f" in {self.processes.size} processes" if self.processes.size > 1 else ""
         factors = [self.processes.size, batch.accumulation_steps, batch.micro_batch_size]
         product = " x ".join(str(factor) for factor in factors if factor > 1)
@@ -375,8 +421,8 @@ class Trainer:
         return [
             f"run      {self.folder.path} ({carried_on})",
             f"model    {describe_model(self.model, config.model)}{learning_words}",
-            f"data     {config.data.dataset}{where}: {len(sets.train):,} training images, {len(sets.val):,} held out, "
-            f"{len(sets.class_names)} classes",
+            *describe_data(config, self.loaders.sets, self._contents),
+            *self._changes,
             f"training {config.epochs} epochs of {self.updates_per_epoch} steps, batch {config.batch_size}{split}, "
             f"{config.optim.name} at learning rate {config.peak_lr:g}, {config.precision} on {self.device}{count}",
         ]

@@ -1,0 +1,108 @@
+"""A run that is carried on notices what has become of its images, and says what it trains on when it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from tests.training import TINY_MODEL, write_image_folder
+from vim import train
+from vim.checkpoints.io import load_checkpoint
+
+CLASSES = ["ant", "bee", "cow"]
+
+
+def arguments(images, folder, epochs=1):
+    return [
+        *("--data.dataset", "folder", "--data.path", str(images), "--output", str(folder), "--device", "cpu"),
+        *("--model.img_size", "16", "--model.args", str(TINY_MODEL), "--model.in_chans", "3"),
+        *("--batch_size", "4", "--micro_batch_size", "4", "--epochs", str(epochs), "--schedule.warmup_epochs", "0"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of images and a run on them, whole."""
+    root = tmp_path_factory.mktemp("changes")
+    write_image_folder(root / "images", CLASSES, {"train": 4, "val": 2})
+    assert train.main(arguments(root / "images", root / "run")) == 0
+    return root
+
+
+@pytest.fixture
+def copied(trained, tmp_path, capsys):
+    """A copy of both, in another place."""
+    shutil.copytree(trained, tmp_path / "copy")
+    capsys.readouterr()
+    return tmp_path / "copy"
+
+
+def resume(copied):
+    return train.main(["--resume", str(copied / "run"), "--data.path", str(copied / "images")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bee": "zebra"}, "'bee' is gone and 'zebra' is new"),
+        ({"bee": None}, "'bee' is gone"),
+        ({None: "ape"}, "'ape' is new"),
+    ],
+    ids=["renamed", "removed", "added"],
+)
+def test_classes_that_changed_are_refused_by_name(copied, capsys, changes, words):
+    for split in ("train", "val"):
+        for before, after in changes.items():
+            if after is None:
+                shutil.rmtree(copied / "images" / split / before)
+            elif before is None:
+                shutil.copytree(copied / "images" / split / "ant", copied / "images" / split / after)
+            else:
+                (copied / "images" / split / before).rename(copied / "images" / split / after)
+    saved = (copied / "run" / "last.pth").read_bytes()
+    assert resume(copied) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"the classes of the data are not what they were: {words}, and their labels would mean others" in error
+    assert (copied / "run" / "last.pth").read_bytes() == saved
+
+
+def test_images_that_changed_are_said_aloud_once(copied, capsys):
+    assert resume(copied) == 0
+    assert "images  " not in capsys.readouterr().out  # moved as a whole, nothing is different
+    (copied / "images" / "train" / "ant" / "1.jpg").unlink()
+    (copied / "images" / "train" / "bee" / "0.jpg").rename(copied / "images" / "train" / "cow" / "x.jpg")
+    (copied / "images" / "val" / "cow" / "0.jpg").unlink()
+    assert resume(copied) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images")]
+    assert lines == [
+        "images   the training images are not what they were: 1 new (cow/x.jpg (cow))",
+        "images   the training images are not what they were: 2 gone (ant/1.jpg (ant), bee/0.jpg (bee))",
+        "images   the held-out images are not what they were: 1 gone (cow/0.jpg (cow))",
+    ]
+    assert resume(copied) == 0
+    assert "images  " not in capsys.readouterr().out
+
+
+def test_a_run_without_a_record_says_so_and_a_damaged_one_is_refused(copied, capsys):
+    record = copied / "run" / "images.json.gz"
+    record.write_bytes(record.read_bytes()[:-20])
+    assert resume(copied) == 2
+    assert f"{record} is damaged: " in capsys.readouterr().err
+    record.unlink()
+    assert resume(copied) == 0
+    assert "images   the run has no images.json.gz, so it is unknown whether" in capsys.readouterr().out
+
+
+def test_the_first_lines_show_the_classes_and_what_is_passed_over(tmp_path, capsys):
+    names = [*CLASSES, "doe", "eel", "fox", os.fsdecode(b"gnu\xe9")]
+    images = write_image_folder(tmp_path / "images", names, {"train": 2, "val": 1})
+    for name in ("train/ant/x.heic", "train/notes.txt", "val/fox/y.heic"):
+        (images / name).touch()
+    assert train.main(arguments(images, tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert "14 training images, 7 held out, 7 classes, 3 files passed over (2 .heic, 1 .txt)\n" in out
+    assert "\nclasses  ant (2), bee (2), cow (2), doe (2), eel (2), and 2 more\n" in out
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["class_names"] == names

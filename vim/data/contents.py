@@ -1,0 +1,125 @@
+"""Which images a split holds, without reading them: to show it, to compare it, and to write it down."""
+
+import dataclasses
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from vim.data.image_files import ImageFiles
+from vim.data.listing import printable
+from vim.data.sources import ImageSet, ImageSets
+
+_SHOWN = 3  # names in a message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SplitContents:
+    """The images of a split."""
+
+    count: int
+    """How many there are."""
+    class_names: Sequence[str]
+    """Name of each class, in the order of the labels."""
+    labels: Sequence[int] | None
+    """Label of each image; `None` where the images must be read to know it."""
+    keys: Sequence[str] | None
+    """Name of each image, which stays when the data moves; `None` where images have none."""
+
+    @classmethod
+    def of(cls, dataset: ImageSet, class_names: Sequence[str]) -> "SplitContents":
+        """Return what a data set holds."""
+        if isinstance(dataset, ImageFiles):
+            labels, keys = dataset.source.labels(), dataset.source.keys()
+        else:
+            labels, keys = dataset.labels.tolist(), None
+        return cls(count=len(dataset), class_names=list(class_names), labels=labels, keys=keys)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "SplitContents":
+        """Return what `to_dict` has made a dict of."""
+        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the contents as plain values."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def class_counts(self) -> dict[str, int] | None:
+        """Return the number of images of each class, or `None` where the labels are unknown."""
+        if self.labels is None:
+            return None
+        counts = Counter(self.labels)
+        return {name: counts[label] for label, name in enumerate(self.class_names)}
+
+    def checksums(self) -> dict[str, str]:
+        """Return the number of images of each class with a checksum of their names and places in the order."""
+        if self.labels is None:
+            return {}
+        sums: dict[int, int] = {}
+        for index, label in enumerate(self.labels):
+            key = f"{index} {self.keys[index] if self.keys is not None else ''}"
+            sums[label] = zlib.crc32(key.encode("utf-8", "surrogateescape"), sums.get(label, 0))
+        counts = Counter(self.labels)
+        return {
+            name: f"{counts[label]} images (checksum {sums.get(label, 0):08x})"
+            for label, name in enumerate(self.class_names)
+        }
+
+    def named(self) -> Counter[str] | None:
+        """Return the images by their names and classes, or `None` where they have none."""
+        if self.keys is None or self.labels is None:
+            return None
+        names = self.class_names
+        return Counter(
+            f"{key} ({names[label] if 0 <= label < len(names) else label})"
+            for key, label in zip(self.keys, self.labels, strict=True)
+        )
+
+    def changes_since(self, before: "SplitContents") -> Iterator[str]:
+        """Yield in words how the images differ from those of an earlier time."""
+        old, new = before.named(), self.named()
+        if old is not None and new is not None:
+            for found, words in ((new - old, "new"), (old - new, "gone")):
+                if found:
+                    yield f"{found.total():,} {words} ({_some(sorted(found))})"
+            return
+        counts, others = self.class_counts(), before.class_counts()
+        if counts is not None and others is not None:
+            for name in {**others, **counts}:
+                if counts.get(name) != others.get(name):
+                    yield f"{counts.get(name, 0):,} of the class {name!r}, {others.get(name, 0):,} before"
+        elif self.count != before.count:
+            yield f"{self.count:,}, {before.count:,} before"
+
+
+def contents_of(sets: ImageSets) -> dict[str, SplitContents]:
+    """Return what both splits of a data set hold, by words for the split."""
+    return {
+        "training": SplitContents.of(sets.train, sets.class_names),
+        "held-out": SplitContents.of(sets.val, sets.class_names),
+    }
+
+
+def passed_over(*datasets: ImageSet) -> Counter[str]:
+    """Return how many files data sets have besides their images, by kind."""
+    return sum((data.source.passed_over for data in datasets if isinstance(data, ImageFiles)), Counter[str]())
+
+
+def class_changes(before: Sequence[str], after: Sequence[str]) -> str | None:
+    """Return in words how classes differ from earlier ones, whose labels a model has learned; `None` if they do not."""
+    if tuple(before) == tuple(after):
+        return None
+    gone, new = [name for name in before if name not in after], [name for name in after if name not in before]
+    if not gone and not new:
+        first = next(index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
+        return f"class {first} was {before[first]!r} and is {after[first]!r}"
+    parts = [(gone, "gone"), (new, "new")]
+    verbs = [f"{_some(map(repr, names))} {'is' if len(names) == 1 else 'are'} {word}" for names, word in parts if names]
+    return " and ".join(verbs)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first names as text."""
+    shown = [printable(name) for name in islice(names, _SHOWN + 1)]
+    return ", ".join([*shown[:_SHOWN], *(["..."] if len(shown) > _SHOWN else [])])

@@ -1,0 +1,60 @@
+"""What a run says about its images when it starts, and writes down to notice when they change."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vim.checkpoints.io import atomic_writer
+from vim.config.schema import TrainConfig
+from vim.data.contents import SplitContents, passed_over
+from vim.data.listing import describe_passed_over, printable
+from vim.data.sources import ImageSets
+
+_SHOWN = 5  # classes
+
+
+def describe_data(config: TrainConfig, sets: ImageSets, contents: Mapping[str, SplitContents]) -> list[str]:
+    """Return lines on the data: how many images there are, what is passed over, and the first classes."""
+    where = f" in {config.data.path}" if config.data.path else ""
+    others = describe_passed_over(passed_over(sets.train, sets.val))
+    names, counts = sets.class_names, contents["training"].class_counts()
+    first = [f"{name} ({counts[name]:,})" if counts is not None else name for name in names[:_SHOWN]]
+    more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
+    return [
+        printable(
+            f"data     {config.data.dataset}{where}: {len(sets.train):,} training images, {len(sets.val):,} held out, "
+            f"{len(names)} classes{f', {others}' if others else ''}"
+        ),
+        printable(f"classes  {', '.join(first + more)}"),
+    ]
+
+
+def write_record(path: Path, contents: Mapping[str, SplitContents]) -> None:
+    """Write down which images a run has."""
+    text = json.dumps({split: found.to_dict() for split, found in contents.items()})
+    with atomic_writer(path) as file:
+        file.write(gzip.compress(text.encode("ascii"), compresslevel=1, mtime=0))
+
+
+def changes_since_record(path: Path, contents: Mapping[str, SplitContents]) -> list[str]:
+    """Return lines on what differs from the images that were written down.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not path.exists():
+        return [f"images   the run has no {path.name}, so it is unknown whether its images are the same"]
+    try:
+        record = json.loads(gzip.decompress(path.read_bytes()))
+        before = {split: SplitContents.from_dict(data) for split, data in record.items()}
+        lines = [
+            f"images   the {split} images are not what they were: {change}"
+            for split, found in contents.items()
+            for change in found.changes_since(before[split])
+        ]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; remove it to carry on without knowing whether the images are the same"
+        ) from error
+    return lines

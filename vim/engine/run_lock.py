@@ -1,0 +1,94 @@
+"""A lock on the folder of a run: two processes that write into it would undo each other's checkpoints."""
+
+import errno
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_logger = logging.getLogger(__name__)
+
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+class FolderInUse(ValueError):
+    """Another process writes into the folder of the run; the message says which."""
+
+
+class RunLock:
+    """A lock that the operating system releases when its process ends, however it ends.
+
+    It is POSIX's, which works on NFS, and which processes that read images do not inherit.
+
+    Args:
+        path: A file that is there as long as the lock is held; one that a killed process left is taken over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, unless this object has it; the folder is made if it is missing.
+
+        Raises:
+            FolderInUse: Another process has it.
+            OSError: The folder cannot be written.
+        """
+        if self._file is not None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            _logger.warning("this system has no file locks: start no second process in %s", self._path.parent)
+            return
+        while self._file is None:
+            file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  # the lock lasts as long as it is open
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _TAKEN:
+                    raise FolderInUse(self._describe_holder(file)) from error
+                _logger.warning("%s is on a disk without file locks: %s", self._path.parent, error.strerror)
+                file.close()
+                return
+            if self._is_current(file):
+                self._file = file
+            else:
+                file.close()
+        self._file.truncate(0)
+        json.dump({"host": socket.gethostname(), "process": os.getpid()}, self._file)
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the lock back, if this object has it."""
+        if self._file is None:
+            return
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
+
+    def _is_current(self, file: IO[str]) -> bool:
+        """Return True if the file is the one of that name; else its owner removed it before the lock was taken."""
+        try:
+            current = os.stat(self._path)
+        except FileNotFoundError:
+            return False
+        return (current.st_dev, current.st_ino) == (os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino)
+
+    def _describe_holder(self, file: IO[str]) -> str:
+        with file:
+            file.seek(0)
+            text = file.read()
+        try:
+            holder = json.loads(text)
+            who = f"process {holder['process']} on {holder['host']}"
+        except (ValueError, KeyError, TypeError):  # it has not written it yet
+            who = "another process"
+        return f"{self._path.parent} is in use by {who}: wait until it ends, or stop it"
