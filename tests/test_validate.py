@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 import timm
@@ -141,6 +142,30 @@ def test_images_that_cannot_be_read_are_missing_and_it_is_said(run, tmp_path, ca
     found = results(tmp_path / "out")
     assert (found["count"], found["unreadable"]) == (17, 1)
     assert [int(row["images"]) for row in table(tmp_path / "out" / "classes.csv")] == [3, 2, 3, 3, 3, 3]
+
+
+ODD = [os.fsdecode(b"caf\xe9"), "$\\frac$", "a,b"]
+
+
+def test_names_of_classes_need_not_be_text(tmp_path, capsys):
+    images = write_image_folder(tmp_path / "images", ODD, {"train": 6, "val": 2})
+    (images / "val" / "notes.txt").touch()
+    config = tiny_config(data__dataset="folder", data__path=str(images), model__in_chans=3)
+    Trainer(config, RunFolder(tmp_path / "run")).fit()
+    assert validate.main([str(tmp_path / "run"), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "  on 6 images\n1 file passed over (1 .txt)\nfiles: " in out
+    forbid_other_files(tmp_path / "run" / "validation")
+    rows = table(tmp_path / "run" / "validation" / "classes.csv")
+    assert [row["class"] for row in rows] == ["$\\frac$", "a,b", r"caf\udce9"]
+
+
+def test_the_figures_are_printed_before_anything_can_go_wrong_with_the_files(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert validate.main([str(run.folder.path), "--device", "cpu", "--output", str(tmp_path / "file")]) == 2
+    output = capsys.readouterr()
+    assert "top-1 " in output.out
+    assert output.err.startswith("vim.validate: [Errno 17] File exists")
 
 
 def test_several_processes_find_the_same_as_one(run, tmp_path):

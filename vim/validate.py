@@ -38,17 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     from vim.engine.distributed import join_processes
-    from vim.engine.validate import ValidateOptions, validate
+    from vim.engine.terminal import show_any_name, write_out
+    from vim.engine.validate import ValidateOptions, validate, write_validation
 
+    show_any_name()
     with join_processes() as processes:
         try:
             validation = validate(ValidateOptions(**arguments), processes)
+            if processes.is_main:
+                _show(validation)  # first: what follows may fail, on a full disk say
+                write_validation(validation)
+                write_out(f"files: {validation.folder}\n")
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             if processes.is_main:
                 sys.stderr.write(f"vim.validate: {error}\n")
             return 2
-        if processes.is_main:
-            _show(validation)
     return 1 if validation.unreadable else 0
 
 
@@ -86,13 +90,18 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _show(validation: "Validation") -> None:
-    """Print the figures, what was missing, and where the files are."""
+    """Print the figures, and what is missing from them."""
+    from vim.data.listing import describe_passed_over
+    from vim.engine.terminal import write_out
+
     result = validation.result
     top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"
     lines = [f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}  on {result.count:,} images"]
     if validation.unreadable:
         lines.append(f"{validation.unreadable:,} more images could not be read and are missing from these figures")
-    sys.stdout.write("\n".join([*lines, f"files: {validation.folder}"]) + "\n")
+    if validation.passed_over:
+        lines.append(describe_passed_over(validation.passed_over))
+    write_out("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vim.checkpoints.io import atomic_writer
+from vim.data.listing import printable
 
 _TRAIN, _RAW, _EMA, _GREY = "#8a8f98", "#1f6fb4", "#d1495b", "#5b6068"
 _MOST_NAMED = 30  # classes, of which names and numbers fit into a confusion matrix
@@ -30,7 +31,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str) ->
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_GREY)
+    figure.suptitle(printable(title), x=0.01, ha="left", fontsize=11, color=_GREY, parse_math=False)
     loss, accuracy, rate = figure.subplots(1, 3)
     _draw_lines(loss, history, "loss", [(f"{kind}_loss", label, color) for kind, label, color in _KINDS])
     _draw_lines(
@@ -103,9 +104,9 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
     axes.set_ylabel("class", color=_GREY)
     axes.tick_params(colors=_GREY, labelsize=8)
     if named:
-        places = range(len(class_names))
-        axes.set_xticks(places, class_names, rotation=45, ha="right")
-        axes.set_yticks(places, class_names)
+        places, names = range(len(class_names)), [printable(name) for name in class_names]
+        axes.set_xticks(places, names, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(places, names, parse_math=False)
         for row in places:
             for column in places:
                 if confusion[row, column] > 0:

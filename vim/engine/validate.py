@@ -7,8 +7,10 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from vim.checkpoints.io import write_text
 from vim.config.schema import DataConfig, ModelConfig, Precision, TrainConfig
+from vim.data.contents import SplitContents, passed_over
 from vim.data.loaders import build_eval_loader
 from vim.data.preprocessing import Preprocessing
 from vim.data.sources import ImageSet, open_eval_set
+from vim.engine.agreement import check_agreement, check_weights, run_facts
 from vim.engine.distributed import Processes
 from vim.engine.evaluate import EvalResult, evaluate
 from vim.engine.model import resolve_device
@@ -68,8 +72,12 @@ class Validation:
     class_names: tuple[str, ...]
     unreadable: int
     """Images that could not be read, and are in none of the figures."""
+    passed_over: Counter[str]
+    """Files of the split that are not images, by their endings."""
     folder: Path
-    """Where the files are."""
+    """Where `write_validation` puts the files."""
+    about: dict[str, Any]
+    """What was evaluated, and where."""
 
 
 class ConfusionCounter:
@@ -100,27 +108,26 @@ class ConfusionCounter:
 
 
 def validate(options: ValidateOptions, processes: Processes | None = None) -> Validation:
-    """Evaluate a model on every image of a split once, and write the figures to files.
-
-    The folder gets `results.json`, `classes.csv`, `confusion.csv` and `confusion.png`, each whole or not at all.
+    """Evaluate a model on every image of a split once.
 
     Args:
         options: What to evaluate, and on what.
-        processes: The processes that share the images; the main one writes. `None` is this one alone.
+        processes: The processes that share the images. `None` is this one alone.
 
     Raises:
-        ValueError: The model or the data cannot be had, or their classes disagree.
-        FileNotFoundError: The run has no checkpoint yet.
-        ModuleNotFoundError: The data set needs a package that is not installed.
+        Refused: The model or the data cannot be had, or their classes disagree, in some process.
+        Disagreement: The processes were started with other settings, data or weights than each other.
     """
     processes = processes or Processes()
-    trained = load_trained_model(options.source, options.weights, options.model)
-    config = _config_for(trained, options)
-    device = resolve_device(options.device, processes.local_rank)
     set_matmul_precision(options.precision)
+    trained, config, dataset, class_names = processes.together(lambda: _prepare(options))
+    device = processes.together(lambda: resolve_device(options.device, processes.local_rank))
     split = options.split or config.data.val_split
-    dataset, class_names = _open(trained, config, split)
     model = trained.model.to(device)
+    contents = {split: SplitContents.of(dataset, class_names)}
+    asked = [("--split", split), ("--weights", trained.weights), ("--precision", options.precision)]
+    check_agreement(processes, chain(asked, run_facts(config, class_names, contents)))
+    check_weights(processes, model)
     batches, log = build_eval_loader(dataset, config, device, processes.rank, processes.size)
     counter = ConfusionCounter(len(class_names), device)
     shown = _with_progress(batches, len(batches), processes.is_main)
@@ -129,24 +136,30 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
     if result.count + unreadable != len(dataset):
         raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {len(dataset)}")
     confusion, hits_of_five = counter.totals(processes)
-    validation = Validation(
+    about: dict[str, Any] = {
+        "source": options.source,
+        "weights": trained.weights,
+        "model": options.model,
+        "split": split,
+    }
+    about |= {"dataset": config.data.dataset, "path": config.data.path, "precision": options.precision}
+    return Validation(
         result=result,
         confusion=confusion,
         hits_of_five=hits_of_five,
         class_names=class_names,
         unreadable=unreadable,
+        passed_over=passed_over(dataset),
         folder=_choose_folder(options),
+        about=about | {"environment": describe_environment(device)},
     )
-    if processes.is_main:
-        about: dict[str, Any] = {
-            "source": options.source,
-            "weights": trained.weights,
-            "model": options.model,
-            "split": split,
-        }
-        about |= {"dataset": config.data.dataset, "path": config.data.path, "precision": options.precision}
-        _write(validation, about | {"environment": describe_environment(device)})
-    return validation
+
+
+def _prepare(options: ValidateOptions) -> tuple[TrainedModel, TrainConfig, ImageSet, tuple[str, ...]]:
+    """Load the model, and open the images with the labels of its classes."""
+    trained = load_trained_model(options.source, options.weights, options.model)
+    config = _config_for(trained, options)
+    return trained, config, *_open(trained, config, options.split or config.data.val_split)
 
 
 def _config_for(trained: TrainedModel, options: ValidateOptions) -> TrainConfig:
@@ -252,8 +265,12 @@ def class_table(validation: Validation) -> list[dict[str, Any]]:
     return rows
 
 
-def _write(validation: Validation, about: dict[str, Any]) -> None:
-    """Write the files; `results.json` comes last."""
+def write_validation(validation: Validation) -> None:
+    """Write `classes.csv`, `confusion.csv`, `confusion.png` and, last, `results.json`, each whole or not at all.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
     folder = validation.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows = class_table(validation)
@@ -263,7 +280,7 @@ def _write(validation: Validation, about: dict[str, Any]) -> None:
     write_text(folder / "confusion.csv", _csv([["class \\ guess", *names], *matrix]))
     draw_confusion(validation.confusion, names, folder / "confusion.png")
     figures = dataclasses.asdict(validation.result) | {"unreadable": validation.unreadable}
-    write_text(folder / "results.json", json.dumps(figures | about, indent=2) + "\n")
+    write_text(folder / "results.json", json.dumps(figures | validation.about, indent=2) + "\n")
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
