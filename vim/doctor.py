@@ -22,6 +22,7 @@ OPS = (
     "bidirectional_conv1d",
     "bidirectional_scan",
     "causal_conv1d",
+    "embed_patches",
     "selective_scan",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -3,100 +3,17 @@
 // float32 copies of half precision) lives in a task or in a call, never longer.
 #include "../common/bind_block.h"
 
-#include <memory>
-
-#include "../common/scalar.h"
+#include "products.h"
 #include "run.h"
+#include "values.h"
 
 namespace vim {
 namespace {
 
-// float32 values of weights for one call: their own memory where it is that already.
-class FloatWeights {
- public:
-  const float* operator()(const Tensor& weight) {
-    if (is_float(weight)) {
-      kept_.push_back(dense(weight));
-      return floats(kept_.back());
-    }
-    const Tensor source = dense(weight);
-    converted_.emplace_back(new float[static_cast<size_t>(source.numel())]);
-    float* out = converted_.back().get();
-    baseline::with_element(*element_of(source), [&](auto* type) {
-      using T = std::remove_reference_t<decltype(*type)>;
-      const T* in = static_cast<const T*>(source.const_data_ptr());
-      for (int64_t i = 0; i < source.numel(); ++i) out[i] = baseline::to_float(in[i]);
-    });
-    return out;
-  }
-
-  const float* operator()(const OptionalTensor& weight) { return weight.has_value() ? (*this)(*weight) : nullptr; }
-
- private:
-  std::vector<Tensor> kept_;
-  std::vector<std::unique_ptr<float[]>> converted_;
-};
-
 // ---- products ----------------------------------------------------------------------------------------------------
 
-Matrix matrix(const Tensor& x, int64_t row, int64_t column = 1, int64_t offset = 0) {
-  const auto* bytes = static_cast<const char*>(x.const_data_ptr());
-  return {*element_of(x), bytes + offset * static_cast<int64_t>(x.element_size()), row, column};
-}
-
-// A weight (columns, depth) as it is, and as its transpose.
+// A weight (columns, depth) as it is; its transpose is what a product by it takes.
 Matrix as_it_is(const Tensor& weight) { return matrix(weight, weight.stride(0), weight.stride(1)); }
-Matrix transposed(const Matrix& m) { return {m.element, m.data, m.column, m.row}; }
-
-// Rows of activations, (tokens, columns) in dense memory, as a target too.
-struct Target {
-  Element element;
-  void* data;
-  int64_t row;
-};
-
-Target target(const Tensor& x, int64_t row, int64_t offset = 0) {
-  auto* bytes = static_cast<char*>(x.mutable_data_ptr());
-  return {*element_of(x), bytes + offset * static_cast<int64_t>(x.element_size()), row};
-}
-
-Product product(int64_t rows, int64_t depth, int64_t columns, const Matrix& a, const Matrix& b, const Target& c,
-                const float* bias = nullptr, bool accumulate = false) {
-  Product p;
-  p.rows = rows;
-  p.depth = depth;
-  p.columns = columns;
-  p.a = a;
-  p.b = b;
-  p.bias = bias;
-  p.c_element = c.element;
-  p.c = c.data;
-  p.c_row = c.row;
-  p.accumulate = accumulate;
-  return p;
-}
-
-// Products that do not depend on each other, in one region.
-void multiply(std::initializer_list<Product> products) {
-  const Kernels& table = kernels();
-  int64_t tasks = 0, work = 0;
-  // A multiplication takes about a 256th of a scan's channel-step.
-  for (const Product& p : products) {
-    tasks += table.product_tasks(p);
-    work += p.rows * p.depth * p.columns / 256;
-  }
-  parallel(tasks, work, [&](int64_t begin, int64_t end) {
-    bool ok = true;
-    int64_t first = 0;
-    for (const Product& p : products) {
-      const int64_t count = table.product_tasks(p);
-      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, count);
-      if (from < to) ok = table.product_run(p, from, to) && ok;
-      first += count;
-    }
-    return ok;
-  });
-}
 
 // ---- structs of the other kernels ----------------------------------------------------------------------------------
 

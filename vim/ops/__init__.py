@@ -16,6 +16,7 @@ from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
+from vim.ops.embed_patches.interface import embed_patches, runs_embedding
 from vim.ops.exportable import exportable_ops
 from vim.ops.selective_scan.interface import selective_scan
 
@@ -32,9 +33,11 @@ __all__ = [
     "causal_conv1d",
     "check_memory",
     "default_backend",
+    "embed_patches",
     "exportable_ops",
     "run_bidirectional_block",
     "runs_block",
+    "runs_embedding",
     "selective_scan",
     "unavailable_backends",
 ]

@@ -122,7 +122,7 @@ def cpu_recipe() -> Recipe:
     ]
     bindings = [
         Unit(f"bind_{name}", f"cpu/bind_{name}.cpp", BINDING_FLAGS)
-        for name in ("scan", "conv", "norm", "product", "block")
+        for name in ("scan", "conv", "norm", "product", "block", "embed")
     ]
     others = [Unit(name, f"cpu/{name}.cpp", (*_FLAGS, "-O2")) for name in ("dispatch", "pool", "processors")]
     compiler = find_compiler()

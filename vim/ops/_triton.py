@@ -27,8 +27,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPUS = ("cuda", "xpu")  # torch calls AMD's GPUs cuda, too
 
 
-# A layer runs by its parts, on the kernels of these.
-_WITHOUT_KERNELS = ("bidirectional_block", "bidirectional_block_backward")
+# The model runs these by their parts.
+_WITHOUT_KERNELS = {name + end for name in ("bidirectional_block", "embed_patches") for end in ("", "_backward")}
 
 
 def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +79,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if op in _WITHOUT_KERNELS:
-        return Inapplicable(f"it has no kernel for {op}: a layer runs by its parts")
+        return Inapplicable(f"it has no kernel for {op}, which runs by its parts")
     if device.type == "meta":
         return Inapplicable("meta tensors have nothing to compute")
     if dtype not in _DTYPES:

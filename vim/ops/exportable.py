@@ -19,6 +19,7 @@ from vim.ops._backends import functions_in_place
 from vim.ops._layout import accumulate_dtype
 from vim.ops.bidirectional_block import reference as bidirectional_block
 from vim.ops.bidirectional_scan.reference import project
+from vim.ops.embed_patches.reference import embed_patches
 from vim.ops.selective_scan.reference import is_constant
 
 
@@ -111,6 +112,7 @@ _FUNCTIONS = {
     function.__name__: function
     for function in (selective_scan, bidirectional_scan, causal_conv1d, bidirectional_conv1d, add_rms_norm)
 }
+_FUNCTIONS["embed_patches"] = embed_patches
 _FUNCTIONS["bidirectional_block"] = functools.partial(bidirectional_block.compose, _FUNCTIONS)
 
 

@@ -108,7 +108,7 @@ def _flip_tokens(B: Tensor, A: Tensor) -> Tensor:
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if op not in _FUNCTIONS:
-        return Inapplicable(f"it has no kernel for {op}: a layer runs by its parts")
+        return Inapplicable(f"it has no kernel for {op}, which runs by its parts")
     if device.type not in _DEVICES:
         return Inapplicable(f"its kernels are for GPUs, not for {device.type}")
     if dtype not in _DTYPES:

@@ -1,0 +1,1 @@
+"""Patches, class tokens and position embedding of a model, in one op."""
