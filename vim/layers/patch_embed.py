@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from vim.layers.token_sequence import insert_tokens
+from vim.layers.watched import is_patch_projection, is_watched
+from vim.ops import embed_patches, runs_embedding
 
 Size = int | tuple[int, int]
 _Pair = tuple[int, int]
@@ -128,6 +134,48 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the tokens, (batch, patches, embed_dim)."""
+        return self.norm(self.proj(self._fitted(x)).flatten(2).mT)
+
+    def embed(self, x: Tensor, tokens: Sequence[Tensor], places: tuple[int, ...], pos_embed: Tensor | None) -> Tensor:
+        """Return the patches' tokens with class tokens among them, and the position embedding added to all.
+
+        Where this module is plain and nobody watches it, `vim.ops.embed_patches` runs in its place.
+
+        Args:
+            x: Images, (batch, in_chans, height, width).
+            tokens: Class tokens, (1, 1, embed_dim) each.
+            places: Their places in the result, in ascending order.
+            pos_embed: (1, len, embed_dim) or `None`.
+        """
+        if self._is_plain(x, (*tokens, pos_embed)):
+            table = torch.cat([token[0] for token in tokens]) if tokens else None
+            positions = None if pos_embed is None else pos_embed[0]
+            weight, bias = self.proj.weight, self.proj.bias
+            return embed_patches(
+                self._fitted(x), weight, bias, table, positions, places=places, stride=self.proj.stride
+            )
+        y = self(x)
+        y = insert_tokens(y, [token.expand(y.shape[0], -1, -1) for token in tokens], places)
+        return y if pos_embed is None else y + pos_embed
+
+    def _is_plain(self, x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+        """Return True if one op may run in place of this module and what follows."""
+        tensors = [t for t in (self.proj._parameters.get("weight"), *others) if t is not None]
+        return (
+            runs_embedding(x)
+            and type(self) is PatchEmbed
+            and not torch_module._has_any_global_hook()
+            and (PatchEmbed.forward, nn.Conv2d.forward) == _FORWARDS
+            and not is_watched(self)
+            and is_patch_projection(self.proj)
+            and type(self.norm) is nn.Identity
+            and not is_watched(self.norm)
+            and all(type(t) is nn.Parameter or type(t) is Tensor for t in tensors)
+            and (torch.is_autocast_enabled(x.device.type) or all(t.dtype is x.dtype for t in tensors))
+        )
+
+    def _fitted(self, x: Tensor) -> Tensor:
+        """Return images that patches cover, padded where that is on, or say why they do not fit the model."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a tensor of normalised floating images, got {got}")
@@ -149,7 +197,11 @@ class PatchEmbed(nn.Module):
             x = F.pad(x, (0, right, 0, bottom))
         else:
             self.dynamic_feat_size((height, width))  # refuses what patches do not cover
-        return self.norm(self.proj(x).flatten(2).mT)
+        return x
+
+
+# A class may be given another forward.
+_FORWARDS = (PatchEmbed.forward, nn.Conv2d.forward)
 
 
 def as_size(name: str, value: object) -> tuple[int, int]:

@@ -45,6 +45,19 @@ def is_projection(linear: Any, in_features: int, out_features: int) -> bool:
     )
 
 
+def is_patch_projection(conv: Any) -> bool:
+    """Return True if the module is a convolution without padding whose weights the kernels may read."""
+    return (
+        type(conv) is nn.Conv2d
+        and not is_watched(conv)
+        and conv.groups == 1
+        and conv.padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and _has_plain_weights(conv, (conv.out_channels, conv.in_channels, *conv.kernel_size), optional_bias=True)
+    )
+
+
 def _has_plain_weights(module: nn.Module, shape: tuple[int, ...], optional_bias: bool) -> bool:
     parameters = module._parameters
     # A weight that is not among the parameters may be an attribute or a buffer.

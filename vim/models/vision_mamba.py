@@ -17,7 +17,7 @@ from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
 from vim.layers.pos_embed import CLS_POSITIONS, cls_indices, resample_pos_embed
-from vim.layers.token_sequence import TokenSequence, class_tokens_first, extract_tokens, insert_tokens
+from vim.layers.token_sequence import TokenSequence, class_tokens_first, extract_tokens
 from vim.models.checks import (
     check_blocks,
     check_counts,
@@ -303,19 +303,19 @@ class VisionMamba(nn.Module):
 
     def _embed(self, x: Tensor, cls_index: int | None, token_order: Tensor | None) -> tuple[Tensor, TokenSequence]:
         """Tokens in scan order, (batch, len, embed_dim), and how they came to stand in it."""
-        images, grid = x, self.patch_embed.grid_size
-        x = self.patch_embed(images)
+        grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
-            grid = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+            grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         num_patches = grid[0] * grid[1]
         places = cls_indices(self.cls_position, num_patches)
         if self.cls_position == "random":
             places = (int(torch.randint(num_patches + 1, ())) if cls_index is None else cls_index,)
             check_kind("cls_index", places[0], range(num_patches + 1))
-        x = insert_tokens(x, [getattr(self, name).expand(x.shape[0], -1, -1) for name in self._cls_names()], places)
-        if self.pos_embed is not None:
-            x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
-        x = self.pos_drop(x)
+        pos_embed = self.pos_embed
+        if pos_embed is not None:
+            pos_embed = resample_pos_embed(pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
+        tokens = [getattr(self, name) for name in self._cls_names()]
+        x = self.pos_drop(self.patch_embed.embed(x, tokens, places, pos_embed))
         order = token_order
         if self.token_shuffle and order is None:
             order = torch.randperm(x.shape[1], device=x.device)

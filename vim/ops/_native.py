@@ -165,7 +165,7 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     library = cuda if device.type == "cuda" else cpu
     reason = library.load()
     if reason is None and not library.runs(op):
-        return f"it has no kernel for {op} on {device.type}"
+        return Inapplicable(f"it has no kernel for {op} on {device.type}")
     return reason
 
 
