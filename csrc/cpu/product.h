@@ -1,8 +1,8 @@
 // c = a b + bias, or c += a b, for matrices of any strides.
 //
-// A tile of c keeps its sums in registers for a block of depth: a panel of b, packed so that it is read in order, passes
-// the numbers of some rows of a. A sum runs over depth in order wherever tasks, tiles and blocks of depth end, so none of
-// them changes a bit of it.
+// A tile of c keeps its sums in registers for a block of depth, while a panel of b, packed so that it is read in order,
+// passes the numbers of some rows of a. A sum runs over depth in order wherever tasks, tiles and blocks of depth end:
+// none of them changes a bit of it.
 #pragma once
 
 #include "product_pack.h"
@@ -28,7 +28,9 @@ struct Panels {
   int64_t columns, vectors, count;
 
   explicit VIM_INLINE Panels(const Product& product)
-      : columns(product.columns), vectors(blocks_in(columns, kLanes)), count(larger(smaller(vectors, 1), vectors / 2)) {}
+      : columns(product.columns),
+        vectors(blocks_in(columns, kLanes)),
+        count(larger(smaller(vectors, 1), vectors / 2)) {}
   // Its first column. Beyond the last panel: where a further vector would begin.
   VIM_INLINE int64_t start(int64_t panel) const { return (panel == count ? vectors : 2 * panel) * kLanes; }
 };
@@ -77,7 +79,7 @@ VIM_INLINE vec multiply_add(vec a, vec b, vec c) {
 
 // Sums of a tile, which begin as what `start` says and go to `out`.
 template <bool kPairs, int kRows, int kVectors>
-void multiply_tile(LeftTile a, const float* panel, int64_t words, const float* start, int64_t start_row, float* out,
+void multiply_tile(LeftTile a, Panel b, int64_t words, const float* start, int64_t start_row, float* out,
                    int64_t out_row) {
   // Addresses of every third row: the two rows after it are one and two steps on, which an instruction adds itself.
   constexpr int kThirds = (kRows + 2) / 3;
@@ -91,10 +93,10 @@ void multiply_tile(LeftTile a, const float* panel, int64_t words, const float* s
     }
   }
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < words; ++k, panel += kVectors * kLanes) {
+  for (int64_t k = 0; k < words; ++k, b.data += b.row) {
     vec right[kVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) right[v] = load(panel + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b.data + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       float word;
@@ -130,38 +132,49 @@ struct Sums {
   VIM_INLINE Sums beside(int64_t column) const { return {data + column, row, moves}; }
 };
 
-// The rows and columns of a product that one pass computes, and its buffers.
+// How rectangles of c are computed, and the buffers for it.
 template <bool kPairs>
-struct Rectangle {
+struct Multiplication {
   static constexpr int64_t kPer = kPairs ? 2 : 1;
-  static constexpr int64_t kDepth = 384;         // words in a block of depth: some panels stay in the second-level cache
+  static constexpr int64_t kDepth = 384;        // words in a block of depth; some panels of it stay in the L2 cache
   static constexpr int64_t kLeftWords = 16384;  // of a block of a, which stays there too
-  static constexpr int64_t kMostRows = 1024, kMostPanels = 128 / kLanes;
+  static constexpr int64_t kMostRows = 1024, kMostPanels = 128 / kLanes;  // at a time
+  static constexpr int64_t kFewTiles = 4;  // read b as often as packing it would
 
   const Product& product;
   Panels panels;
   int64_t depth_blocks, words, left_rows;  // of the largest block of depth, and of a block of a
-  bool in_place;
+  bool a_in_place, b_in_place;
   float *bias, *packed, *left, *sums;
 
-  Rectangle(const Product& product_)
+  explicit Multiplication(const Product& product_)
       : product(product_),
         panels(product_),
         depth_blocks(larger(1, blocks_in(words_in<kPairs>(product.depth), kDepth))),
         words(blocks_in(words_in<kPairs>(product.depth), depth_blocks)),
         left_rows(larger(4, smaller(16, kLeftWords / kTileRows / larger(1, words))) * kTileRows),
-        in_place(reads_in_place<kPairs>(product.a, product.depth)) {}
+        a_in_place(reads_in_place<kPairs>(product.a, product.depth)),
+        b_in_place(!kPairs && product.b.element == Element::float32 && product.b.column == 1 &&
+                   product.rows <= kFewTiles * kTileRows) {}
 
+  // Buffers for any rectangle.
   void take(Scratch& scratch) {
     const int64_t rows = smaller(product.rows, kMostRows);
     const int64_t width = (2 * smaller(panels.count, kMostPanels) + 1) * kLanes;
     bias = scratch.take(width);
     packed = scratch.take(width * words);
     const int64_t most = smaller(rows, left_rows);
-    left = scratch.take(in_place ? 0 : larger(left_floats(product.a, most, words, kTileRows),
+    left = scratch.take(a_in_place ? 0 : larger(left_floats(product.a, most, words, kTileRows),
                                               left_floats(product.a, most, words, kWideTileRows)));
     sums = scratch.take((depth_blocks == 1 ? kTileRows : rows) * width);
   }
+
+  const float* b_at(int64_t depth, int64_t column) const {
+    return static_cast<const float*>(product.b.data) + depth * product.b.row + column;
+  }
+
+  // Tiles read whole vectors.
+  bool is_packed(int64_t panel) const { return !b_in_place || panels.start(panel + 1) > product.columns; }
 
   void pack(int64_t first_depth, int64_t depth, int64_t first_panel, int64_t last_panel) const {
     const Matrix& b = product.b;
@@ -171,6 +184,7 @@ struct Rectangle {
       float* to = packed;
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t column = panels.start(panel), width = panels.start(panel + 1) - column;
+        if (!is_packed(panel)) continue;
         with_element(b.element, [&](auto* type) {
           using T = std::remove_reference_t<decltype(*type)>;
           const T* source = static_cast<const T*>(b.data) + (first_depth + k * kPer) * b.row + column * b.column;
@@ -188,7 +202,7 @@ struct Rectangle {
     with_element(a.element, [&](auto* type) {
       using T = std::remove_reference_t<decltype(*type)>;
       const T* source = static_cast<const T*>(a.data) + first_row * a.row + first_depth * a.column;
-      if (in_place) {
+      if (a_in_place) {
         result = {reinterpret_cast<const char*>(source), a.row * static_cast<int64_t>(sizeof(T)), false};
       } else {
         result = pack_left<kPairs>(a, source, rows, depth, tile_rows, left);
@@ -208,7 +222,8 @@ struct Rectangle {
         std::memcpy(bias, product.bias + column, static_cast<size_t>(columns) * sizeof(float));
       }
     }
-    const Sums out = direct ? Sums{static_cast<float*>(product.c) + first_row * product.c_row + column, product.c_row, true}
+    const int64_t offset = first_row * product.c_row + column;
+    const Sums out = direct ? Sums{static_cast<float*>(product.c) + offset, product.c_row, true}
                             : Sums{sums, width, depth_blocks > 1};
     Pass pass{first_row, first_panel, last_panel};
     for (int64_t block = 0; block < depth_blocks; ++block) {
@@ -238,10 +253,12 @@ struct Rectangle {
     const bool odd = pass.last_panel == panels.count && panels.vectors % 2 == 1 && panels.vectors > 1;
     const int64_t tile_rows = odd && is_tiled(product.a) ? kWideTileRows : kTileRows;
     const Left a = load_left(pass.first_row, rows, first_depth, depth, tile_rows);
-    const float* panel = packed;
+    const float* next = packed;
     const int64_t begin = panels.start(pass.first_panel);
     for (int64_t p = pass.first_panel; p < pass.last_panel; ++p) {
       const int64_t column = panels.start(p), width = panels.start(p + 1) - column;
+      const bool from_packed = is_packed(p);
+      const Panel panel = from_packed ? Panel{next, width} : Panel{b_at(first_depth, column), product.b.row};
       const Sums from = start.beside(column - begin), to = out.beside(column - begin);
       if (width == 3 * kLanes) {
         multiply_panel<3>(pass, a, rows, kWideTileRows, panel, block_words, column, from, to);
@@ -250,13 +267,13 @@ struct Rectangle {
       } else {
         multiply_panel<1>(pass, a, rows, tile_rows, panel, block_words, column, from, to);
       }
-      panel += width * block_words;
+      if (from_packed) next += width * block_words;
     }
   }
 
   // A panel for some rows, in tiles of nearly one size: a tile of few rows would wait for its own sums.
   template <int kVectors>
-  void multiply_panel(const Pass& pass, const Left& a, int64_t count, int64_t tile_rows, const float* panel,
+  void multiply_panel(const Pass& pass, const Left& a, int64_t count, int64_t tile_rows, Panel panel,
                       int64_t block_words, int64_t column, Sums start, Sums out) const {
     const int64_t tiles = blocks_in(count, tile_rows);
     for (int64_t i = 0; i < tiles; ++i) {
@@ -299,13 +316,13 @@ struct Rectangle {
 // computed together, so that less is packed twice.
 template <bool kPairs>
 bool run_product(const Product& product, int64_t begin, int64_t end) {
-  using Pass = Rectangle<kPairs>;
+  using Work = Multiplication<kPairs>;
   const ProductTasks tasks(product);
-  Pass pass(product);
+  Work work(product);
   Scratch scratch;
-  pass.take(scratch);
+  work.take(scratch);
   if (!scratch.allocate()) return false;
-  pass.take(scratch);
+  work.take(scratch);
   const bool by_rows = tasks.blocks >= tasks.groups;
   const int64_t across = by_rows ? tasks.groups : tasks.blocks;
   while (begin < end) {
@@ -315,11 +332,11 @@ bool run_product(const Product& product, int64_t begin, int64_t end) {
     const int64_t block = by_rows ? line : place, blocks = by_rows ? lines : places;
     const int64_t group = by_rows ? place : line, groups = by_rows ? places : lines;
     const int64_t last_row = tasks.first_row(product, block + blocks);
-    const int64_t last_panel = tasks.first_panel(pass.panels, group + groups);
-    for (int64_t p = tasks.first_panel(pass.panels, group); p < last_panel; p += Pass::kMostPanels) {
-      const int64_t until = smaller(last_panel, p + Pass::kMostPanels);
-      for (int64_t row = tasks.first_row(product, block); row < last_row; row += Pass::kMostRows) {
-        pass.multiply(row, smaller(Pass::kMostRows, last_row - row), p, until);
+    const int64_t last_panel = tasks.first_panel(work.panels, group + groups);
+    for (int64_t p = tasks.first_panel(work.panels, group); p < last_panel; p += Work::kMostPanels) {
+      const int64_t until = smaller(last_panel, p + Work::kMostPanels);
+      for (int64_t row = tasks.first_row(product, block); row < last_row; row += Work::kMostRows) {
+        work.multiply(row, smaller(Work::kMostRows, last_row - row), p, until);
       }
     }
     begin += lines * places;

@@ -1,5 +1,5 @@
-// Operands of a product as its tiles read them: words of 32 bits, along depth either one number in float32 or, where the
-// processor multiplies in bfloat16, a pair of those.
+// Operands of a product as its tiles read them: words of 32 bits, which hold one number in float32 or, where the
+// processor multiplies in bfloat16, two that follow each other along depth.
 #pragma once
 
 #include "staging.h"
@@ -9,7 +9,7 @@ namespace VIM_ISA {
 
 constexpr int64_t kWord = 4;  // bytes
 
-// Words that are packed of one row after the other where rows lie far apart: more would not stay in the first-level cache.
+// Words of depth that are packed at a time across the rows of a matrix: more rows would not stay in the L1 cache.
 constexpr int64_t kChunk = 16;
 
 template <bool kPairs>
@@ -71,6 +71,12 @@ VIM_INLINE vec gather(const T* p, int64_t count, int64_t step) {
   for (int64_t i = 0; i < smaller(count, kLanes); ++i) lanes[i] = to_float(p[i * step]);
   return load(lanes);
 }
+
+// Columns of b as a tile reads them: the words of one place along depth after those of the last.
+struct Panel {
+  const float* data;
+  int64_t row;  // words
+};
 
 // Columns of b as panel[word][columns rounded up to vectors], zero in missing columns.
 template <bool kPairs, class T>
