@@ -66,17 +66,12 @@ def test_every_argument_of_every_op(op, family):
 
 
 def test_arguments_of_products():
-    """Those are read before the product starts that have to be copied."""
-    for i, name in enumerate(("x", "packed", "bias")):
-        operands = [noise(5, 2, 16).transpose(0, 1), torch.ops.vim.pack_weight(noise(8, 16)), noise(16)[::2]]
-        torch.ops.vim.packed_linear(*operands, 8)
+    for i, name in enumerate("abc"):
+        operands = [noise(5, 16), noise(16, 8), noise(5, 8)]
+        torch.ops.vim.product_(*operands[:2], None, False, operands[2])
         operands[i].untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match=rf"{name} needs .* has 0: it was freed"):
-            torch.ops.vim.packed_linear(*operands, 8)
-    weight = noise(16, 8).t()
-    weight.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=r"weight needs .* has 0: it was freed"):
-        torch.ops.vim.pack_weight(weight)
+            torch.ops.vim.product_(*operands[:2], None, False, operands[2])
 
 
 def test_strides_reach_further_than_sizes():

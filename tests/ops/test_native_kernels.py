@@ -248,9 +248,9 @@ def _everything(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float3
     results += torch.ops.vim.selective_scan_backward(out, state, *inputs.values(), entry, True, True, 64)
     results.append(torch.ops.vim.causal_conv1d(x.mT, *weights[:2], True, False))
     results += torch.ops.vim.causal_conv1d_backward(x.mT, x.mT, *weights[:2], True, False)
-    packed = torch.ops.vim.pack_weight(noise(44, 96))
-    results += [packed, torch.ops.vim.packed_linear(x, packed, noise(44), 44)]
-    return results
+    product = x.new_empty(x.shape[0] * x.shape[1], 44)
+    torch.ops.vim.product_(x.flatten(0, 1), noise(44, x.shape[2]).t(), noise(44), False, product)
+    return [*results, product]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

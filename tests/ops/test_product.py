@@ -69,11 +69,8 @@ def check_product(
             exact, scale = exact + term.double(), scale + term.double().abs()
     error = (c.double() - exact).abs()
     # Sums of so few terms lose about the square root of their number in units of float32's last place.
-    bound = (
-        scale * (6e-8 * (4 + a.shape[1] ** 0.5))
-        + exact.abs() * (torch.finfo(dtype).eps / 2)
-        + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    )
+    info = torch.finfo(dtype)
+    bound = scale * (6e-8 * (4 + a.shape[1] ** 0.5)) + exact.abs() * (info.eps / 2) + info.smallest_normal * info.eps
     described = (tuple(a.shape), a.stride(), a.dtype, b.stride(), b.dtype, columns, dtype, accumulate)
     assert (error <= bound).all(), (described, float((error - bound).max()))
     outside = memory.isnan().sum().item()
