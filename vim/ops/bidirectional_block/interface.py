@@ -11,7 +11,7 @@ from vim.ops._backends import default_backend_for, resolve_backend
 from vim.ops._checks import check_activation, check_choice, check_length, check_operand
 from vim.ops._layout import accumulate_dtype, checkpoint_interval
 from vim.ops._transforms import is_eager
-from vim.ops.bidirectional_block import register as register
+from vim.ops.bidirectional_block import library as library
 from vim.ops.bidirectional_scan.interface import MERGES
 
 

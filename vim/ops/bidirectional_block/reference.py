@@ -23,7 +23,7 @@ from vim.ops.add_rms_norm import reference as add_rms_norm
 from vim.ops.bidirectional_conv1d import reference as bidirectional_conv1d
 from vim.ops.bidirectional_scan import reference as bidirectional_scan
 
-# How many arguments are weights; see the schema in `register.py`.
+# How many arguments are weights; see the schema in `library.py`.
 WEIGHTS = 19
 
 _REFERENCES: dict[str, Callable[..., Any]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from vim.ops._backends import default_backend_for, resolve_backend
 from vim.ops._checks import check_activation, check_operand
 from vim.ops._transforms import is_eager
-from vim.ops.embed_patches import register as register
+from vim.ops.embed_patches import library as library
 
 
 def embed_patches(
