@@ -71,6 +71,10 @@ def test_training_on_the_digits_ends_with_a_command_that_works(tmp_path, monkeyp
             ["--model.name", "convnext_atto", "--model.args", "{depths: [1]}"],
             "cannot be created with these model.args: ",
         ),
+        (
+            ["--model.name", "levit_128s", "--model.args", "{}", "--model.img_size", "20"],
+            "model.name 'levit_128s' does not take images of model.img_size (20, 20): ",
+        ),
         (["--model.img_size", "31"], "img_size must be covered by patches of patch_size = (8, 8)"),
         (
             ["--model.args.dynamic_img_size", "true", "--model.img_size", "32", "--progressive.start_size", "20"],
@@ -82,7 +86,7 @@ def test_training_on_the_digits_ends_with_a_command_that_works(tmp_path, monkeyp
                 "--model.args.dynamic_img_size",
                 "true",
             ],
-            "which does not take images of (20, 20) (img_size must be covered by patches",
+            "which does not take images of (28, 28) (img_size must be covered by patches",
         ),
     ],
 )

@@ -76,6 +76,9 @@ struct ConvBuffers {
   }
 };
 
+VIM_INLINE size_t row_bytes(int64_t rows) { return static_cast<size_t>(rows * kLanes) * sizeof(float); }
+
+// The result of a direction may take the place of x.
 inline bool conv_forward(const Conv& conv, int64_t begin, int64_t end) {
   const Blocks blocks(conv.dim, conv.dim);
   const int64_t before = conv_reach(conv, false), after = conv_reach(conv, true);
@@ -88,12 +91,16 @@ inline bool conv_forward(const Conv& conv, int64_t begin, int64_t end) {
     const int64_t b = task / blocks.count();
     const Block block = blocks.at(task % blocks.count());
     for (int d = 0; d < conv.directions; ++d) buffers.pack(conv.direction[d], d, block);
+    load_padded(conv, conv.x, b, -before, before, block, buffers.x);
     for (int64_t first = 0; first < conv.length; first += kConvTokens) {
       const int64_t count = smaller(kConvTokens, conv.length - first);
-      load_padded(conv, conv.x, b, first - before, count + before + after, block, buffers.x);
+      // A chunk keeps what lies before it from the last one: a result may have taken the place of x there.
+      float* own = buffers.x + before * kLanes;
+      if (first > 0) std::memmove(buffers.x, own + (kConvTokens - before) * kLanes, row_bytes(before));
+      load_padded(conv, conv.x, b, first, count + after, block, own);
       for (int d = 0; d < conv.directions; ++d) {
         const ConvDirection& side = conv.direction[d];
-        const float *x = buffers.x + before * kLanes, *taps = buffers.taps[d];
+        const float *x = own, *taps = buffers.taps[d];
         const vec bias = load(taps + side.width * kLanes);
         const int64_t step = side.reverse ? -1 : 1;
         if (conv.element == Element::float32 && side.out.channel == 1 && block.lanes == kLanes) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -157,3 +158,8 @@ def test_resuming_takes_the_settings_of_the_run_and_only_where_it_computes_may_c
         parse_command_line(["--resume", str(tmp_path), "--output", "elsewhere"])
     with pytest.raises(ValueError, match=r"--resume must name the folder of a run: there is no .*nowhere/config.yaml"):
         parse_command_line(["--resume", str(tmp_path / "nowhere")])
+
+
+def test_a_value_that_is_not_text_is_refused_for_no_file_of_settings_could_hold_it():
+    with pytest.raises(ValueError, match=r"data.path must be text in UTF-8, got d\\udce9: rename it, or link to it"):
+        parse_command_line(["--data.dataset", "folder", "--data.path", os.fsdecode(b"d\xe9")])

@@ -37,10 +37,10 @@ def test_images_without_names_are_counted():
 
 def test_checksums_see_names_places_and_classes():
     sums = contents().checksums()
-    assert set(sums) == {"a", "b"}
-    assert sums["a"].startswith("2 images (checksum ")
+    assert len(sums) == 2
+    assert sums[0].startswith("2 images (checksum ")
     for other in (contents(("a/0", "a/2", "b/0")), contents(("a/1", "a/0", "b/0")), contents(labels=(0, 1, 0))):
-        assert other.checksums()["a"] != sums["a"]
+        assert other.checksums()[0] != sums[0]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_classes_that_changed_are_named(after, words):
 def test_every_kind_of_data_set_says_what_it_holds(tmp_path):
     write_image_folder(tmp_path, ["ant", "bee"], {"train": 3, "val": 1})
     found = contents_of(open_image_sets(tiny_config(data__dataset="folder", data__path=str(tmp_path))))
-    assert found["training"].class_counts() == {"ant": 3, "bee": 3}
+    assert found["training"].class_counts() == [3, 3]
     assert found["held-out"].keys == ["ant/0.jpg", "bee/0.jpg"]
     synthetic = contents_of(open_image_sets(tiny_config()))["training"]
     assert (synthetic.count, synthetic.keys) == (48, None)
-    assert sum(synthetic.class_counts().values()) == 48
+    assert sum(synthetic.class_counts()) == 48
     assert SplitContents.from_dict(synthetic.to_dict()) == synthetic

@@ -210,7 +210,7 @@ DIFFERENT = {
     "settings": (["--optim.lr", "1.0", "--seed", "3"], None, "seed: 0 in process 0, 3 in process 1; optim.lr: "),
     "sizes": (["--epochs", "2"], None, "epochs: 1 in process 0, 2 in process 1"),
     "classes": ([], "bee renamed", "the name of class 1: 'bee' in process 0, 'cow' in process 1"),
-    "images": ([], "bee other", "the training images of the class 'bee': '3 images (checksum"),
+    "images": ([], "bee other", "the training images of class 1, 'bee': '3 images (checksum"),
     "fewer": ([], "bee fewer", "the number of training images: 6 in process 0, 5 in process 1"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +33,8 @@ def test_a_folder_with_files_in_it_is_not_written_into(tmp_path):
         choose_run_folder(tiny_config(), tmp_path)
     with pytest.raises(ValueError, match=r"--output must be a folder, and .*note.txt is a file"):
         choose_run_folder(tiny_config(), tmp_path / "note.txt")
+    with pytest.raises(ValueError, match=r"--output must be a name in UTF-8, got .*caf\\udce9"):
+        choose_run_folder(tiny_config(), tmp_path / os.fsdecode(b"caf\xe9"))
 
 
 def test_a_file_that_a_killed_run_left_half_written_is_removed(tmp_path):

@@ -129,7 +129,16 @@ def _parse(arguments: Sequence[str]) -> tuple[TrainConfig, Path | None, Path | N
     values.pop("config")
     output, resume = values.pop("output"), values.pop("resume")
     config = _build(TrainConfig, values, "the command line", "")
+    _check_text(config)
     return config, Path(output) if output else None, Path(resume) if resume else None
+
+
+def _check_text(config: TrainConfig) -> None:
+    """Raise for a value whose bytes are not text: the YAML file of the run could not hold it."""
+    for name, value in flatten(config_to_dict(config)).items():
+        shown = str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+        if shown != str(value):
+            raise ValueError(f"{name} must be text in UTF-8, got {shown}: rename it, or link to it under another name")
 
 
 def _make_parser() -> "ArgumentParser":

@@ -45,26 +45,24 @@ class SplitContents:
         """Return the contents as plain values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def class_counts(self) -> dict[str, int] | None:
+    def class_counts(self) -> list[int] | None:
         """Return the number of images of each class, or `None` where the labels are unknown."""
         if self.labels is None:
             return None
         counts = Counter(self.labels)
-        return {name: counts[label] for label, name in enumerate(self.class_names)}
+        return [counts[label] for label in range(len(self.class_names))]
 
-    def checksums(self) -> dict[str, str]:
-        """Return the number of images of each class with a checksum of their names and places in the order."""
-        if self.labels is None:
-            return {}
-        sums: dict[int, int] = {}
+    def checksums(self) -> list[str]:
+        """Return for each class the number of its images, with a checksum of their names and places in the order."""
+        counts = self.class_counts()
+        if counts is None or self.labels is None:
+            return []
+        sums = [0] * len(counts)
         for index, label in enumerate(self.labels):
-            key = f"{index} {self.keys[index] if self.keys is not None else ''}"
-            sums[label] = zlib.crc32(key.encode("utf-8", "surrogateescape"), sums.get(label, 0))
-        counts = Counter(self.labels)
-        return {
-            name: f"{counts[label]} images (checksum {sums.get(label, 0):08x})"
-            for label, name in enumerate(self.class_names)
-        }
+            if 0 <= label < len(sums):
+                key = f"{index} {self.keys[index] if self.keys is not None else ''}"
+                sums[label] = zlib.crc32(key.encode("utf-8", "surrogateescape"), sums[label])
+        return [f"{count} images (checksum {total:08x})" for count, total in zip(counts, sums, strict=True)]
 
     def named(self) -> Counter[str] | None:
         """Return the images by their names and classes, or `None` where they have none."""
@@ -77,7 +75,7 @@ class SplitContents:
         )
 
     def changes_since(self, before: "SplitContents") -> Iterator[str]:
-        """Yield in words how the images differ from those of an earlier time."""
+        """Yield in words how the images differ from an earlier record."""
         old, new = before.named(), self.named()
         if old is not None and new is not None:
             for found, words in ((new - old, "new"), (old - new, "gone")):
@@ -86,9 +84,9 @@ class SplitContents:
             return
         counts, others = self.class_counts(), before.class_counts()
         if counts is not None and others is not None:
-            for name in {**others, **counts}:
-                if counts.get(name) != others.get(name):
-                    yield f"{counts.get(name, 0):,} of the class {name!r}, {others.get(name, 0):,} before"
+            for name, count, other in zip(self.class_names, counts, others, strict=False):
+                if count != other:
+                    yield f"{count:,} of the class {name!r}, {other:,} before"
         elif self.count != before.count:
             yield f"{self.count:,}, {before.count:,} before"
 

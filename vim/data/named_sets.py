@@ -63,7 +63,7 @@ def _open_hugging_face(data: DataConfig, split: str) -> tuple[ImageSource, tuple
 
 def _labels_of(reader: Any) -> list[int] | None:
     """Return the column of the labels, or `None` where a label is more than a number in one column."""
-    if reader.target_keys:
+    if reader.target_keys or reader.label_key not in reader.dataset.column_names:
         return None
     labels = list(reader.dataset[reader.label_key])
     return labels if all(isinstance(label, int) for label in labels) else None

@@ -78,7 +78,7 @@ def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
 
 
 def _samples(shard: Path, endings: tuple[str, ...], passed_over: Counter[str]) -> list[tuple[Member, int]]:
-    """Return the labelled images of a shard, and count the samples that are none."""
+    """Return the labelled images of a shard, and count its other samples."""
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     others: dict[str, str] = {}

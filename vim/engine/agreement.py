@@ -71,8 +71,8 @@ def run_facts(
         yield f"the name of class {label}", name
     for split, found in contents.items():
         yield f"the number of {split} images", found.count
-        for name, checksum in found.checksums().items():
-            yield f"the {split} images of the class {name!r}", checksum
+        for label, checksum in enumerate(found.checksums()):
+            yield f"the {split} images of class {label}, {class_names[label]!r}", checksum
 
 
 def _are_close(first: float, other: float) -> bool:

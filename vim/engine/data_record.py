@@ -19,7 +19,7 @@ def describe_data(config: TrainConfig, sets: ImageSets, contents: Mapping[str, S
     where = f" in {config.data.path}" if config.data.path else ""
     others = describe_passed_over(passed_over(sets.train, sets.val))
     names, counts = sets.class_names, contents["training"].class_counts()
-    first = [f"{name} ({counts[name]:,})" if counts is not None else name for name in names[:_SHOWN]]
+    first = [name if counts is None else f"{name} ({counts[label]:,})" for label, name in enumerate(names[:_SHOWN])]
     more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
     return [
         printable(

@@ -170,24 +170,25 @@ def checkpoint_gradients(model: nn.Module, config: ModelConfig) -> None:
 
 
 def check_sizes(model: nn.Module, image_shape: tuple[int, int], config: TrainConfig, device: torch.device) -> None:
-    """Check that a model takes images of a size, where that is another one than its own.
+    """Check that a model takes images of a size, by an image; the random generators do not notice.
 
     Raises:
         ValueError: It does not take them.
     """
-    if image_shape == config.model.image_shape:
-        return
     image = torch.zeros(1, config.model.in_chans, *image_shape, device=device)
     was_training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             model.eval()(image)
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
+        name = f"model.name {config.model.name!r}"
+        if image_shape == config.model.image_shape:
+            raise ValueError(f"{name} does not take images of model.img_size {image_shape}: {reason}") from error
         raise ValueError(
-            f"progressive.start_size must be null for model.name {config.model.name!r}, which does not take images of "
-            f"{image_shape} ({reason}); a model of ours takes any with --model.args.dynamic_img_size true, in which "
-            "progressive.multiple is a multiple of its patches"
+            f"progressive.start_size must be null for {name}, which does not take images of {image_shape} ({reason}); "
+            "a model of ours takes any with --model.args.dynamic_img_size true, in which progressive.multiple is a "
+            "multiple of its patches"
         ) from error
     finally:
         model.train(was_training)

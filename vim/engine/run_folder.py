@@ -16,6 +16,7 @@ from PIL import Image
 from vim.checkpoints.io import write_text
 from vim.config.load import CONFIG_FILE, dump_config
 from vim.config.schema import TrainConfig
+from vim.data.listing import printable
 from vim.data.tensors import TensorImages
 from vim.engine.run_lock import RunLock
 from vim.version import __version__
@@ -89,9 +90,11 @@ def choose_run_folder(config: TrainConfig, output: Path | None) -> RunFolder:
     """Return the folder for a new run: the one asked for, or a new name under `runs/`.
 
     Raises:
-        ValueError: The folder asked for is a file, or has files in it.
+        ValueError: The folder asked for is a file, has files in it, or has a name that is not text.
     """
     if output is not None:
+        if printable(str(output)) != str(output):  # TensorBoard cannot write into it
+            raise ValueError(f"--output must be a name in UTF-8, got {printable(str(output))}")
         if output.exists() and not output.is_dir():
             raise ValueError(f"--output must be a folder, and {output} is a file")
         if output.is_dir() and any(output.iterdir()):

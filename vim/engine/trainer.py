@@ -18,6 +18,7 @@ from vim.checkpoints.io import load_checkpoint, save_checkpoint, save_weights
 from vim.config.load import config_to_dict, flatten
 from vim.config.schema import TrainConfig
 from vim.data.contents import contents_of
+from vim.data.listing import printable
 from vim.data.loaders import build_loaders
 from vim.data.sources import first_readable_file
 from vim.data.tensors import TensorImages
@@ -100,7 +101,7 @@ class Trainer:
         self.schedule = Schedule(self.optimizer, config, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.task = ClassificationTask(config, self.loaders.class_names, self.device)
-        for shape in sorted({self.task.image_shape(epoch) for epoch in range(config.epochs)}):
+        for shape in sorted({self.task.image_shape(epoch) for epoch in range(config.epochs)}, reverse=True):
             check_sizes(self.model, shape, config, self.device)
         if self.processes.size > 1:
             random_seed(config.seed, self.processes.rank)  # dropout and mixing differ
@@ -173,9 +174,13 @@ class Trainer:
 
     def _check_agreement(self) -> None:
         """Compare what all processes must share; by the wrong data or weights they would train silently."""
-        position = [("the epoch to begin in", self.position.epoch), ("the step to begin at", self.position.step)]
         facts = run_facts(self.config, self.loaders.class_names, self._contents)
-        check_agreement(self.processes, chain(facts, position))
+        of_process = [
+            ("the kind of device", self.device.type),
+            ("the epoch to begin in", self.position.epoch),
+            ("the step to begin at", self.position.step),
+        ]
+        check_agreement(self.processes, chain(facts, of_process))
         check_weights(self.processes, self.model)
 
     @contextmanager
@@ -204,7 +209,10 @@ class Trainer:
         held_out = self.loaders.sets.val
         if isinstance(held_out, TensorImages):
             self.folder.write_samples(held_out, self.loaders.class_names)
-        settings = flatten(config_to_dict(self.config))
+        settings = {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in flatten(config_to_dict(self.config)).items()
+        }
         trackers = open_trackers(self.config.log.trackers, self.folder.path, settings, self.position.step)
         return Recorder(self.folder.summary, trackers)
 
