@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
+
 import datasets
 import numpy as np
 import pytest
@@ -124,6 +128,30 @@ def test_12_bits_in_16_are_said_once_and_kept_if_the_setting_says_so(caplog):
         == [[255] * 2] * 2
     )
     assert "has pixels of 5,000, and data.bits = 12 cuts them to white" in caplog.text
+
+
+def png_of_16_bits(pixels):
+    """Pillow writes no colour image of 16 bits: (height, width, 3), uint16, as a PNG file."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.mark.parametrize(("brightest", "said"), [(4095, 1), (65_535, 0), (0, 0)])
+def test_few_levels_of_a_colour_image_of_16_bits_are_said_once(caplog, brightest, said):
+    pixels = np.zeros((4, 4, 3), np.uint16)
+    pixels[1, 2, 0] = brightest
+    for _ in range(2):
+        image = read_image(png_of_16_bits(pixels))
+        assert (image.mode, np.asarray(image).max()) == ("RGB", brightest >> 8)
+    assert caplog.text.count("is so dark that 16 of 256 levels are left of it") == said
+    assert len(caplog.records) == said
 
 
 def test_the_setting_reaches_training_and_prediction(tmp_path):

@@ -38,13 +38,17 @@ _TURNS = {
 }
 # Where Pillow finds an orientation in an image that it has opened.
 _EXIF_DATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+_DARK = 64  # a photograph is brighter than a quarter somewhere
 _said: set[str] = set()
 
 
 def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Return the image in a file, decoded and upright; raises what is in `BAD_IMAGE`."""
     with Image.open(file) as image:
+        has_16_bits = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile)
         image.load()
+        if has_16_bits:
+            _check_colours(image)
         return upright(image)
 
 
@@ -97,12 +101,24 @@ def _check_bits(brightest: int, bits: int) -> None:
         return
     if used > bits:
         _say_once("too few", f"an image has pixels of {brightest:,}, and data.bits = {bits} cuts them to white")
-    elif used <= bits - 2:  # a photograph is brighter than a quarter somewhere
+    elif used < bits and brightest >> (bits - 8) < _DARK:
         levels = (brightest >> (bits - 8)) + 1
         _say_once(
             "too many",
             f"an image with 16 bits a pixel is no brighter than {brightest:,}, of which data.bits = {bits} leaves "
             f"{levels} grey levels: if its camera gives {used} bits, set --data.bits {used}",
+        )
+
+
+def _check_colours(image: Image.Image) -> None:
+    """Say once when few levels are left of an image with 16 bits a channel, of which Pillow keeps the upper 8."""
+    colours = 3 if image.mode.startswith("RGB") else 1
+    brightest = int(np.asarray(image)[..., :colours].max(initial=0))
+    if 0 < brightest < _DARK:
+        _say_once(
+            "colours",
+            f"an image with 16 bits a channel is so dark that {brightest + 1} of 256 levels are left of it: if its "
+            "camera gives fewer bits, scale its pixels up, or convert them to 8 bits",
         )
 
 

@@ -51,7 +51,7 @@ def check_weights(processes: Processes, model: nn.Module) -> None:
     if processes.size == 1:
         return
     norms = {
-        f"the norm of {name}": float(torch.linalg.vector_norm(tensor.detach().double()))
+        f"the norm of {name}": float(torch.linalg.vector_norm(tensor.detach().float()))
         for name, tensor in model.state_dict().items()
     }
     everyone = processes.gather(norms)
