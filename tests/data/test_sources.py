@@ -112,7 +112,7 @@ def test_a_held_out_class_that_is_not_trained_on_is_refused(tmp_path):
 
 def test_a_number_of_classes_other_than_the_data_has_is_refused(tmp_path):
     write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 2})
-    with pytest.raises(ValueError, match=r"model.num_classes must be null or .* 2, got 1000"):
+    with pytest.raises(ValueError, match=r"model.num_classes must be null or .* 2 \(ant, bee\), got 1000"):
         open_image_sets(folder_config(tmp_path, model__num_classes=1000))
 
 

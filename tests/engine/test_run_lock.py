@@ -8,13 +8,16 @@ import socket
 import time
 
 import pytest
+from rich.console import Console
 
 from tests.processes import run_together, start
-from tests.training import TINY_OPTIONS
+from tests.training import TINY_OPTIONS, tiny_config
 from vim import train
 from vim.checkpoints.io import load_checkpoint
 from vim.engine import run_lock
+from vim.engine.run_folder import RunFolder
 from vim.engine.run_lock import FolderInUse, RunLock
+from vim.engine.trainer import Trainer
 
 SYNTHETIC = ["--data.dataset", "synthetic", "--data.synthetic_images", "64", *TINY_OPTIONS]
 
@@ -118,9 +121,18 @@ def test_all_processes_leave_a_folder_in_use(tmp_path, holder, capfd):
     assert capfd.readouterr().err.count("is in use by process") == 1
 
 
-def put_back_and_train(arguments, lock, place):
-    from vim.engine.trainer import Trainer
+def test_two_runs_that_chose_the_same_new_folder_do_not_mix(tmp_path):
+    """As two that start in the same second do."""
+    first, second = (Trainer(tiny_config(), RunFolder(tmp_path / "run"), Console(quiet=True)) for _ in range(2))
+    first.fit()
+    saved = (tmp_path / "run" / "last.pth").read_bytes()
+    with pytest.raises(FolderInUse, match=r"run has become the folder of another run meanwhile"):
+        second.fit()
+    assert (tmp_path / "run" / "last.pth").read_bytes() == saved
+    assert not (tmp_path / "run" / ".lock").exists()
 
+
+def put_back_and_train(arguments, lock, place):
     check = Trainer._check_agreement
 
     def put_back(trainer):

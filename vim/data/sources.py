@@ -174,7 +174,7 @@ def _check_classes(class_names: tuple[str, ...], config: TrainConfig) -> None:
     if wanted is not None and wanted != len(class_names):
         raise ValueError(
             f"model.num_classes must be null or the number of classes in data.dataset {config.data.dataset!r}, "
-            f"{len(class_names)}, got {wanted}"
+            f"{len(class_names)} ({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}), got {wanted}"
         )
 
 

@@ -61,7 +61,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Write a line; a live bar stays below it."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, emoji=False)
 
     def step(self, epoch: str, done: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Show an optimizer step.

@@ -90,7 +90,8 @@ class Trainer:
         random_seed(config.seed)  # the same in all processes, so that their models begin equal
         self.loaders = build_loaders(config, self.device, self.processes.rank, self.processes.size)
         self.updates_per_epoch = len(self.loaders.train) // self.batch.accumulation_steps
-        start = without_weights(config.model) if folder.last.exists() else config.model  # resuming replaces them
+        self._found_empty = not folder.last.exists()
+        start = config.model if self._found_empty else without_weights(config.model)  # resuming replaces them
         class_names = self.loaders.class_names
         self.model = build_model(start, len(class_names), class_names).to(self.device)
         self.ema = build_ema(self.model, config.ema_decay)
@@ -190,11 +191,15 @@ class Trainer:
         if self.processes.is_main:
             try:
                 self.folder.lock.acquire()
+                if self._found_empty and self.folder.last.exists():
+                    self.folder.lock.release()
+                    raise FolderInUse(f"{self.folder.path} has become the folder of another run meanwhile")
             except (FolderInUse, OSError) as problem:
                 error = problem
         error = self.processes.broadcast(error)
         if error is not None:
             raise error
+        self._found_empty = False
         try:
             yield
         finally:
