@@ -39,8 +39,11 @@ void run_norm(const Norm& norm) {
            [&](int64_t begin, int64_t end) { return kernels().norm_forward(norm, begin, end); });
 }
 
+// u of the two directions, where a pass keeps them.
+using BothDirections = std::array<Activation, 2>;
+
 Conv conv_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights& values, const Tensor& xz,
-             const Tensor& u) {
+             const BothDirections& u) {
   Conv conv;
   conv.element = *element_of(xz);
   conv.batch = shape.batch;
@@ -55,7 +58,7 @@ Conv conv_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights&
     side.bias = values(weights.sides[d].conv_bias);
     side.width = weights.sides[d].conv_weight.size(2);
     side.reverse = d == 1;
-    side.out = rows_of(u, shape, shape.d_inner, d * shape.tokens() * shape.d_inner);
+    side.out = u[static_cast<size_t>(d)];
   }
   return conv;
 }
@@ -78,7 +81,7 @@ Activation x_dbl_rows(const Tensor& x_dbl, const BlockShape& shape, int d) {
 }
 
 Scan scan_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights& values, const Tensor& xz,
-             const Tensor& u, const Tensor& x_dbl, const Tensor& checkpoints, double scale) {
+             const BothDirections& u, const Tensor& x_dbl, const Tensor& checkpoints, double scale) {
   Scan scan;
   scan.element = scan.row_element = *element_of(xz);
   scan.batch = shape.batch;
@@ -94,7 +97,7 @@ Scan scan_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights&
   for (int d = 0; d < 2; ++d) {
     ScanDirection& side = scan.direction[d];
     const BlockDirection& w = weights.sides[d];
-    side.u = rows_of(u, shape, shape.d_inner, d * shape.tokens() * shape.d_inner);
+    side.u = u[static_cast<size_t>(d)];
     side.dt = x_dbl_rows(x_dbl, shape, d);
     side.B = state_map(side.dt, shape.dt_rank, x_dbl.element_size(), shape.d_inner);
     side.C = state_map(side.dt, shape.dt_rank + shape.d_state, x_dbl.element_size(), shape.d_inner);
@@ -135,28 +138,32 @@ BlockResults run_forward(const BlockShape& shape, const BlockWeights& weights, c
     multiply({product(tokens, model, 2 * inner, matrix(normed, model), transposed(as_it_is(weights.in_proj)),
                       target(xz, 2 * inner), values(weights.in_bias))});
   }
-  const Tensor u = allocate(hidden_states, {2, tokens, inner}, type);
+  // Without a backward pass u takes the place of x.
+  const bool keeps = shape.checkpoint_every > 0;
+  const Tensor rows = allocate(hidden_states, {keeps ? 2 : 1, tokens, inner}, type);
+  const BothDirections u{keeps ? rows_of(rows, shape, inner, tokens * inner) : rows_of(xz, shape, 2 * inner),
+                         rows_of(rows, shape, inner)};
   run_conv(conv_of(shape, weights, values, xz, u));
   const Tensor x_dbl = allocate(hidden_states, {2, shape.batch, shape.length, columns}, type);
   const Tensor states = allocate(hidden_states, shape.checkpoints(), ScalarType::Float);
-  const auto x_proj = [&](int d) {
-    return product(tokens, inner, columns, matrix(u, inner, 1, d * tokens * inner),
-                   transposed(as_it_is(weights.sides[d].x_proj)), target(x_dbl, columns, d * tokens * columns));
+  const Element element = *element_of(xz);
+  const auto x_proj = [&](size_t d) {
+    return product(tokens, inner, columns, {element, u[d].data, u[d].token, 1},
+                   transposed(as_it_is(weights.sides[d].x_proj)),
+                   target(x_dbl, columns, static_cast<int64_t>(d) * tokens * columns));
   };
   multiply({x_proj(0), x_proj(1)});
   OptionalTensor wide_rows;
   Scan scan = scan_of(shape, weights, values, xz, u, x_dbl, states, scale);
   // A block of channels has read its part of the forward direction's u before it writes y.
-  scan.y = rows_of(u, shape, inner);
-  scan = with_float_rows(scan, u, wide_rows);
+  scan.y = u[0];
+  scan = with_float_rows(scan, xz, wide_rows);
   parallel(kernels().scan_tasks(scan), scan_work(shape),
            [&](int64_t begin, int64_t end) { return kernels().scan_forward(scan, begin, end); });
   const Tensor out = allocate(hidden_states, shape.rows(model), type);
-  multiply({product(tokens, inner, model, matrix(u, inner), transposed(as_it_is(weights.out_proj)), target(out, model),
-                    values(weights.out_bias))});
-  if (shape.checkpoint_every == 0) {
-    return {out, sum, absent(out, type), absent(out, type), absent(out, ScalarType::Float)};
-  }
+  multiply({product(tokens, inner, model, {element, u[0].data, u[0].token, 1}, transposed(as_it_is(weights.out_proj)),
+                    target(out, model), values(weights.out_bias))});
+  if (!keeps) return {out, sum, absent(out, type), absent(out, type), absent(out, ScalarType::Float)};
   return {out, sum, xz, x_dbl, states};
 }
 
@@ -212,7 +219,8 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
   };
 
   const Tensor u = of_tokens({2, tokens, inner}), du = of_tokens({2, tokens, inner});
-  Conv conv = conv_of(shape, weights, values, xz, u);
+  const BothDirections rows_of_u{rows_of(u, shape, inner), rows_of(u, shape, inner, tokens * inner)};
+  Conv conv = conv_of(shape, weights, values, xz, rows_of_u);
   run_conv(conv);
 
   // Through out_proj and the scans. y of the forward pass takes the place of its gradient.
@@ -220,7 +228,7 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
   const Tensor dxz = of_tokens(shape.rows(2 * inner));
   multiply({product(tokens, model, inner, matrix(dout, model), as_it_is(weights.out_proj), target(dy, inner))});
   ScanBackwardTasks k{};
-  k.scan = scan_of(shape, weights, values, xz, u, x_dbl, checkpoints, scale);
+  k.scan = scan_of(shape, weights, values, xz, rows_of_u, x_dbl, checkpoints, scale);
   k.dy = k.y = rows_of(dy, shape, inner);
   k.dz = rows_of(dxz, shape, 2 * inner, inner);
   for (int d = 0; d < 2; ++d) {
