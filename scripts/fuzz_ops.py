@@ -17,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import faulthandler
 import math
 import os
 import random
@@ -47,6 +48,8 @@ SECONDS_A_CALL = 1
 # So that what is too large fails at once.
 MEMORY = 4 * 2**30
 MOST_FAILURES = 25
+# The call that is made: its number and its op.
+PROGRESS = struct.Struct("q80s")
 
 INTEGERS = (-(2**63), -(2**31), -64, -1, 0, 1, 2, 7, 64, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 64, 2**63 - 1)
 FLOATS = (0.0, -1.0, 1e-5, 0.5, 1.0, 1e30, 1e300, float("inf"), float("nan"))
@@ -296,16 +299,17 @@ def run_calls(options: argparse.Namespace, library: str, progress: Path) -> None
     ops = [getattr(torch.ops.vim, name).default for name in sorted(names)]
     weights = [0.03 if op._opname.endswith(SLOW) else 1.0 for op in ops]
     counts: collections.Counter[str] = collections.Counter()
+    faulthandler.enable()
     signal.signal(signal.SIGALRM, _give_up)
     torch.set_num_threads(2)
     if not options.sanitize:
         _limit_memory()
     with open(progress, "r+b", buffering=0) as file:
         for number in range(options.first, options.calls):
-            file.seek(0)
-            file.write(struct.pack("q", number))
             mutator = Mutator(f"{options.seed}:{number}")
             (op,) = mutator.random.choices(ops, weights)
+            file.seek(0)
+            file.write(PROGRESS.pack(number, op._opname.encode()))
             arguments = mutator.arguments(op._schema, templates.get(_base(op._opname), []))
             if options.only is not None:
                 sys.stderr.write(f"{op._schema}\n{_describe(arguments)}\n")
@@ -443,7 +447,7 @@ def main() -> int:
     with tempfile.NamedTemporaryFile() as progress:
         while options.first < options.calls and failures < MOST_FAILURES:
             command = [sys.executable, __file__, *sys.argv[1:], "--progress", progress.name, "--library", library]
-            progress.write(struct.pack("q", -1))
+            progress.write(PROGRESS.pack(-1, b""))
             progress.flush()
             command += ["--first", str(options.first)]
             # torch writes every exception of a kernel to the standard error stream; the end is what counts.
@@ -455,7 +459,7 @@ def main() -> int:
                 said.seek(max(0, said.seek(0, os.SEEK_END) - 30_000))
                 sys.stdout.write(_what_counts(said.read().decode(errors="replace")))
             progress.seek(0)
-            (number,) = struct.unpack("q", progress.read(8))
+            number, op = PROGRESS.unpack(progress.read(PROGRESS.size))
             progress.seek(0)
             if number < 0:
                 sys.stdout.write(f"FAILED before the first call: exit code {code}\n")
@@ -463,7 +467,7 @@ def main() -> int:
             failures += 1
             replay = " ".join(word for word in ("--sanitize", "--emulated") if getattr(options, word[2:]))
             sys.stdout.write(
-                f"FAILED: call {number} ended its process ({code}); "
+                f"FAILED: call {number}, of {op.rstrip(bytes(1)).decode()}, ended its process ({code}); "
                 f"replay: scripts/fuzz_ops.py --seed {options.seed} --only {number} {replay}\n"
             )
             sys.stdout.flush()
