@@ -37,22 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f'vim.validate: {", ".join(missing)} is not installed: pip install "vimamba[train]"\n')
         return 2
 
-    from vim.engine.distributed import join_processes
+    from vim.engine.distributed import JoinError, join_processes
     from vim.engine.terminal import show_any_name, write_out
     from vim.engine.validate import ValidateOptions, validate, write_validation
 
     show_any_name()
-    with join_processes() as processes:
-        try:
-            validation = validate(ValidateOptions(**arguments), processes)
-            if processes.is_main:
-                _show(validation)  # first: what follows may fail, on a full disk say
-                write_validation(validation)
-                write_out(f"files: {validation.folder}\n")
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-            if processes.is_main:
-                sys.stderr.write(f"vim.validate: {error}\n")
-            return 2
+    try:
+        with join_processes() as processes:
+            try:
+                validation = validate(ValidateOptions(**arguments), processes)
+                if processes.is_main:
+                    _show(validation)  # first: what follows may fail, on a full disk say
+                    write_validation(validation)
+                    write_out(f"files: {validation.folder}\n")
+            except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+                if processes.is_main:
+                    sys.stderr.write(f"vim.validate: {error}\n")
+                return 2
+    except JoinError as error:
+        sys.stderr.write(f"vim.validate: {error}\n")
+        return 2
     return 1 if validation.unreadable else 0
 
 

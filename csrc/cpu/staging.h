@@ -10,7 +10,9 @@
 namespace vim {
 namespace VIM_ISA {
 
-VIM_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
+VIM_INLINE void fill_zero(float* p, int64_t n) {
+  if (n > 0) std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
+}
 
 // One allocation per call of a kernel, cut into buffers that start on cache lines. Twice over the same requests: first
 // to measure, then to hand out.

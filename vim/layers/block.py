@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -40,7 +42,8 @@ class Block(nn.Module):
         """Return the mixer's output and the residual for the next block, (batch, len, dim) each."""
         if residual is not None:
             hidden_states = self.drop_path(hidden_states)
-        norm, mixer = self.norm, self.mixer
+        norm: Any = self.norm
+        mixer: Any = self.mixer
         weights = plain_weights(norm, mixer, hidden_states, residual)
         if weights is not None:
             return run_bidirectional_block(hidden_states, residual, weights, norm.eps, mixer.merge)

@@ -151,9 +151,7 @@ class PatchEmbed(nn.Module):
             table = torch.cat([token[0] for token in tokens]) if tokens else None
             positions = None if pos_embed is None else pos_embed[0]
             weight, bias = self.proj.weight, self.proj.bias
-            return embed_patches(
-                self._fitted(x), weight, bias, table, positions, places=places, stride=self.proj.stride
-            )
+            return embed_patches(self._fitted(x), weight, bias, table, positions, places=places, stride=self.stride)
         y = self(x)
         y = insert_tokens(y, [token.expand(y.shape[0], -1, -1) for token in tokens], places)
         return y if pos_embed is None else y + pos_embed
@@ -168,6 +166,7 @@ class PatchEmbed(nn.Module):
             and (PatchEmbed.forward, nn.Conv2d.forward) == _FORWARDS
             and not is_watched(self)
             and is_patch_projection(self.proj)
+            and self.proj.stride == self.stride
             and type(self.norm) is nn.Identity
             and not is_watched(self.norm)
             and all(type(t) is nn.Parameter or type(t) is Tensor for t in tensors)

@@ -64,10 +64,10 @@ def _has_plain_weights(module: nn.Module, shape: tuple[int, ...], optional_bias:
     if "weight" not in parameters or "bias" not in parameters:
         return False
     weight, bias = parameters["weight"], parameters["bias"]
-    if not _is_plain(weight) or weight.shape != shape:
+    if weight is None or not _is_plain(weight) or weight.shape != shape:
         return False
     return optional_bias if bias is None else _is_plain(bias) and bias.shape == shape[:1]
 
 
-def _is_plain(weight: Tensor | None) -> bool:
-    return weight is not None and (type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight))
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)

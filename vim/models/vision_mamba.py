@@ -311,7 +311,7 @@ class VisionMamba(nn.Module):
         if self.cls_position == "random":
             places = (int(torch.randint(num_patches + 1, ())) if cls_index is None else cls_index,)
             check_kind("cls_index", places[0], range(num_patches + 1))
-        pos_embed = self.pos_embed
+        pos_embed: Tensor | None = self.pos_embed
         if pos_embed is not None:
             pos_embed = resample_pos_embed(pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
         tokens = [getattr(self, name) for name in self._cls_names()]

@@ -85,7 +85,8 @@ _ops: list[_Op] = []
 _autograds: list[_Autograd] = []
 
 
-def _by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+def by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an op's reference with a check that the memory of every argument is there."""
     names = [argument.name for argument in getattr(torch.ops.vim, name).default._schema.arguments]
 
     @functools.wraps(reference)
@@ -98,10 +99,10 @@ def _by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any
 
 
 # Endings of the families' names: the portable one, the one pinned to the reference (see `_backends`), and those added.
-_families: dict[str, Implement] = {"": _by_reference, "_reference": _by_reference}
+_families: dict[str, Implement] = {"": by_reference, "_reference": by_reference}
 
 
-def define_family(suffix: str, implement: Implement = _by_reference) -> None:
+def define_family(suffix: str, implement: Implement = by_reference) -> None:
     """Define every op once more, under names that end in `suffix`.
 
     Args:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vim.ops._backends import Backend, Inapplicable, register_backend
-from vim.ops._library import define_family
+from vim.ops._library import by_reference, define_family
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
         reference: The implementation that computes in any dtype.
     """
     if name in _WITHOUT_KERNELS:
-        return reference
+        return by_reference(name, reference)
 
     @functools.cache
     def kernel() -> Callable[..., Any]:
@@ -51,7 +51,7 @@ def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
         for argument in args:
             if isinstance(argument, Tensor) and argument.dtype not in _DTYPES:
                 _say_once(name, str(argument.dtype).removeprefix("torch."))
-                return reference(*args)
+                return by_reference(name, reference)(*args)
         return kernel()(*args)
 
     return run

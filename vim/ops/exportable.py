@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return (r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype), r
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (selective_scan, bidirectional_scan, causal_conv1d, bidirectional_conv1d, add_rms_norm)
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +136,7 @@ def _why_not_importable() -> str | None:
     return None
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "selective_scan": selective_scan,
     "bidirectional_scan": bidirectional_scan,
     "causal_conv1d": causal_conv1d,

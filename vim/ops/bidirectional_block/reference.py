@@ -44,7 +44,7 @@ def compose(
     """Run a layer by these implementations of the ops; the arguments are those of `vim::bidirectional_block`."""
     dtype, eps, scale, checkpoint_every = arguments[WEIGHTS:]
     acc = accumulate_dtype(dtype)
-    weights = [None if w is None else w.to(acc) for w in arguments[:WEIGHTS]]
+    weights: list[Any] = [None if w is None else w.to(acc) for w in arguments[:WEIGHTS]]
     norm_weight, in_proj, in_bias, *directions, out_proj, out_bias = weights
     forward, backward = directions[:7], directions[7:]
 
@@ -84,7 +84,7 @@ def bidirectional_block_backward(
         out = bidirectional_block(leaves[0], None, *leaves[1:], xz.dtype, eps, scale, 0)[0]
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(out, wanted, dout))
-    grads = [None if t is None else next(found) for t in leaves]
+    grads: list[Any] = [None if t is None else next(found) for t in leaves]
     total = grads[0] if dresidual is None else grads[0] + dresidual
     products = {1 + i for i in PRODUCTS} if not weight_grads else set()
     empty = xz.new_empty

@@ -66,9 +66,9 @@ def _backward(backward_op: Any, forward_op: Any, ctx: Any, dout: Tensor) -> Any:
     return dimages if ctx.needs_input_grad[0] else None, dweight, *of_others, None, None, None
 
 
-def _again(images: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    *others, _ = arguments
-    return reference.embed_patches(images, weight, *others, torch.promote_types(images.dtype, torch.float32))
+def _again(images: Tensor, *arguments: Any) -> Tensor:
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    return reference.embed_patches(images, *arguments[:-1], dtype=dtype)
 
 
 def _flops(images: Any, weight: Any, *arguments: Any, **settings: Any) -> int:
