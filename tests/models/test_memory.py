@@ -64,7 +64,7 @@ def infer(depth, side=4096):
         return growth(lambda: model(images))
 
 infer(1, 32)
-print(infer(1), infer(4))
+print(infer(2), infer(4))
 """)
     assert deep < 200, "MiB; the states of one direction alone, (65537 tokens, 64 channels, 16), would be 256"
     assert deep < 1.1 * shallow + 5

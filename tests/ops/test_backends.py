@@ -61,7 +61,7 @@ def test_a_default_falls_back_and_says_so_once(absent_backend, caplog):
 
 def test_default_backend_for_a_block(monkeypatch):
     taken = []
-    monkeypatch.setattr(_backends, "_choose", lambda op, backend, *key: taken.append(backend) or "_reference")
+    monkeypatch.setattr(_backends, "_suffix", lambda op, backend, *key: taken.append(backend) or "_reference")
     x, weight = torch.ones(2, 3), torch.ones(3)
     with vim.ops.default_backend("reference"):
         vim.ops.add_rms_norm(x, None, weight)
@@ -96,6 +96,6 @@ def test_a_backend_by_name_only_is_never_the_default(monkeypatch):
     record = _backends.Backend("shy", "_reference", lambda op, device, dtype: None, by_name_only=True)
     monkeypatch.setattr(_backends, "_backends", [record, *_backends._backends])
     _backends._choose.cache_clear()
-    assert _backends._choose("add_rms_norm", "shy", "cpu", torch.float32) == "_reference"
-    assert _backends._choose("add_rms_norm", None, "cpu", torch.float32) == ""
+    assert _backends._suffix("add_rms_norm", "shy", "cpu", torch.float32) == "_reference"
+    assert _backends._suffix("add_rms_norm", None, "cpu", torch.float32) == ""
     _backends._choose.cache_clear()

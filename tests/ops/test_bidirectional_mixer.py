@@ -1,9 +1,6 @@
-"""The inner block: same numbers as its parts, and no convolution kept for the backward pass."""
+"""The inner block: the same numbers as its parts, with any module as x_proj."""
 
 from __future__ import annotations
-
-import sys
-import weakref
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import assert_close
 from vim.ops import InnerWeights, bidirectional_mixer
-from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d, run_bidirectional_conv1d
+from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 
 DIM, RANK, STATES = 6, 2, 4
@@ -42,7 +39,7 @@ def _run(xz: torch.Tensor, forward: InnerWeights, backward: InnerWeights) -> tor
 
 
 def _plain(xz: torch.Tensor, forward: InnerWeights, backward: InnerWeights) -> torch.Tensor:
-    """The same without any promise."""
+    """The same by its parts."""
     x, z = xz.chunk(2, -1)
     conv = forward.conv_weight, forward.conv_bias, backward.conv_weight, backward.conv_bias
     scans = [
@@ -68,58 +65,6 @@ def test_same_gradients_as_its_parts(inputs):
     _assert_same_gradients(inputs, _run)
 
 
-def _watch_convolutions(monkeypatch) -> list[weakref.ref]:
-    """Weak references to every convolution output that `bidirectional_mixer` makes."""
-    module, seen = sys.modules["vim.ops.bidirectional_mixer"], []
-
-    def watched(*args, **kwargs):
-        results = run_bidirectional_conv1d(*args, **kwargs)
-        seen.extend(weakref.ref(result) for result in results)
-        return results
-
-    monkeypatch.setattr(module, "run_bidirectional_conv1d", watched)
-    return seen
-
-
-def test_the_convolutions_are_not_kept(inputs, monkeypatch):
-    seen = _watch_convolutions(monkeypatch)
-    y = _run(*inputs)
-    assert len(seen) == 2
-    assert all(ref() is None for ref in seen), "a convolution output is alive between forward and backward"
-    y.sum().backward()
-    assert len(seen) == 4, "the backward pass convolves once more, not more often"
-    assert all(ref() is None for ref in seen)
-
-
-def test_what_is_kept_is_xz_and_little_else(inputs):
-    """Bytes that the graph holds between forward and backward, beside the weights."""
-    xz, forward, backward = inputs
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    module = sys.modules["vim.ops.bidirectional_mixer"]
-    original = module._Recomputation.pack
-
-    def watched(self, tensor):
-        packed = original(self, tensor)
-        if isinstance(packed, torch.Tensor):
-            pack(packed)
-        return packed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Recomputation, "pack", watched)
-        _run(xz, forward, backward)
-    weights = {t.untyped_storage().data_ptr() for t in _leaves(*inputs)[1:]}
-    held = sum(size for pointer, size in kept.items() if pointer not in weights)
-    tokens = 2 * 33
-    projections = 2 * tokens * (RANK + 2 * STATES) * 4
-    entry_states = 2 * 2 * DIM * STATES * 4
-    assert held <= xz.numel() * 4 + projections + entry_states + 64
-
-
 def test_two_backward_passes_through_one_graph(inputs):
     y = _run(*inputs)
     leaves = _leaves(*inputs)
@@ -132,14 +77,12 @@ def test_weights_changed_in_place_before_the_backward_pass_are_refused(inputs):
     y = _run(*inputs)
     with torch.no_grad():
         inputs[1].conv_weight.add_(1)
-    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_under_activation_checkpointing_the_callers_hooks_decide(inputs, monkeypatch):
-    seen = _watch_convolutions(monkeypatch)
+def test_under_activation_checkpointing(inputs):
     _assert_same_gradients(inputs, lambda *a: checkpoint(_run, *a, use_reentrant=False))
-    assert len(seen) == 4, "once in the forward pass, once when the block is recomputed"
 
 
 def test_under_offloading_hooks(inputs):
@@ -161,12 +104,6 @@ def test_under_torch_func(inputs):
 
 def test_compiles_without_graph_breaks(inputs):
     _assert_same_gradients(inputs, torch.compile(_run, fullgraph=True, backend="aot_eager"))
-
-
-def test_no_gradients_no_promises(inputs, monkeypatch):
-    monkeypatch.setattr(sys.modules["vim.ops.bidirectional_mixer"]._Recomputation, "__init__", None)
-    with torch.no_grad():
-        _run(*inputs)
 
 
 @pytest.mark.parametrize(

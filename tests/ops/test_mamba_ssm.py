@@ -186,7 +186,7 @@ def test_a_block_of_a_model(packages):
 def test_it_is_never_the_default(packages):
     for op in OPS:
         assert vim.ops.available_backends(op)[-1] == "mamba_ssm"
-        assert _backends._choose(op, None, "cpu", torch.float32) != "_mamba_ssm"
+        assert _backends._suffix(op, None, "cpu", torch.float32) != "_mamba_ssm"
 
 
 def test_reasons_without_the_packages(monkeypatch):

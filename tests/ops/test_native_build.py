@@ -316,10 +316,13 @@ def _no_folder() -> str:
     raise FileNotFoundError("No usable temporary directory found")
 
 
-def test_an_empty_capability_is_none(monkeypatch):
-    monkeypatch.setenv("VIM_CPU_CAPABILITY", "")
-    _native.NativeLibrary().check_settings()
-    assert "VIM_CPU_CAPABILITY" not in os.environ
+def test_an_empty_capability_is_none():
+    """For the library too, which reads the variable itself."""
+    assert _native.load() is None
+    code = "from vim.ops import _native; print(_native.load(), _native.capability())"
+    environment = {**os.environ, "VIM_CPU_CAPABILITY": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", _native.capability()]
 
 
 def test_relative_folders_and_compilers(compiler, tmp_path, monkeypatch):

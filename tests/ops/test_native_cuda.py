@@ -160,8 +160,8 @@ def test_a_failure_is_one_warning_and_the_next_backend(what, cache, tools, gpu, 
     with caplog.at_level(logging.WARNING, "vim"):
         for _ in range(2):
             for op in OPS:
-                assert _backends._choose(op, None, "cuda", torch.float32) == ""
-                assert _backends._choose(op, None, "cuda", torch.float64) == ""
+                assert _backends._suffix(op, None, "cuda", torch.float32) == ""
+                assert _backends._suffix(op, None, "cuda", torch.float64) == ""
     building, warning = [r.getMessage() for r in caplog.records][:-1], caplog.records[-1].getMessage()
     assert building == ([] if what == "no nvcc" else ["building the CUDA kernels, once; this takes a minute or two"])
     assert warning.startswith("backend 'native' is not used on cuda: ")
@@ -172,7 +172,7 @@ def test_a_failure_is_one_warning_and_the_next_backend(what, cache, tools, gpu, 
     }
     assert words[what] in warning
     with pytest.raises(RuntimeError, match="backend 'native' cannot run add_rms_norm on cuda"):
-        _backends._choose("add_rms_norm", "native", "cuda", torch.float32)
+        _backends._suffix("add_rms_norm", "native", "cuda", torch.float32)
 
 
 def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, caplog):
@@ -184,8 +184,8 @@ def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, ca
     monkeypatch.setattr(_native_cuda, "problem", lambda path: "H100: CUDA driver version is insufficient")
     monkeypatch.setattr(_backends, "_backends", [b for b in _backends._backends if b.name in ("native", "reference")])
     with caplog.at_level(logging.WARNING, "vim"):
-        assert _backends._choose("add_rms_norm", None, "cuda", torch.float32) == "_reference"
-        assert _backends._choose("add_rms_norm", None, "cuda", torch.float64) == "_reference"
+        assert _backends._suffix("add_rms_norm", None, "cuda", torch.float32) == "_reference"
+        assert _backends._suffix("add_rms_norm", None, "cuda", torch.float64) == "_reference"
     assert "cannot run here: H100: CUDA driver version is insufficient" in caplog.text
     assert len(caplog.records) == 1
 

@@ -99,8 +99,8 @@ def test_reasons():
 
 def test_a_gpu_runs_on_triton_and_a_machine_without_it_is_told_so(monkeypatch):
     _backends._choose.cache_clear()
-    assert _backends._choose("selective_scan", None, "cuda", torch.float32) == "_triton"
-    assert _backends._choose("selective_scan", None, "cuda", torch.float64) == ""
+    assert _backends._suffix("selective_scan", None, "cuda", torch.float32) == "_triton"
+    assert _backends._suffix("selective_scan", None, "cuda", torch.float64) == ""
     _triton._why_not_importable.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert unavailable_backends("selective_scan", "cuda")["triton"] == "triton is not installed"

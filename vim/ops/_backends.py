@@ -171,11 +171,11 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
     return _functions[suffix][op] if suffix in _functions else getattr(torch.ops.vim, op + suffix).default
 
 
-def default_backend_for(op: str, tensor: torch.Tensor) -> str:
-    """Return the name of the backend that runs `op` on tensors like `tensor` where none is named."""
-    if _functions_in_place.get() is not None:
-        return "exportable"
-    return _choose(op, _default.get(), tensor.device.type, tensor.dtype).name
+def runs_by_default(op: str, backend: str, tensor: torch.Tensor) -> bool:
+    """Return True if `op` runs on this backend, for tensors like `tensor`, where none is named."""
+    if _functions_in_place.get() is not None or _default.get() not in (None, backend):
+        return False
+    return _choose(op, None, tensor.device.type, tensor.dtype).name == backend
 
 
 @torch.compiler.assume_constant_result

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim.ops._backends import default_backend_for, resolve_backend
+from vim.ops._backends import resolve_backend, runs_by_default
 from vim.ops._checks import check_activation, check_choice, check_length, check_operand
 from vim.ops._layout import accumulate_dtype, checkpoint_interval
 from vim.ops._transforms import is_eager
@@ -123,7 +123,7 @@ def runs_block(hidden_states: Tensor, residual: Tensor | None) -> bool:
         and is_eager()
         and hidden_states.dim() == 3
         and hidden_states.shape[1] > 0
-        and default_backend_for("bidirectional_block", hidden_states) == "native"
+        and runs_by_default("bidirectional_block", "native", hidden_states)
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vim.ops._backends import default_backend_for, resolve_backend
+from vim.ops._backends import resolve_backend, runs_by_default
 from vim.ops._checks import check_activation, check_operand
 from vim.ops._transforms import is_eager
 from vim.ops.embed_patches import library as library
@@ -81,4 +81,4 @@ def embed_patches(
 
 def runs_embedding(images: Tensor) -> bool:
     """Return True if `embed_patches` has kernels of its own for such images, and is not being recorded."""
-    return bool(type(images) is Tensor and is_eager() and default_backend_for("embed_patches", images) == "native")
+    return bool(type(images) is Tensor and is_eager() and runs_by_default("embed_patches", "native", images))
