@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import vim.ops
 from vim.ops import _backends, available_backends, unavailable_backends
+from vim.ops._backends import resolve_backend
 
-OPS = ["add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan"]
+OPS = [
+    *("add_rms_norm", "bidirectional_block", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d"),
+    *("embed_patches", "selective_scan"),
+]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -99,3 +104,35 @@ def test_a_backend_by_name_only_is_never_the_default(monkeypatch):
     assert _backends._suffix("add_rms_norm", "shy", "cpu", torch.float32) == "_reference"
     assert _backends._suffix("add_rms_norm", None, "cpu", torch.float32) == ""
     _backends._choose.cache_clear()
+
+
+@pytest.mark.parametrize("enter", [lambda: vim.ops.default_backend("reference"), vim.ops.exportable_ops])
+def test_a_choice_of_one_thread_is_not_anothers(enter):
+    """Two threads that enter and leave in turn leave nothing behind, and see nothing of each other."""
+    x = torch.ones(2, 3)
+    usual = resolve_backend("add_rms_norm", None, x)
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def hold() -> None:
+        with enter():
+            seen.append(resolve_backend("add_rms_norm", None, x))
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert entered.wait(10)
+    with enter():
+        seen.append(resolve_backend("add_rms_norm", None, x))
+        left.set()
+        thread.join()
+    assert resolve_backend("add_rms_norm", None, x) is usual
+    assert all(op is not usual for op in seen)
+
+
+def test_a_choice_ends_with_an_interrupt():
+    x = torch.ones(2, 3)
+    usual = resolve_backend("add_rms_norm", None, x)
+    with pytest.raises(KeyboardInterrupt), vim.ops.default_backend("reference"), vim.ops.exportable_ops():
+        raise KeyboardInterrupt
+    assert resolve_backend("add_rms_norm", None, x) is usual
