@@ -1,7 +1,8 @@
-"""What users do with a timm model: hub folders, layer-wise decay, adapters, torch.func, int8, any size."""
+"""What users do with a timm model: hub folders, adapters, torch.func, int8, any size, graphs, hooks."""
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from types import SimpleNamespace
 
@@ -10,9 +11,14 @@ import timm
 import timm.optim
 import torch
 from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
 
 import vim
-from tests.helpers import assert_close
+from tests.helpers import TOLERANCES, assert_close
+from vim.checkpoints import upstream
+from vim.layers import LayerNorm, block
+from vim.layers.arguments import ORIGINAL_NAMES
+from vim.ops import available_backends, default_backend
 
 NAME = "vim_tiny_patch16_224"
 SMALL = {"img_size": 64, "depth": 2, "num_classes": 10}
@@ -211,3 +217,268 @@ def test_a_model_pushed_to_the_hub_comes_back_by_its_name(safe, tmp_path, monkey
     ).eval()
     (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
     assert torch.equal(features(x)[-1], last)
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def little(**kwargs) -> vim.VisionMamba:
+    """A model of two blocks that takes no time, without stochastic depth."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "d_state": 4, "num_classes": 5}
+    return vim.VisionMamba(**{**sizes, "drop_path_rate": 0.0, **kwargs})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_export_called_by_users(tmp_path):
+    """Without a block of `exportable_ops` around it, and with gradients on; as Lightning's `to_onnx` calls it."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "vimamba[export]"')
+    pytest.importorskip("onnxscript", reason='needs pip install "vimamba[export]"')
+    model, x = little(depth=1).eval(), images(32, 32)
+    torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(logits), model(x), 1e-5)
+    with pytest.raises(RuntimeError, match=r"needs torch\.onnx\.export"):
+        torch.onnx.export(model, (x,), tmp_path / "old.onnx", dynamo=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_jit_trace_with_its_own_check(backend):
+    """It records the model with gradients and without, and refuses graphs that differ."""
+    model = little().eval()
+    with default_backend(backend):
+        traced = torch.jit.trace(model, images(32, 32))
+    x = torch.cat((images(32, 32), images(32, 32).flip(3)))
+    assert_close(traced(x), model(x), 1e-5)
+    traced(x).square().sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert_close(found[name], p.grad, 1e-5, name)
+
+
+GRAPHS = {
+    "plain": {},
+    "layer norm": {"norm": "layer", "cls_position": "double", "directions": "v1"},
+    "rotary": {"rotary": "residual", "cls_position": "head", "flip_ratio": 1.0},
+    "pairwise": {"pairwise_layers": True, "directions": "none", "global_pool": "avg"},
+    "pruned": {"cls_position": "none", "global_pool": "max"},
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kwargs", GRAPHS.values(), ids=GRAPHS)
+def test_symbolic_trace(kwargs, training):
+    model = little(**kwargs).train(training)
+    if kwargs == GRAPHS["pruned"]:
+        model.prune_intermediate_layers([0], prune_norm=True, prune_head=False)
+    graph = torch.fx.symbolic_trace(model)
+    assert_close(graph(images(32, 32)), model(images(32, 32)), 1e-5)
+    x = torch.cat((images(32, 32), images(32, 32)))
+    assert_close(graph(x), model(x), 1e-5, "any batch")
+    graph(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.layers[0].parameters())
+
+
+def test_stochastic_depth_is_traced_and_drawn_in_each_call():
+    model = little(drop_path_rate=0.9).train()
+    graph = torch.fx.symbolic_trace(model)
+    draws = []
+    for _ in range(4):
+        torch.manual_seed(len(draws))
+        draws.append(graph(images(32, 32)))
+        torch.manual_seed(len(draws) - 1)
+        assert_close(draws[-1], model(images(32, 32)), 1e-5)
+    assert not all(torch.equal(draw, draws[0]) for draw in draws)
+
+
+def test_torchvisions_feature_extractor():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = little(drop_path_rate=0.1)
+    nodes = {"layers.0.mixer": "mixer", "tokens": "tokens", "head": "head"}
+    features = extraction.create_feature_extractor(model, return_nodes=nodes).eval()
+    model.eval()
+    mixed = []
+    model.layers[0].mixer.register_forward_hook(lambda module, args, output: mixed.append(output))
+    found = features(images(32, 32))
+    assert_close(found["head"], model(images(32, 32)), 1e-5)
+    assert_close(found["tokens"], model.forward_features(images(32, 32)), 1e-5)
+    assert_close(found["mixer"], mixed[0], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"cls_position": "random"}, {"token_shuffle": True}, {"flip_ratio": 0.5}, {"dynamic_img_size": True}]
+)
+def test_what_differs_between_calls_is_not_frozen_in_a_graph(kwargs):
+    with pytest.raises(TypeError, match=f"torch.fx cannot trace a model with {next(iter(kwargs))}="):
+        torch.fx.symbolic_trace(little(**kwargs))
+
+
+class Twice(vim.Mamba):
+    """A mixer that calls the forward of ours."""
+
+    def forward(self, hidden_states):
+        return super().forward(super().forward(hidden_states))
+
+
+def test_a_hook_does_not_run_twice_in_a_graph():
+    model = little()
+    model.layers[0].mixer.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(TypeError, match=r"torch\.fx cannot trace Mamba with a hook"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(TypeError, match=r"torch\.fx cannot trace Twice"):
+        torch.fx.symbolic_trace(nn.Sequential(Twice(32)))
+    with pytest.raises(TypeError, match="trace a module that holds it"):
+        torch.fx.symbolic_trace(vim.Mamba(32))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_in_a_sequence():
+    torch.manual_seed(0)
+    blocks = [vim.Block(vim.Mamba(32), vim.RMSNorm(32)) for _ in range(3)]
+    x, residual = torch.randn(2, 17, 32), None
+    found = nn.Sequential(*blocks)(x)
+    for each in blocks:
+        x, residual = each(x, residual)
+    assert torch.equal(found[0], x)
+    assert torch.equal(found[1], residual)
+    with pytest.raises(TypeError, match="residual must be left out"):
+        blocks[0](found, residual)
+
+
+class OwnNorm(nn.Module):
+    """A user's norm."""
+
+    def forward(self, hidden, skip=None):
+        total = hidden if skip is None else hidden + skip
+        return nn.functional.normalize(total, dim=-1), total
+
+
+def test_a_norm_that_takes_no_residual_is_refused():
+    for norm in (nn.LayerNorm(32), nn.RMSNorm(32), nn.Identity(), vim.Mamba(32)):
+        with pytest.raises(TypeError, match=r"vim.RMSNorm and vim.layers.LayerNorm do, got " + type(norm).__name__):
+            vim.Block(vim.Mamba(32), norm)
+    for norm in (OwnNorm(), LayerNorm(32)):
+        out, _ = nn.Sequential(vim.Block(vim.Mamba(32), norm), vim.Block(vim.Mamba(32), norm))(torch.randn(2, 5, 32))
+        assert out.shape == (2, 5, 32)
+
+
+def test_the_originals_arguments_are_named_as_they_are_here():
+    with pytest.raises(TypeError, match=r"bimamba_type is directions here; if_divide_out is merge .*translate_mixer"):
+        vim.Mamba(32, bimamba_type="v2", if_divide_out=True)
+    with pytest.raises(TypeError, match=r"is cls_position here; fused_add_norm is not needed here.*_model"):
+        vim.VisionMamba(if_cls_token=True, fused_add_norm=True)
+    with pytest.raises(TypeError, match=r"^VisionMamba\(\) got an unexpected keyword argument 'depht'$"):
+        vim.VisionMamba(depht=3)
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [(vim.Mamba, upstream._MIXER_DEFAULTS), (vim.VisionMamba, {**upstream._MODEL_DEFAULTS, **upstream._SYNONYMS})],
+)
+def test_all_of_the_originals_arguments_have_a_hint(cls, names):
+    ours = set(inspect.signature(cls).parameters)
+    assert set(names) <= ours | set(ORIGINAL_NAMES)
+    ours |= set(inspect.signature(vim.VisionMamba).parameters)
+    for name in set(names) & set(ORIGINAL_NAMES):
+        assert set((ORIGINAL_NAMES[name] or "depth").split(", ")) <= ours, name
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def class_activation_map(model, layer, to_map):
+    """What Grad-CAM does: activations of a layer, weighted by the mean of the class' gradient."""
+    taken, gradients = [], []
+
+    def tap(module, args, output):
+        taken.append(output)
+        output.register_hook(gradients.append)
+
+    handle = layer.register_forward_hook(tap)
+    model(images(32, 32))[:, 1].sum().backward()
+    handle.remove()
+    activations, weights = to_map(taken[0]), to_map(gradients[0]).mean((2, 3), keepdim=True)
+    return (weights * activations).sum(1).relu()
+
+
+def test_class_activation_maps():
+    model = little(global_pool="avg").eval()
+
+    def first_off(t):
+        return t[:, 1:].mT.unflatten(2, (4, 4))
+
+    found = class_activation_map(model, model.tokens, first_off)
+    assert found.shape == (2, 4, 4)
+    tokens = model.forward_features(images(32, 32))
+    weights = model.head.weight[1][:, None, None] / 16  # the gradient of a mean and a linear layer
+    assert_close(found, (weights * first_off(tokens)).sum(1).relu(), 1e-5)
+
+
+def test_class_activation_maps_of_a_model_with_a_class_token():
+    """After the last block its loss depends on the class token alone; before, tokens are in the order of the scan."""
+    model = little().eval()
+
+    def middle_off(t):
+        return torch.cat((t[:, :8], t[:, 9:]), 1).mT.unflatten(2, (4, 4))
+
+    found = class_activation_map(model, model.layers[-1].mixer.in_proj, middle_off)
+    assert found.shape == (2, 4, 4)
+    assert (found.flatten(1).amax(1) > 0).all()
+
+
+def test_tokens_add_nothing_to_a_state_dict():
+    assert not [name for name in little().state_dict() if name.startswith("tokens")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_dynamic_quantisation_of_all_linear_layers():
+    model, x = little(depth=6, embed_dim=64).eval(), images(32, 32)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    kinds = [type(module).__module__ for module in quantised.modules() if type(module).__name__ == "Linear"]
+    assert kinds == ["torch.ao.nn.quantized.dynamic.modules.linear"] * (6 * 6 + 1)
+    expected, actual = model(x), quantised(x)
+    assert not torch.equal(actual, expected)
+    assert_close(actual, expected, 0.05)
+
+
+def test_counters_over_hooks_see_every_linear_layer():
+    model, seen = little().eval(), {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            module.register_forward_hook(
+                lambda module, args, output, name=name: seen.setdefault(name, []).append((*args, output))
+            )
+    model(images(32, 32))
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert len(linear) == 2 * 6 + 1
+    assert seen.keys() == linear.keys()
+    for name, calls in seen.items():
+        ((x, y),) = calls
+        rows = (2,) if name == "head" else (2, 17)
+        assert (x.shape, y.shape) == ((*rows, linear[name].in_features), (*rows, linear[name].out_features)), name
+
+
+@pytest.mark.skipif("native" not in available_backends("bidirectional_block"), reason="blocks run by their modules")
+def test_autocast_runs_blocks_as_one_op(monkeypatch):
+    ran, original = [], block.plain_weights
+    monkeypatch.setattr(block, "plain_weights", lambda *args: ran.append(original(*args)) or ran[-1])
+    model, x = little().eval(), images(32, 32)
+    expected = model(x)
+    weight = model.layers[0].mixer.in_proj.weight
+    (wanted,) = torch.autograd.grad(expected.square().sum(), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(x)
+    (found,) = torch.autograd.grad(actual.float().square().sum(), weight)
+    assert len(ran) == 4
+    assert not any(weights is None for weights in ran)
+    assert actual.dtype is torch.bfloat16
+    value, gradient = TOLERANCES[torch.bfloat16]
+    assert_close(actual.float(), expected, 4 * value)
+    assert_close(found, wanted, 4 * gradient)

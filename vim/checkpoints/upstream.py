@@ -1,4 +1,6 @@
-"""The original's constructor arguments in ours: the one place that knows its names.
+"""The original's constructor arguments in ours: the one place that knows its values.
+
+`vim.layers.arguments` has the names, for messages.
 
 Facts on the original: hustvl/Vim at dd0358a. Unknown names raise; the original swallows some of them.
 """

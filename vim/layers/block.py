@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from timm.layers import DropPath
+import timm.layers
 from torch import Tensor, nn
 
 from vim.layers.plain_block import plain_weights
+from vim.layers.traced import fx_leaf
 from vim.ops import run_bidirectional_block
+
+
+class DropPath(timm.layers.DropPath):
+    """timm's stochastic depth, which torch.fx can trace in training mode, too."""
+
+    forward = fx_leaf(timm.layers.DropPath.forward)
 
 
 class Block(nn.Module):
@@ -24,11 +32,15 @@ class Block(nn.Module):
         norm: Module from (x, residual) to (normalised sum, sum).
         drop_path: Probability that a sample skips what the block before has added.
 
+    Raises:
+        TypeError: The norm takes no residual.
+
     Source: Zhu et al. 2024, arXiv:2401.09417, section 3.3.
     """
 
     def __init__(self, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
+        _check_norm(norm)
         self.mixer = mixer
         self.norm = norm
         self.drop_path = self.make_drop_path(drop_path)
@@ -38,14 +50,34 @@ class Block(nn.Module):
         """Return stochastic depth, or nothing at a rate of 0."""
         return DropPath(rate) if rate > 0.0 else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the mixer's output and the residual for the next block, (batch, len, dim) each."""
-        if residual is not None:
-            hidden_states = self.drop_path(hidden_states)
+    def forward(
+        self, hidden_states: Tensor | tuple[Tensor, Tensor | None], residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mixer's output and the residual for the next block, (batch, len, dim) each.
+
+        Args:
+            hidden_states: (batch, len, dim), or both that a block returned, as `nn.Sequential` passes them on.
+            residual: Like `hidden_states`, or `None` in the first block.
+        """
+        if isinstance(hidden_states, tuple):
+            if residual is not None:
+                raise TypeError("residual must be left out where hidden_states is what a block returned")
+            return self.forward(*hidden_states)
+        x = hidden_states if residual is None else self.drop_path(hidden_states)
         norm: Any = self.norm
         mixer: Any = self.mixer
-        weights = plain_weights(norm, mixer, hidden_states, residual)
+        weights = plain_weights(norm, mixer, x, residual)
         if weights is not None:
-            return run_bidirectional_block(hidden_states, residual, weights, norm.eps, mixer.merge)
-        hidden_states, residual = norm(hidden_states, residual)
-        return mixer(hidden_states), residual
+            return run_bidirectional_block(x, residual, weights, norm.eps, mixer.merge)
+        y, residual = norm(x, residual)
+        return mixer(y), residual
+
+
+def _check_norm(norm: nn.Module) -> None:
+    try:
+        inspect.signature(norm.forward).bind("x", "residual")
+    except TypeError:
+        raise TypeError(
+            f"norm must take (x, residual) and return their normalised sum and their sum, as vim.RMSNorm and "
+            f"vim.layers.LayerNorm do, got {type(norm).__name__}"
+        ) from None

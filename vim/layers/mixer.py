@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from vim.layers.arguments import refuse_arguments
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
+from vim.layers.traced import fx_leaf
 from vim.layers.watched import is_causal_convolution, is_projection
 from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, check_memory, selective_scan
 
@@ -55,6 +57,7 @@ class Mamba(nn.Module):
         (batch, len, d_model) -> the same.
 
     Raises:
+        TypeError: An argument is unknown.
         ValueError: A size is not positive, or a kind is unknown.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1 ("v2"); Table 4 compares the directions.
@@ -83,8 +86,10 @@ class Mamba(nn.Module):
         layer_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        refuse_arguments("Mamba", unknown, "translate_mixer_args")
         _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         _check_sizes(dt_rank=rank)
@@ -153,6 +158,7 @@ class Mamba(nn.Module):
         init_out_proj(self.out_proj, depth)
         init_bias(self.in_proj)
 
+    @fx_leaf
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix the tokens, (batch, len, d_model) -> the same."""
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vim.layers.traced import fx_leaf
 from vim.ops import add_rms_norm
 
 
@@ -37,6 +38,7 @@ class RMSNorm(nn.Module):
         """Set the scale to one."""
         nn.init.ones_(self.weight)
 
+    @fx_leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the normalised sum and the sum."""
         return add_rms_norm(x, residual, self.weight, self.eps)
@@ -45,6 +47,7 @@ class RMSNorm(nn.Module):
 class AddResidual(nn.Module):
     """Residual addition alone, in the place of a norm that was pruned; shapes as `RMSNorm`."""
 
+    @fx_leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the sum in the dtype of x, and the sum."""
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -58,6 +61,7 @@ class LayerNorm(nn.LayerNorm):
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
 
+    @fx_leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the normalised sum and the sum."""
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from vim.layers.token_sequence import insert_tokens
+from vim.layers.traced import fx_leaf
 from vim.layers.watched import is_patch_projection, is_watched
 from vim.ops import embed_patches, runs_embedding
 
@@ -132,6 +133,7 @@ class PatchEmbed(nn.Module):
                 )
         return rows, columns
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Return the tokens, (batch, patches, embed_dim)."""
         return self.norm(self.proj(self._fitted(x)).flatten(2).mT)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vim.layers.traced import fx_leaf
+
 
 class GridRotary(nn.Module):
     """Rotate neighbouring channels of each patch token by angles of its row and column.
@@ -73,6 +75,7 @@ class GridRotary(nn.Module):
         angles = (angles[..., None] * frequencies).repeat_interleave(2, dim=-1).flatten(2).flatten(0, 1)
         return angles.cos(), angles.sin()
 
+    @fx_leaf
     def forward(self, tokens: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Rotate the patch tokens."""
         cos, sin = (self.freqs_cos, self.freqs_sin) if tables is None else tables

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint, register_notrace_module
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
+from vim.layers.arguments import refuse_arguments
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
@@ -72,6 +74,9 @@ class VisionMamba(nn.Module):
         dynamic_img_pad: Pad images until patches cover them.
         device, dtype: Of the parameters.
 
+    Attributes:
+        tokens: Passes on what `forward_features` returns, for hooks.
+
     Shape:
         (batch, in_chans, height, width) -> (batch, num_classes).
 
@@ -117,8 +122,10 @@ class VisionMamba(nn.Module):
         dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        refuse_arguments("VisionMamba", unknown, "translate_model_args")
         check_kind("cls_position", cls_position, CLS_POSITIONS)
         check_kind("pos_embed", pos_embed, ("learn", "none"))
         check_kind("rotary", rotary, ("none", "hidden", "residual"))
@@ -190,6 +197,7 @@ class VisionMamba(nn.Module):
             for i in range(depth)
         )
         self.norm_f = _NORMS[norm](embed_dim, eps=norm_eps, **place)
+        self.tokens = nn.Identity()  # for hooks
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
@@ -303,6 +311,8 @@ class VisionMamba(nn.Module):
 
     def _embed(self, x: Tensor, cls_index: int | None, token_order: Tensor | None) -> tuple[Tensor, TokenSequence]:
         """Tokens in scan order, (batch, len, embed_dim), and how they came to stand in it."""
+        if isinstance(x, Proxy):
+            self._check_traced()
         grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
@@ -324,6 +334,20 @@ class VisionMamba(nn.Module):
             x = x[:, order]
         flipped = self.flip_ratio > 0 and (self.flip_ratio == 1 or float(torch.rand(())) < self.flip_ratio)
         return x.flip(1) if flipped else x, TokenSequence(grid, places, order, flipped)
+
+    def _check_traced(self) -> None:
+        """Refuse to be traced by torch.fx where calls differ: a graph would hold the sizes and draws of one of them."""
+        differs = {
+            "cls_position": self.cls_position == "random",
+            "token_shuffle": self.token_shuffle,
+            "flip_ratio": 0 < self.flip_ratio < 1,
+            "dynamic_img_size": self.dynamic_img_size,
+        }
+        for name in (name for name, is_on in differs.items() if is_on):
+            raise TypeError(
+                f"torch.fx cannot trace a model with {name}={getattr(self, name)!r}: use forward_intermediates, or "
+                "torch.export for images of any size"
+            )
 
     def _rotate(self, tokens: Tensor, flipped: bool, tables: tuple[Tensor, Tensor]) -> Tensor:
         return self.rope(tokens.flip(1), tables).flip(1) if flipped else self.rope(tokens, tables)
@@ -367,7 +391,7 @@ class VisionMamba(nn.Module):
         x, sequence = self._embed(x, cls_index, token_order)
         x, residual, _ = self._run_layers(x, sequence, self.depth)
         x, _ = self.norm_f(self.drop_path(x), residual)
-        return class_tokens_first(x, sequence.read_out())
+        return self.tokens(class_tokens_first(x, sequence.read_out()))
 
     def forward_intermediates(
         self,
@@ -418,7 +442,7 @@ class VisionMamba(nn.Module):
             result["image_intermediates_prefix"] = prefixes
         if not intermediates_only:
             final, _ = self.norm_f(self.drop_path(x), residual)
-            result["image_features"] = class_tokens_first(final, sequence.read_out())
+            result["image_features"] = self.tokens(class_tokens_first(final, sequence.read_out()))
         if output_dict:
             return result
         pairs = return_prefix_tokens and self.num_prefix_tokens

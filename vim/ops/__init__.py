@@ -2,8 +2,9 @@
 
 from vim.ops import _native as _native
 from vim.ops import _triton as _triton
+from vim.ops import exportable as exportable
 from vim.ops import mamba_ssm as mamba_ssm
-from vim.ops._backends import available_backends, default_backend, unavailable_backends
+from vim.ops._backends import available_backends, default_backend, exportable_ops, unavailable_backends
 from vim.ops._checks import check_memory
 from vim.ops.add_rms_norm.interface import add_rms_norm
 from vim.ops.bidirectional_block.interface import (
@@ -17,7 +18,6 @@ from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
 from vim.ops.embed_patches.interface import embed_patches, runs_embedding
-from vim.ops.exportable import exportable_ops
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [

@@ -57,8 +57,9 @@ _backends: list[Backend] = []
 # Of the backends that are no family of registered ops, by suffix.
 _functions: dict[str, Mapping[str, Callable[..., Any]]] = {}
 # Both belong to a context: a `with` block of one thread or task changes nothing in another one.
-# What runs in place of every backend while a model is exported (see `vim.ops.exportable`).
-_functions_in_place: ContextVar[Mapping[str, Callable[..., Any]] | None] = ContextVar("functions", default=None)
+# What runs in place of every backend while a model is exported (see `vim.ops.exportable`), and whether somebody asked.
+_exportable: dict[str, Callable[..., Any]] = {}
+_exports: ContextVar[bool] = ContextVar("exports", default=False)
 # What `backend=None` means; `None` is the first that can run.
 _default: ContextVar[str | None] = ContextVar("default_backend", default=None)
 # Kinds of devices whose portable ops hold kernels that turned out not to run.
@@ -68,6 +69,11 @@ _pinned: set[str] = set()
 def register_reference(op: str, reference: Callable[..., Any]) -> None:
     """Make `op` known, with the implementation that needs nothing but PyTorch."""
     _references[op] = reference
+
+
+def register_exportable(functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Take these plain functions, one for each op, in place of every backend in exports."""
+    _exportable.update(functions)
 
 
 def register_backend(backend: Backend) -> None:
@@ -135,10 +141,25 @@ def default_backend(name: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def functions_in_place(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Run these plain functions, one for each op, in place of every backend inside a `with` block."""
-    with _set(_functions_in_place, functions):
+def exportable_ops() -> Iterator[None]:
+    """Compose every op of operators that exporters know, inside a `with` block around an export, in this thread.
+
+    `torch.onnx.export` needs no such block.
+    """
+    with _set(_exports, True):
         yield
+
+
+def _is_exported() -> bool:
+    # torch.onnx is asked while graphs are recorded only: its answer takes two imports.
+    records = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return _exports.get() or (records and _is_in_onnx_export())
+
+
+@torch.compiler.assume_constant_result
+def _is_in_onnx_export() -> bool:
+    """Return True inside `torch.onnx.export`; inside a graph of torch.compile its own answer is always False."""
+    return torch.onnx.is_in_onnx_export()
 
 
 @contextlib.contextmanager
@@ -162,9 +183,8 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
         ValueError: No backend has that name.
         RuntimeError: The named backend cannot run here; the message says why.
     """
-    functions = _functions_in_place.get()
-    if functions is not None:
-        return functions[op]
+    if _is_exported():
+        return _exportable[op]
     if not torch.compiler.is_compiling() and is_transformed():
         return _references[op]
     suffix = _suffix(op, backend or _default.get(), tensor.device.type, tensor.dtype)
@@ -173,7 +193,7 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
 
 def runs_by_default(op: str, backend: str, tensor: torch.Tensor) -> bool:
     """Return True if `op` runs on this backend, for tensors like `tensor`, where none is named."""
-    if _functions_in_place.get() is not None or _default.get() not in (None, backend):
+    if _is_exported() or _default.get() not in (None, backend):
         return False
     return _choose(op, None, tensor.device.type, tensor.dtype).name == backend
 

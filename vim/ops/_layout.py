@@ -66,9 +66,11 @@ def checkpoint_interval(*inputs: torch.Tensor | None) -> int:
     """Tokens between the states that an op saves for its backward pass; 0 where it saves none.
 
     An exported program saves none, and its backward pass makes them: their number is a symbol there, of which
-    torch.export asks whether it is one, and the answer would bind the program to sequences of one kind.
+    torch.export asks whether it is one, and the answer would bind the program to sequences of one kind. A traced one
+    saves none either: torch.jit.trace compares the graphs that it records with gradients and without.
     """
-    return CHECKPOINT_EVERY if needs_grad(*inputs) and not torch.compiler.is_exporting() else 0
+    records = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return CHECKPOINT_EVERY if needs_grad(*inputs) and not records else 0
 
 
 def num_chunks(seqlen: int, checkpoint_every: int) -> int:

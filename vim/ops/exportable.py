@@ -6,9 +6,8 @@ runtime. To run in PyTorch every backend is faster. Signatures are those of the 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from vim.ops._backends import functions_in_place
+from vim.ops._backends import register_exportable
 from vim.ops._layout import accumulate_dtype
 from vim.ops.bidirectional_block import reference as bidirectional_block
 from vim.ops.bidirectional_scan.reference import project
@@ -40,6 +39,8 @@ def selective_scan(
     """One scan, (batch, dim, len); no entry states are saved."""
     if A.is_complex():
         raise ValueError(f"A must be real to be exported, got {A.dtype}")
+    if torch.jit.is_tracing():
+        raise RuntimeError("the recurrence needs torch.onnx.export(..., dynamo=True): TorchScript has no loop for it")
     acc, batch, dim = accumulate_dtype(u.dtype), u.shape[0], u.shape[1]
     wide = u.to(acc)
     step = delta.to(acc) if delta_bias is None else delta.to(acc) + delta_bias[:, None]
@@ -117,8 +118,4 @@ _FUNCTIONS["embed_patches"] = embed_patches
 _FUNCTIONS["bidirectional_block"] = functools.partial(bidirectional_block.compose, _FUNCTIONS)
 
 
-@contextlib.contextmanager
-def exportable_ops() -> Iterator[None]:
-    """Compose every op of operators that exporters know, inside a `with` block around an export, in this thread."""
-    with functions_in_place(_FUNCTIONS):
-        yield
+register_exportable(_FUNCTIONS)

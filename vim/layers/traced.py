@@ -1,0 +1,43 @@
+"""Modules that torch.fx records as one node each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from torch.fx import Proxy, Tracer
+
+from vim.layers.watched import is_watched
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def fx_leaf(forward: _Forward) -> _Forward:
+    """Have torch.fx record calls of a module, whose `forward` this decorates, and not what happens in them.
+
+    What a forward asks of shapes and dtypes has no answer while torch.fx traces. A tracer that is told which modules
+    are leaves never calls them; `torch.fx.symbolic_trace` and torchvision's feature extractor cannot be told.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, Proxy):
+                return _record(self, wrapped, cast(Tracer, arg.tracer), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return cast(_Forward, wrapped)
+
+
+def _record(
+    module: nn.Module, forward: Callable[..., Any], tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Proxy:
+    name = type(module).__name__
+    if module is tracer.root:
+        raise TypeError(f"torch.fx records {name} as one node: trace a module that holds it")
+    if is_watched(module) or type(module).forward is not forward:
+        # They run while the module is traced, and would run again in the node.
+        raise TypeError(f"torch.fx cannot trace {name} with a hook or another forward: take it off, or name it a leaf")
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
