@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 emulated.register()
 
 # CI installs everything that tests need, so there a test may be skipped only for what no CI machine has.
-_MAY_BE_SKIPPED = ("no GPU",)
+_MAY_BE_SKIPPED = ("no GPU", "not on this processor")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
