@@ -5,18 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import timm.layers
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vim.layers.plain_block import plain_weights
-from vim.layers.traced import fx_leaf
 from vim.ops import run_bidirectional_block
-
-
-class DropPath(timm.layers.DropPath):
-    """timm's stochastic depth, which torch.fx can trace in training mode, too."""
-
-    forward = fx_leaf(timm.layers.DropPath.forward)
 
 
 class Block(nn.Module):
