@@ -51,7 +51,7 @@ def test_the_setting_opens_it(folder):
     assert sets.class_names == CLASS_NAMES
     assert sets.train.augment.hflip == 0.5
     assert sets.val.augment is None
-    with pytest.raises(ValueError, match=r"model.num_classes must be null or .* 10, got 7"):
+    with pytest.raises(ValueError, match=r"model.num_classes must be null or .* 10 .*, got 7"):
         open_image_sets(
             change(tiny_config(data__dataset="fashion_mnist", data__path=str(folder)), model__num_classes=7)
         )

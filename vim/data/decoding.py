@@ -44,6 +44,8 @@ _said: set[str] = set()
 
 def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Return the image in a file, decoded and upright; raises what is in `BAD_IMAGE`."""
+    if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError("it is not a regular file")  # a pipe that nobody writes to would be read for ever
     with Image.open(file) as image:
         has_16_bits = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile)
         image.load()

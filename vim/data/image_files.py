@@ -1,6 +1,5 @@
 """Images that are files, read and augmented one by one; one that cannot be read is replaced or left out."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,12 +18,6 @@ from vim.data.unreadable import Batch, Unreadable
 
 # So many images in a row that cannot be read mean that the disk is gone, and not that files are damaged.
 _MOST_IN_A_ROW = 10
-
-
-def check_regular(path: str) -> None:
-    """Raise OSError for what is there and no regular file: a pipe that nobody writes to would be read for ever."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("it is not a regular file")
 
 
 class ImageSource(Protocol):
@@ -135,8 +127,6 @@ class ReaderSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image, decoded and upright, and its label."""
-        if isinstance(self.reader, ReaderImageFolder):
-            check_regular(self.name(index))
         file, label = self.reader[index]
         with file:
             return read_image(file), label

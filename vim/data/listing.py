@@ -48,11 +48,13 @@ def _walk(
                 continue
             if entry.is_dir():
                 _walk(entry.path, f"{prefix}{entry.name}/", above | {place}, endings, listing)
+            elif not entry.is_file():
+                dangling = entry.is_symlink() and not os.path.exists(entry.path)
+                listing.passed_over["link to nothing" if dangling else "no regular file"] += 1
             elif entry.name.lower().endswith(endings):
                 listing.paths.append(prefix + entry.name)
             else:
-                dangling = entry.is_symlink() and not os.path.exists(entry.path)
-                listing.passed_over["link to nothing" if dangling else ending_of(entry.name)] += 1
+                listing.passed_over[ending_of(entry.name)] += 1
 
 
 def endings_of(extensions: Sequence[str]) -> tuple[str, ...]:

@@ -73,6 +73,8 @@ def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str,
                 raise CheckpointError(f"model.pretrained_weights must be 'best' or 'raw' for {path}, got 'ema'")
             state, metadata = load_weights(path)
             about = json.loads(metadata.get(METADATA_KEY, "{}"))
+            if not isinstance(about, dict):
+                raise TypeError(f"its {METADATA_KEY} must hold an object, got a {type(about).__name__}")
             return select_weights(state), about, "the"
         contents = read_checkpoint(path)
         if contents.get("format") == FORMAT:
