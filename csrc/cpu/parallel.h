@@ -14,7 +14,7 @@ namespace vim {
 // the calling thread, and there are never more threads than torch is set to or processors for them.
 template <class Function>
 void parallel(int64_t tasks, int64_t work, const Function& function) {
-  constexpr int64_t kWorkPerThread = 16384, kWorkPerPart = 4096;
+  constexpr int64_t kWorkPerThread = 2048, kWorkPerPart = 512;
   if (tasks == 0) return;
   Job job;
   job.run = [](const void* context, int64_t begin, int64_t end) {

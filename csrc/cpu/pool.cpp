@@ -27,9 +27,9 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 // A thread looks out for so long before it sleeps: the caller for parts that others have in hand, a worker for a job.
-constexpr microseconds kCallerLooks{20}, kWorkerLooks{50};
+constexpr microseconds kCallerLooks{20}, kWorkerLooks{200};
 // A worker that has waited longer for its last job sleeps at once: its processor belongs to others between jobs.
-constexpr microseconds kCloseTogether{200};
+constexpr microseconds kCloseTogether{1000};
 constexpr int64_t kWorkers = 255;
 constexpr int kSlots = 16;
 // Parts are no smaller than a 16th of a thread's share.

@@ -6,6 +6,7 @@ from vim.ops import exportable as exportable
 from vim.ops import mamba_ssm as mamba_ssm
 from vim.ops._backends import available_backends, default_backend, exportable_ops, unavailable_backends
 from vim.ops._checks import check_memory
+from vim.ops._transforms import is_eager
 from vim.ops.add_rms_norm.interface import add_rms_norm
 from vim.ops.bidirectional_block.interface import (
     BlockWeights,
@@ -35,6 +36,7 @@ __all__ = [
     "default_backend",
     "embed_patches",
     "exportable_ops",
+    "is_eager",
     "run_bidirectional_block",
     "runs_block",
     "runs_embedding",
