@@ -73,9 +73,10 @@ def _join(pieces: list[Tensor]) -> Tensor:
     In inference on the CPU they are copied in runs that PyTorch copies on the calling thread: its threads spin for
     milliseconds after a parallel copy, and would take the next call's processors (6 of 32 ms for Ti on two cores).
     """
-    batch, _, dim = pieces[0].shape
-    if torch.is_grad_enabled() or not is_eager() or not pieces[0].is_cpu or batch > _MOST_ALONE:
+    is_plain = type(pieces[0]) is Tensor and is_eager() and not torch.is_grad_enabled() and pieces[0].is_cpu
+    if not is_plain or len(pieces[0]) > _MOST_ALONE:
         return torch.cat(pieces, dim=1)
+    batch, _, dim = pieces[0].shape
     joined = pieces[0].new_empty(batch, sum(p.shape[1] for p in pieces), dim)
     run, first = max(1, _PARALLEL_FROM // (dim + 1)), 0
     for piece in pieces:
