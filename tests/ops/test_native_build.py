@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -98,13 +99,19 @@ CALL = (
 )
 
 
+def _processor_time() -> float:
+    """Return what processes that have ended took, which other programs do not change."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_a_real_build_takes_less_than_a_minute(cache):
     """The whole way: nothing cached, the compiler of this machine, then the library in use."""
     if _native_build.find_compiler() is None:
         pytest.skip("no C++ compiler")
-    start = time.monotonic()
+    start = _processor_time()
     done = subprocess.run([sys.executable, "-m", "vim.build"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 60
+    assert _processor_time() - start < 120, "more than a minute of two processors"
     path = Path(done.stdout.splitlines()[-1])
     assert path == find_library()
     assert path.is_relative_to(cache)
