@@ -81,10 +81,10 @@ def rms_norm_fn(
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    for cached in (mamba_ssm._functions, mamba_ssm._why_not_importable, _backends._choose):
+    for cached in (mamba_ssm._functions, _backends._choose):
         cached.cache_clear()
     yield
-    for cached in (mamba_ssm._functions, mamba_ssm._why_not_importable, _backends._choose):
+    for cached in (mamba_ssm._functions, _backends._choose):
         cached.cache_clear()
 
 
@@ -200,7 +200,6 @@ def test_reasons_without_the_packages(monkeypatch):
 
 def test_reasons_with_other_packages(packages, monkeypatch):
     def reason() -> str:
-        mamba_ssm._why_not_importable.cache_clear()
         return vim.ops.unavailable_backends("selective_scan")["mamba_ssm"]
 
     monkeypatch.setattr(sys.modules["causal_conv1d"], "__version__", "1.1.3.post1")

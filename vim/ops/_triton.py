@@ -92,7 +92,6 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _why_not_importable()
 
 
-@functools.cache
 def _why_not_importable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

@@ -117,7 +117,6 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _why_not_importable()
 
 
-@functools.cache
 def _why_not_importable() -> str | None:
     missing = [name.replace("_", "-") for name in _OLDEST if importlib.util.find_spec(name) is None]
     if missing:
