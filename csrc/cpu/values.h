@@ -17,12 +17,13 @@ class FloatWeights {
       return floats(kept_.back());
     }
     const Tensor source = dense(weight);
-    converted_.emplace_back(new float[static_cast<size_t>(source.numel())]);
+    const int64_t count = source.numel();
+    converted_.emplace_back(new float[static_cast<size_t>(count)]);
     float* out = converted_.back().get();
     baseline::with_element(*element_of(source), [&](auto* type) {
       using T = std::remove_reference_t<decltype(*type)>;
       const T* in = static_cast<const T*>(source.const_data_ptr());
-      for (int64_t i = 0; i < source.numel(); ++i) out[i] = baseline::to_float(in[i]);
+      for (int64_t i = 0; i < count; ++i) out[i] = baseline::to_float(in[i]);
     });
     return out;
   }
