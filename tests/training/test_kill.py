@@ -1,6 +1,6 @@
 """A run killed by SIGKILL at a random moment and resumed ends as an unbroken one, to the bit.
 
-`pytest tests/engine/test_kill.py --kills 10` kills ten times; without the option it is twice.
+`pytest tests/training/test_kill.py --kills 10` kills ten times; without the option it is twice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
-from tests.engine.test_trainer import RANDOM, read_summary, same
+from tests.training.test_trainer import RANDOM, read_summary, same
 from tests.processes import start
 from tests.training import tiny_config, write_image_folder
 from vim.checkpoints.io import load_checkpoint

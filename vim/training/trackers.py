@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vim.checkpoints.io import write_text
-from vim.config.engine import TrackerName
+from vim.config.run import TrackerName
 
 _logger = logging.getLogger(__name__)
 
