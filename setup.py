@@ -24,17 +24,17 @@ class _BuildWithKernels(build_py):
         package = Path(self.build_lib) / "vim"
         shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
         if WITH_LIBRARY:
-            native_build = _import_native_build()
+            compilation = _import_compilation()
             (package / "_lib").mkdir(exist_ok=True)
-            shutil.copy(native_build.build(native_build.cpu_recipe(), print), package / "_lib")
+            shutil.copy(compilation.build(compilation.cpu_recipe(), print), package / "_lib")
 
 
-def _import_native_build():
-    """Import vim/ops/_native_build.py without the packages around it, which need more than torch."""
-    for name in ("vim", "vim.ops"):
+def _import_compilation():
+    """Import vim/ops/build/compilation.py without the packages around it, which need more than torch."""
+    for name in ("vim", "vim.ops", "vim.ops.build"):
         package = sys.modules[name] = types.ModuleType(name)
         package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
-    return importlib.import_module("vim.ops._native_build")
+    return importlib.import_module("vim.ops.build.compilation")
 
 
 class _WithLibrary(Distribution):

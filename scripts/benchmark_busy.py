@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vim.engine.benchmark import make_call
-from vim.engine.machine import describe_machine, keep_freed_memory
+from vim.benchmarking.models import make_call
+from vim.runtime.machine import describe_machine, keep_freed_memory
 
 _SHAPES = (
     "224:1:float32:inference",

@@ -1,5 +1,5 @@
 // The kernel whose main loops scripts/check_cuda_compiles.sh counts: two channels a thread, bfloat16, dt_rank 12.
-#include "scan_walk.h"
+#include "forward_kernel.h"
 
 namespace vim {
 namespace VIM_ISA {

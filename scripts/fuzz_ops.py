@@ -359,12 +359,12 @@ def _describe(arguments: Any) -> str:
 
 def _load(library: str, emulated_too: bool) -> None:
     import vim  # noqa: F401
-    from vim.ops import _native
+    from vim.ops.backends import native
 
     if library:
         torch.ops.load_library(library)
-        _native.cpu.path = Path(library)
-    reason = _native.load()
+        native.cpu.path = Path(library)
+    reason = native.load()
     if reason is not None:
         raise SystemExit(f"there are no native kernels: {reason}")
     if emulated_too:
@@ -385,19 +385,19 @@ def _limit_memory() -> None:
 
 def build_sanitized() -> Path:
     """Build the CPU's library for sanitizers, in a cache of its own."""
-    from vim.ops import _native_build
+    from vim.ops.build import compilation
 
-    recipe = _native_build.cpu_recipe()
+    recipe = compilation.cpu_recipe()
     units = tuple(dataclasses.replace(unit, flags=(*unit.flags, *SANITIZERS, "-O1")) for unit in recipe.units)
     recipe = dataclasses.replace(recipe, units=units, link=(*recipe.link, *SANITIZERS))
-    return _native_build.build(recipe, lambda line: sys.stderr.write(f"{line}\n") and None)
+    return compilation.build(recipe, lambda line: sys.stderr.write(f"{line}\n") and None)
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
     """Return the environment of the processes that make the calls."""
     if not options.sanitize:
         return dict(os.environ)
-    from vim.ops._native_build import find_compiler
+    from vim.ops.build.compilation import find_compiler
 
     compiler = find_compiler() or ["g++"]
     paths = [

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernels import Shape, kernel_rows, kernels_of
+from gpu_report import write_gpu_report
 
-from vim.engine.benchmark import Mode, measure_case
-from vim.engine.gpu import captured, describe_gpu, probe_gpu, time_calls
-from vim.engine.gpu_report import write_gpu_report
-from vim.engine.kernel_table import Shape, kernel_rows, kernels_of
-from vim.engine.machine import describe_machine
+from vim.benchmarking.models import Mode, measure_case
 from vim.ops import unavailable_backends
+from vim.runtime.gpu import captured, describe_gpu, probe_gpu, time_calls
+from vim.runtime.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()

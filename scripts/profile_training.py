@@ -18,9 +18,9 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from vim.config.load import parse_command_line
-from vim.engine.run_folder import RunFolder
-from vim.engine.stop import RunStopped
-from vim.engine.trainer import Trainer
+from vim.runtime.preemption import RunStopped
+from vim.training.run_folder import RunFolder
+from vim.training.trainer import Trainer
 
 _WARM_UP, _STEPS = 5, 20
 _PARTS = ("vim: wait for images", "vim: forward", "vim: backward")

@@ -22,7 +22,7 @@ _MAY_BE_SKIPPED = ("no GPU", "not on this processor")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of single tests."""
-    parser.addoption("--kills", type=int, default=2, help="how often to kill a run in tests/engine/test_kill.py")
+    parser.addoption("--kills", type=int, default=2, help="how often to kill a run in tests/training/test_kill.py")
 
 
 @pytest.hookimpl(wrapper=True)

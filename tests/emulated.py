@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from vim.ops import _native_build
-from vim.ops._backends import Backend, Inapplicable, register_backend
-from vim.ops._library import define_family
+from vim.ops.backends.registry import Backend, Inapplicable, register_backend
+from vim.ops.build import compilation
+from vim.ops.common.registration import define_family
 
 SUFFIX = "_emulated"
 _SOURCES = Path(__file__).parents[1] / "csrc"
+_EMULATION = Path(__file__).parent / "cuda"
 # More flags for the compiler and the linker, such as sanitizers (scripts/sanitize.sh)
 _EXTRA = tuple(os.environ.get("VIM_EMULATED_FLAGS", "").split())
 _FLAGS = (
@@ -44,7 +45,7 @@ def register() -> None:
 @functools.cache
 def load() -> Path:
     """Build the library, unless an equal one lies in the cache, and attach its kernels."""
-    folder = _native_build.cache_folders()[0] / f"emulated-{_key()}"
+    folder = compilation.cache_folders()[0] / f"emulated-{_key()}"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "libemulated.so"
     with open(folder / "lock", "w") as lock:
@@ -65,7 +66,8 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _files() -> list[Path]:
-    return sorted(p for folder in ("common", "cuda") for p in (_SOURCES / folder).iterdir())
+    files = [p for folder in ("common", "cuda") for p in (_SOURCES / folder).iterdir()]
+    return sorted([*files, *_EMULATION.glob("emulation.*")])
 
 
 def _key() -> str:
@@ -79,7 +81,7 @@ def _key() -> str:
 
 
 def _compiler() -> list[str]:
-    compiler = _native_build.find_compiler()
+    compiler = compilation.find_compiler()
     assert compiler is not None, "the tests need a C++ compiler"
     return compiler
 
@@ -91,8 +93,8 @@ def _build(library: Path) -> None:
         def compile_file(source: Path) -> str:
             flags = _BINDING_FLAGS if source.name.startswith("bind_") else _KERNEL_FLAGS
             target = f"{aside}/{source.name}.o"
-            include = f"-isystem{torch_folder / 'include'}"
-            subprocess.run([*_compiler(), *flags, include, "-x", "c++", "-c", source, "-o", target], check=True)
+            includes = (f"-isystem{torch_folder / 'include'}", f"-I{_EMULATION}", f"-I{_SOURCES / 'cuda'}")
+            subprocess.run([*_compiler(), *flags, *includes, "-x", "c++", "-c", source, "-o", target], check=True)
             return target
 
         sources = [p for p in _files() if p.suffix in (".cu", ".cpp") and p.parent.name == "cuda"]

@@ -13,10 +13,10 @@ import torch
 from tests.training import TINY_OPTIONS, tiny_config
 from vim import train
 from vim.checkpoints.io import CheckpointError, load_weights, save_checkpoint, save_weights
-from vim.engine.model import build_model, without_weights
-from vim.engine.run_state import Position, _position
-from vim.engine.starting_weights import load_starting_weights
-from vim.engine.trained_model import load_trained_model
+from vim.inference.trained_model import load_trained_model
+from vim.models.build import build_model, without_weights
+from vim.models.starting_weights import load_starting_weights
+from vim.training.state import Position, _position
 
 
 class Attack:

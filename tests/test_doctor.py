@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from vim import doctor
-from vim.ops import _backends, _native
+from vim.ops.backends import native, registry
 
 
 def test_report(capsys):
@@ -14,15 +14,15 @@ def test_report(capsys):
     report = capsys.readouterr().out
     for word in ("versions", "torch", "timm", "processor", "compiler", "cache", "native kernels", "sources"):
         assert word in report
-    assert set(doctor.OPS) == set(_backends._references)
+    assert set(doctor.OPS) == set(registry._references)
     for op in doctor.OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
 
 
 def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):
-    monkeypatch.setattr(_native.cpu, "path", None)
-    monkeypatch.setattr(_native.cpu, "reason", "no compiler was found")
+    monkeypatch.setattr(native.cpu, "path", None)
+    monkeypatch.setattr(native.cpu, "reason", "no compiler was found")
     assert doctor.main() == 0
     report = capsys.readouterr().out
     assert "not in use: no compiler was found" in report

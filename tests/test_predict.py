@@ -25,10 +25,10 @@ from vim import predict
 from vim.checkpoints.io import CheckpointError, save_weights
 from vim.config.load import config_to_dict
 from vim.config.schema import TrainConfig
-from vim.engine.predictor import describe_classes, list_images, load_predictor
-from vim.engine.run_folder import RunFolder
-from vim.engine.starting_weights import METADATA_KEY
-from vim.engine.trainer import Trainer
+from vim.inference.predictor import describe_classes, list_images, load_predictor
+from vim.models.starting_weights import METADATA_KEY
+from vim.training.run_folder import RunFolder
+from vim.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_classes_that_are_folders_of_imagenet_are_put_into_words():
 
 def test_predicting_does_not_need_the_packages_of_training():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'rich', 'matplotlib', 'sklearn']))"
-    code = f"{blocked}; import vim.predict, vim.engine.predictor"
+    code = f"{blocked}; import vim.predict, vim.inference.predictor"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -16,8 +16,8 @@ import pytest
 from tests.training import TINY_OPTIONS, write_image_folder
 from vim import predict, train
 from vim.checkpoints.io import load_checkpoint
-from vim.engine.optim import Schedule
-from vim.engine.trainer import Trainer
+from vim.training.optim import Schedule
+from vim.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SYNTHETIC = ["--data.dataset", "synthetic", "--data.synthetic_images", "48", *TINY_OPTIONS]

@@ -15,9 +15,9 @@ from tests.models.test_pretrained import make_original_checkpoint
 from tests.processes import run_together
 from tests.training import tiny_config, write_image_folder
 from vim import validate
-from vim.engine.run_folder import RunFolder
-from vim.engine.trainer import Trainer
-from vim.engine.validate import ConfusionCounter
+from vim.inference.validation import ConfusionCounter
+from vim.training.run_folder import RunFolder
+from vim.training.trainer import Trainer
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 FILES = ["classes.csv", "confusion.csv", "confusion.png", "results.json"]
@@ -116,7 +116,7 @@ def test_guesses_are_counted_by_class():
 
 
 def validate_alone():
-    from vim.engine.distributed import Processes
+    from vim.runtime.distributed import Processes
 
     return Processes()
 

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jsonargparse import CLI
     except ImportError:
         return _fail('it needs the "train" extra: pip install "vimamba[train]"')
-    from vim.engine.benchmark import run_benchmark
+    from vim.benchmarking.models import run_benchmark
 
     try:
         arguments = None if argv is None else list(argv)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vim.ops import _native_build, _native_cuda
+from vim.ops.build import compilation, cuda_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,30 +22,30 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        architectures = [_native_cuda.parse_architecture(text) for text in options.cuda or ()]
+        architectures = [cuda_recipe.parse_architecture(text) for text in options.cuda or ()]
     except ValueError as error:
         parser.error(f"--cuda: {error}")
     try:
         print(_cpu(options.force))
         if options.cuda is not None:
             print(_cuda(architectures, options.force))
-    except _native_build.BuildError as error:
+    except compilation.BuildError as error:
         print(f"vim.build: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _cpu(force: bool) -> Path:
-    recipe = _native_build.cpu_recipe()
-    found = None if force else _native_build.find_library(recipe)
-    return found or _native_build.build(recipe, _report, force)
+    recipe = compilation.cpu_recipe()
+    found = None if force else compilation.find_library(recipe)
+    return found or compilation.build(recipe, _report, force)
 
 
-def _cuda(wanted: list[_native_cuda.Architecture], force: bool) -> Path:
-    chosen = wanted or _native_cuda.visible_architectures() or _native_cuda.DEFAULT_ARCHITECTURES
-    recipe = _native_cuda.recipe(chosen)
-    found = None if force else _native_build.find_library(recipe)
-    return found or _native_build.build(recipe, _report, force)
+def _cuda(wanted: list[cuda_recipe.Architecture], force: bool) -> Path:
+    chosen = wanted or cuda_recipe.visible_architectures() or cuda_recipe.DEFAULT_ARCHITECTURES
+    recipe = cuda_recipe.recipe(chosen)
+    found = None if force else compilation.find_library(recipe)
+    return found or compilation.build(recipe, _report, force)
 
 
 def _report(line: str) -> None:

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="", metavar="NAME", help="timm model that the weights must fit")
     options = parser.parse_args(argv)
 
-    from vim.engine.convert import convert
+    from vim.inference.convert import convert
 
     try:
         convert(options.source, options.out, options.weights, options.model)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
-from vim.ops import _native, _native_build, _native_cuda, available_backends, unavailable_backends
-from vim.ops._private_folders import private_folder
+from vim.ops import available_backends, unavailable_backends
+from vim.ops.backends import native
+from vim.ops.build import compilation, cuda_recipe
+from vim.ops.build.private_folders import private_folder
 from vim.version import __version__
 
 OPS = (
@@ -75,14 +77,14 @@ def _processor() -> Iterator[str]:
 
 
 def _library() -> Iterator[str]:
-    compiler = _native_build.find_compiler()
+    compiler = compilation.find_compiler()
     yield f"compiler: {_compiler_version(compiler) if compiler else 'none'}"
-    yield f"sources: {_native_build.find_sources() or 'not installed'}"
-    for folder in _native_build.cache_folders():
+    yield f"sources: {compilation.find_sources() or 'not installed'}"
+    for folder in compilation.cache_folders():
         yield f"cache: {folder} ({_state_of(folder)})"
-    reason = _native.load()
+    reason = native.load()
     if reason is None:
-        yield f"library: {_native.cpu.path}, using {_native.capability()}"
+        yield f"library: {native.cpu.path}, using {native.capability()}"
     else:
         yield f"not in use: {reason}"
 
@@ -98,15 +100,15 @@ def _state_of(folder: Path) -> str:
 
 
 def _cuda_library() -> Iterator[str]:
-    nvcc = _native_cuda.find_nvcc()
+    nvcc = cuda_recipe.find_nvcc()
     yield f"compiler: {_compiler_version([str(nvcc)]) if nvcc else 'none'}"
     if torch.version.cuda is None:
         yield "not in use: this PyTorch was built without CUDA"
     elif torch.cuda.is_available():
-        reason = _native.cuda.load()
-        yield f"library: {_native.cuda.path}" if reason is None else f"not in use: {reason}"
+        reason = native.cuda.load()
+        yield f"library: {native.cuda.path}" if reason is None else f"not in use: {reason}"
     else:
-        found = _native_cuda.find_library(_native_cuda.DEFAULT_ARCHITECTURES)
+        found = cuda_recipe.find_library(cuda_recipe.DEFAULT_ARCHITECTURES)
         yield f"not in use: torch finds no GPU ({f'{found} is built' if found else 'none is built'})"
 
 
@@ -138,7 +140,7 @@ def _backends() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    from vim.engine.terminal import end_with_reader
+    from vim.runtime.terminal import end_with_reader
 
     end_with_reader()
     sys.exit(main())

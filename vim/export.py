@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jsonargparse import CLI
     except ImportError as error:
         return _fail(f'it needs {error.name}: pip install "vimamba[export]"', 2)
-    from vim.engine.export import export_onnx
-    from vim.engine.stop import exits_on_sigterm
+    from vim.inference.onnx import export_onnx
+    from vim.runtime.preemption import exits_on_sigterm
 
     try:
         with exits_on_sigterm():  # what is half written is removed then

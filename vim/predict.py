@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vim.engine.predictor import Prediction
+    from vim.inference.predictor import Prediction
 
 _DESCRIPTION = """Print the likeliest classes of an image, or of every image below a folder, with their probabilities.
 
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _make_parser().parse_args(argv)
 
     from vim.data.listing import describe_passed_over
-    from vim.engine.model import resolve_device
-    from vim.engine.predictor import list_images, load_predictor
-    from vim.engine.terminal import show_any_name
+    from vim.inference.predictor import list_images, load_predictor
+    from vim.runtime.device import resolve_device
+    from vim.runtime.terminal import show_any_name
 
     show_any_name()
     passed_over: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def _show(prediction: "Prediction") -> int:
 
 
 if __name__ == "__main__":
-    from vim.engine.terminal import end_with_reader
+    from vim.runtime.terminal import end_with_reader
 
     end_with_reader()
     sys.exit(main())

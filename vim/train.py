@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vim.engine.distributed import Processes
-    from vim.engine.run_folder import RunFolder
-    from vim.engine.trainer import Trainer
+    from vim.runtime.distributed import Processes
+    from vim.training.run_folder import RunFolder
+    from vim.training.trainer import Trainer
 
 _NEEDED = ("jsonargparse", "rich", "matplotlib", "sklearn")
 
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         names = ", ".join(missing)
         return _fail(f'training needs {names}: pip install "vimamba[train]", or -e ".[train]" in a clone', 2)
-    from vim.engine.distributed import JoinError, Refused, join_processes
-    from vim.engine.terminal import show_any_name
+    from vim.runtime.distributed import JoinError, Refused, join_processes
+    from vim.runtime.terminal import show_any_name
 
     show_any_name()
     try:
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
     """Read the command line, open the data and build the model, for a new run or for one that is carried on."""
     from vim.config.load import parse_command_line
-    from vim.engine.run_folder import RunFolder, choose_run_folder
-    from vim.engine.trainer import Trainer
+    from vim.training.run_folder import RunFolder, choose_run_folder
+    from vim.training.trainer import Trainer
 
     command = processes.together(lambda: parse_command_line(argv))
 
@@ -74,7 +74,7 @@ def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
 
 def _restarted_folder(output: "Path | None") -> "RunFolder":
     """Return the folder to carry on in, where torchrun has started the processes of a run once more."""
-    from vim.engine.run_folder import RunFolder
+    from vim.training.run_folder import RunFolder
 
     if output is None:
         raise ValueError("--output must name the folder of a run that torchrun restarts, or each start makes a new one")
@@ -83,11 +83,11 @@ def _restarted_folder(output: "Path | None") -> "RunFolder":
 
 def _train(trainer: "Trainer") -> int:
     """Train, and say what to do next."""
-    from vim.engine.agreement import Disagreement
-    from vim.engine.nonfinite import NonFiniteError
-    from vim.engine.run_lock import FolderInUse
-    from vim.engine.stop import RunStopped
-    from vim.engine.terminal import write_out
+    from vim.runtime.agreement import Disagreement
+    from vim.runtime.preemption import RunStopped
+    from vim.runtime.terminal import write_out
+    from vim.training.nonfinite import NonFiniteError
+    from vim.training.run_lock import FolderInUse
 
     folder = shlex.quote(str(trainer.folder.path))
     carry_on = f"python -m vim.train --resume {folder}"

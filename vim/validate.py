@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vim.engine.validate import Validation
+    from vim.inference.validation import Validation
 
 _DESCRIPTION = """Evaluate a model on every image of a data set once: loss, top-1 and top-5 accuracy, a table of the
 classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png).
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f'vim.validate: {", ".join(missing)} is not installed: pip install "vimamba[train]"\n')
         return 2
 
-    from vim.engine.distributed import JoinError, join_processes
-    from vim.engine.terminal import show_any_name, write_out
-    from vim.engine.validate import ValidateOptions, validate, write_validation
+    from vim.inference.validation import ValidateOptions, validate, write_validation
+    from vim.runtime.distributed import JoinError, join_processes
+    from vim.runtime.terminal import show_any_name, write_out
 
     show_any_name()
     try:
@@ -96,7 +96,7 @@ def _make_parser() -> argparse.ArgumentParser:
 def _show(validation: "Validation") -> None:
     """Print the figures, and what is missing from them."""
     from vim.data.listing import describe_passed_over
-    from vim.engine.terminal import write_out
+    from vim.runtime.terminal import write_out
 
     result = validation.result
     top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"

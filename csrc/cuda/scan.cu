@@ -2,7 +2,7 @@
 #include "scan.h"
 
 #include "scan_math.h"
-#include "scan_passes.h"
+#include "workspace.h"
 
 namespace vim {
 namespace VIM_ISA {

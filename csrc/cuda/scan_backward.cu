@@ -1,5 +1,5 @@
 // The fast backward pass of a scan: up to 16 states, saved states at most 64 tokens apart; the mathematics are at the top
-// of scan_general_backward.cu.
+// of generic_backward.cu.
 //
 // A block is 32 channels of one batch element in one direction. It takes the chunks between saved states against scan
 // order. What depends on token and channel alone (step sizes, inputs, gradients that arrive) is put into shared memory
@@ -10,7 +10,7 @@
 // dB and dC are summed over the eight channels of a warp by a butterfly that leaves one of eight sums in each lane, then
 // over the warps in shared memory: one partial for each block of channels, added up by scan_reduce.cu.
 #include "scan_math.h"
-#include "scan_passes.h"
+#include "workspace.h"
 
 namespace vim {
 namespace VIM_ISA {

@@ -1,6 +1,6 @@
-// Decides how a fast forward pass runs; its kernels are in scan_walk.h.
-#include "scan_passes.h"
-#include "scan_walk.h"
+// Decides how a fast forward pass runs; its kernels are in forward_kernel.h.
+#include "workspace.h"
+#include "forward_kernel.h"
 
 namespace vim {
 namespace VIM_ISA {

@@ -1,5 +1,5 @@
-// The kernels of scan_walk.h for float16.
-#include "scan_walk.h"
+// The kernels of forward_kernel.h for float16.
+#include "forward_kernel.h"
 
 namespace vim {
 namespace VIM_ISA {

@@ -1,6 +1,6 @@
 // The last passes of the scans' backward: sums of partials in a fixed order, one thread per number.
 #include "scan_math.h"
-#include "scan_passes.h"
+#include "workspace.h"
 
 namespace vim {
 namespace VIM_ISA {

@@ -10,8 +10,8 @@ import yaml
 
 from vim.config.load import config_from_dict, parse_command_line, setting_names
 from vim.config.schema import IMAGE_EXTENSIONS, TrainConfig
-from vim.engine.model import build_model
-from vim.engine.optim import Schedule
+from vim.models.build import build_model
+from vim.training.optim import Schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))

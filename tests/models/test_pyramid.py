@@ -11,7 +11,7 @@ from torch import nn
 
 import vim
 from tests.helpers import assert_close
-from vim.engine.export import write_onnx
+from vim.inference.onnx import write_onnx
 from vim.models import VimPyramid, variants
 
 NAME = "vim_tiny_pyramid_patch16_224"

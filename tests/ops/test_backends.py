@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import vim.ops
-from vim.ops import _backends, available_backends, unavailable_backends
-from vim.ops._backends import resolve_backend
+from vim.ops import available_backends, unavailable_backends
+from vim.ops.backends import registry
+from vim.ops.backends.registry import resolve_backend
 
 OPS = [
     *("add_rms_norm", "bidirectional_block", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d"),
@@ -29,7 +30,7 @@ def test_the_reference_runs_everywhere(op):
 @pytest.mark.parametrize("op", OPS)
 def test_every_backend_is_available_or_says_why_not(op):
     reasons = unavailable_backends(op)
-    assert set(available_backends(op)) | set(reasons) == {b.name for b in _backends._backends}
+    assert set(available_backends(op)) | set(reasons) == {b.name for b in registry._backends}
     assert all(len(reason) > 10 for reason in reasons.values())
 
 
@@ -42,12 +43,12 @@ def test_unknown_op():
 @pytest.fixture
 def absent_backend(monkeypatch):
     """A backend that cannot run, in front of the others."""
-    record = _backends.Backend("imaginary", "_imaginary", lambda op, device, dtype: "it does not exist")
-    monkeypatch.setattr(_backends, "_backends", [record, *_backends._backends])
-    _backends._choose.cache_clear()
-    _backends._warn_once.cache_clear()
+    record = registry.Backend("imaginary", "_imaginary", lambda op, device, dtype: "it does not exist")
+    monkeypatch.setattr(registry, "_backends", [record, *registry._backends])
+    registry._choose.cache_clear()
+    registry._warn_once.cache_clear()
     yield
-    _backends._choose.cache_clear()
+    registry._choose.cache_clear()
 
 
 def test_a_backend_that_is_named_runs_or_raises_with_the_reason(absent_backend):
@@ -66,7 +67,7 @@ def test_a_default_falls_back_and_says_so_once(absent_backend, caplog):
 
 def test_default_backend_for_a_block(monkeypatch):
     taken = []
-    monkeypatch.setattr(_backends, "_suffix", lambda op, backend, *key: taken.append(backend) or "_reference")
+    monkeypatch.setattr(registry, "_suffix", lambda op, backend, *key: taken.append(backend) or "_reference")
     x, weight = torch.ones(2, 3), torch.ones(3)
     with vim.ops.default_backend("reference"):
         vim.ops.add_rms_norm(x, None, weight)
@@ -98,12 +99,12 @@ def test_import_is_light():
 
 
 def test_a_backend_by_name_only_is_never_the_default(monkeypatch):
-    record = _backends.Backend("shy", "_reference", lambda op, device, dtype: None, by_name_only=True)
-    monkeypatch.setattr(_backends, "_backends", [record, *_backends._backends])
-    _backends._choose.cache_clear()
-    assert _backends._suffix("add_rms_norm", "shy", "cpu", torch.float32) == "_reference"
-    assert _backends._suffix("add_rms_norm", None, "cpu", torch.float32) == ""
-    _backends._choose.cache_clear()
+    record = registry.Backend("shy", "_reference", lambda op, device, dtype: None, by_name_only=True)
+    monkeypatch.setattr(registry, "_backends", [record, *registry._backends])
+    registry._choose.cache_clear()
+    assert registry._suffix("add_rms_norm", "shy", "cpu", torch.float32) == "_reference"
+    assert registry._suffix("add_rms_norm", None, "cpu", torch.float32) == ""
+    registry._choose.cache_clear()
 
 
 @pytest.mark.parametrize("enter", [lambda: vim.ops.default_backend("reference"), vim.ops.exportable_ops])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from vim.ops import _native_build
+from vim.ops.build import compilation
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_probe(tmp_path):
-    cuda = ROOT / "csrc" / "cuda"
-    compiler = _native_build.find_compiler()
+    kernels, emulation = ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda"
+    compiler = compilation.find_compiler()
     assert compiler is not None
     subprocess.run(
         [
-            *(*compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{cuda}", "-o", str(tmp_path / "probe")),
-            *("-x", "c++", str(ROOT / "tests/cuda/emulation_probe.cu"), str(cuda / "emulation.cpp")),
+            *(*compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{kernels}", f"-I{emulation}"),
+            *("-o", str(tmp_path / "probe"), "-x", "c++", *map(str, emulation.glob("emulation*.c*"))),
         ],
         check=True,
     )

@@ -24,7 +24,8 @@ from tests.helpers import (
 )
 from vim.checkpoints.upstream import translate_mixer_args
 from vim.layers.norm import RMSNorm
-from vim.ops import ScanOperands, _backends, bidirectional_scan, default_backend, mamba_ssm, selective_scan
+from vim.ops import ScanOperands, bidirectional_scan, default_backend, selective_scan
+from vim.ops.backends import mamba_ssm, registry
 
 
 def selective_scan_fn(
@@ -81,10 +82,10 @@ def rms_norm_fn(
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    for cached in (mamba_ssm._functions, _backends._choose):
+    for cached in (mamba_ssm._functions, registry._choose):
         cached.cache_clear()
     yield
-    for cached in (mamba_ssm._functions, _backends._choose):
+    for cached in (mamba_ssm._functions, registry._choose):
         cached.cache_clear()
 
 
@@ -185,7 +186,7 @@ def test_a_block_of_a_model(packages):
 def test_it_is_never_the_default(packages):
     for op in mamba_ssm._FUNCTIONS:
         assert vim.ops.available_backends(op)[-1] == "mamba_ssm"
-        assert _backends._suffix(op, None, "cpu", torch.float32) != "_mamba_ssm"
+        assert registry._suffix(op, None, "cpu", torch.float32) != "_mamba_ssm"
 
 
 def test_reasons_without_the_packages(monkeypatch):

@@ -15,11 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.ops import test_product
 from tests.ops.kernel_checks import FLOATS, KernelChecks, noise
-from vim.ops import _native, _native_build
-from vim.ops._backends import Inapplicable
+from vim.ops.backends import native
+from vim.ops.backends.registry import Inapplicable
+from vim.ops.build import compilation
 
-REASON = _native.load()
-if REASON is not None and not isinstance(REASON, Inapplicable) and _native_build.find_compiler() is not None:
+REASON = native.load()
+if REASON is not None and not isinstance(REASON, Inapplicable) and compilation.find_compiler() is not None:
     raise RuntimeError(f"there is a compiler, but there are no native kernels: {REASON}")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 
@@ -75,7 +76,7 @@ def check_shapes() -> None:
 @pytest.mark.parametrize("capability", ["avx512bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set(capability):
     code = (
-        "from tests.ops.test_native_kernels import check_shapes, _native\ncheck_shapes()\nprint(_native.capability())\n"
+        "from tests.ops.test_native_kernels import check_shapes, _native\ncheck_shapes()\nprint(native.capability())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.processes import run_together
-from vim.ops import _native, _native_build
-from vim.ops._backends import Inapplicable
+from vim.ops.backends import native
+from vim.ops.backends.registry import Inapplicable
+from vim.ops.build import compilation
 
-REASON = _native.load()
-if REASON is not None and not isinstance(REASON, Inapplicable) and _native_build.find_compiler() is not None:
+REASON = native.load()
+if REASON is not None and not isinstance(REASON, Inapplicable) and compilation.find_compiler() is not None:
     raise RuntimeError(f"there is a compiler, but there are no native kernels: {REASON}")
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}"),
@@ -179,7 +180,7 @@ def test_exits_right_after_use():
 
 def test_pool_under_stress(tmp_path):
     """More callers, threads and jobs than there is room for, jobs within jobs, and the quotas of containers."""
-    compiler = _native_build.find_compiler()
+    compiler = compilation.find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
     sources = ("csrc/cpu/pool.cpp", "csrc/cpu/processors.cpp", "scripts/pool_driver.cpp")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vim.ops import _private_folders
-from vim.ops._private_folders import NotPrivate, private_folder
+from vim.ops.build import private_folders
+from vim.ops.build.private_folders import NotPrivate, private_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no owners and modes of this kind")
 
@@ -48,9 +48,9 @@ def test_a_folder_that_others_can_write(name, mode, tmp_path):
 def test_a_folder_that_a_group_can_write(tmp_path, monkeypatch):
     """Nobody else is in a user's own group, to which many systems let new folders belong, to be written."""
     tmp_path.chmod(0o770)
-    monkeypatch.setattr(_private_folders, "_is_own_group", lambda group: True)
+    monkeypatch.setattr(private_folders, "_is_own_group", lambda group: True)
     assert private_folder(tmp_path) == tmp_path
-    monkeypatch.setattr(_private_folders, "_is_own_group", lambda group: False)
+    monkeypatch.setattr(private_folders, "_is_own_group", lambda group: False)
     with pytest.raises(NotPrivate, match="can be written by other users"):
         private_folder(tmp_path)
 
@@ -97,7 +97,7 @@ def test_in_a_container_root_may_be_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "lstat", lstat_of)
     with pytest.raises(NotPrivate, match="/ belongs to another user"):
         private_folder(tmp_path)
-    monkeypatch.setattr(_private_folders, "_knows_root", lambda: False)
+    monkeypatch.setattr(private_folders, "_knows_root", lambda: False)
     if any(lstat(p).st_mode & stat.S_IWOTH for p in tmp_path.parents):
         with pytest.raises(NotPrivate, match="belongs to another user"):
             private_folder(tmp_path)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tests.ops.kernel_checks import FLOATS
-from vim.ops import _native
+from vim.ops.backends import native
 
-REASON = _native.load()
+REASON = native.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 
 _generator = torch.Generator().manual_seed(9)
@@ -61,7 +61,7 @@ def check_product(
         c.copy_(before)
     torch.ops.vim.product_(a, b, bias, accumulate, c)
     exact_b = b.double()
-    if a.dtype is torch.bfloat16 and _native.capability() == "avx512bf16":
+    if a.dtype is torch.bfloat16 and native.capability() == "avx512bf16":
         exact_b = b.bfloat16().double()
     exact, scale = a.double() @ exact_b, a.double().abs() @ exact_b.abs()
     for term in (bias, before if accumulate else None):

@@ -18,7 +18,7 @@ from tests.helpers import (
     make_scan_inputs,
 )
 from vim.ops import available_backends, selective_scan
-from vim.ops._layout import CHECKPOINT_EVERY
+from vim.ops.common.layout import CHECKPOINT_EVERY
 from vim.ops.selective_scan import reference
 
 BACKENDS = available_backends("selective_scan")
@@ -84,7 +84,7 @@ def _kinds() -> dict[str, dict[str, torch.Tensor | None]]:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("kind", list(_kinds()))
 def test_gradcheck_reference(kind, reverse, every, monkeypatch):
-    monkeypatch.setattr("vim.ops._layout.CHECKPOINT_EVERY", every)
+    monkeypatch.setattr("vim.ops.common.layout.CHECKPOINT_EVERY", every)
     inputs = {**make_scan_inputs(2, 4, 5, 3, dtype=torch.float64), **_kinds()[kind]}
     names = [name for name, tensor in inputs.items() if tensor is not None]
     leaves = [inputs[name].detach().requires_grad_() for name in names]

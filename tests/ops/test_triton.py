@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vim.ops import _backends, available_backends, unavailable_backends
+from vim.ops import available_backends, unavailable_backends
+from vim.ops.backends import registry
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -98,9 +99,9 @@ def test_reasons():
 
 
 def test_a_gpu_runs_on_triton_and_a_machine_without_it_is_told_so(monkeypatch):
-    _backends._choose.cache_clear()
-    assert _backends._suffix("selective_scan", None, "cuda", torch.float32) == "_triton"
-    assert _backends._suffix("selective_scan", None, "cuda", torch.float64) == ""
+    registry._choose.cache_clear()
+    assert registry._suffix("selective_scan", None, "cuda", torch.float32) == "_triton"
+    assert registry._suffix("selective_scan", None, "cuda", torch.float64) == ""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert unavailable_backends("selective_scan", "cuda")["triton"] == "triton is not installed"
-    _backends._choose.cache_clear()
+    registry._choose.cache_clear()

@@ -16,7 +16,7 @@ from vim.config.checks import (
     check_positive,
     check_range,
 )
-from vim.config.engine import DistillConfig, LogConfig, ProgressiveConfig, SaveConfig
+from vim.config.run import DistillConfig, LogConfig, ProgressiveConfig, SaveConfig
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]

@@ -1,13 +1,11 @@
 """The ops of Vision Mamba: one folder an op, `interface.py` is what users call, `reference.py` is the specification."""
 
-from vim.ops import _native as _native
-from vim.ops import _triton as _triton
-from vim.ops import exportable as exportable
-from vim.ops import mamba_ssm as mamba_ssm
-from vim.ops._backends import available_backends, default_backend, exportable_ops, unavailable_backends
-from vim.ops._checks import check_memory
-from vim.ops._transforms import is_eager
 from vim.ops.add_rms_norm.interface import add_rms_norm
+from vim.ops.backends import exportable as exportable
+from vim.ops.backends import mamba_ssm as mamba_ssm
+from vim.ops.backends import native as native
+from vim.ops.backends import triton as triton
+from vim.ops.backends.registry import available_backends, default_backend, exportable_ops, unavailable_backends
 from vim.ops.bidirectional_block.interface import (
     BlockWeights,
     bidirectional_block,
@@ -18,6 +16,8 @@ from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
+from vim.ops.common.checks import check_memory
+from vim.ops.common.eager import is_eager
 from vim.ops.embed_patches.interface import embed_patches, runs_embedding
 from vim.ops.selective_scan.interface import selective_scan
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vim.ops._checks import check_choice, check_length
-from vim.ops._layout import accumulate_dtype, as_dtype
 from vim.ops.bidirectional_conv1d.interface import run_bidirectional_conv1d
 from vim.ops.bidirectional_scan.interface import MERGES, ScanOperands, run_bidirectional_scan
+from vim.ops.common.checks import check_choice, check_length
+from vim.ops.common.layout import accumulate_dtype, as_dtype
 
 
 class InnerWeights(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vim.ops._backends import resolve_backend
-from vim.ops._checks import FLOATING, check_device, check_operand, needs_grad
-from vim.ops._layout import accumulate_dtype, as_dtype
-from vim.ops.add_rms_norm import library as library
+from vim.ops.add_rms_norm import register as register
+from vim.ops.backends.registry import resolve_backend
+from vim.ops.common.checks import FLOATING, check_device, check_operand, needs_grad
+from vim.ops.common.layout import accumulate_dtype, as_dtype
 
 
 def add_rms_norm(

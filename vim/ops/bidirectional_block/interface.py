@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim.ops._backends import resolve_backend, runs_by_default
-from vim.ops._checks import check_activation, check_choice, check_length, check_operand
-from vim.ops._layout import accumulate_dtype, checkpoint_interval
-from vim.ops._transforms import is_eager
-from vim.ops.bidirectional_block import library as library
+from vim.ops.backends.registry import resolve_backend, runs_by_default
+from vim.ops.bidirectional_block import register as register
 from vim.ops.bidirectional_scan.interface import MERGES
+from vim.ops.common.checks import check_activation, check_choice, check_length, check_operand
+from vim.ops.common.eager import is_eager
+from vim.ops.common.layout import accumulate_dtype, checkpoint_interval
 
 
 class BlockWeights(NamedTuple):

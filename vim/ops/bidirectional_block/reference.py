@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim.ops._layout import accumulate_dtype
 from vim.ops.add_rms_norm import reference as add_rms_norm
 from vim.ops.bidirectional_conv1d import reference as bidirectional_conv1d
 from vim.ops.bidirectional_scan import reference as bidirectional_scan
+from vim.ops.common.layout import accumulate_dtype
 
 # How many arguments are weights; see the schema in `library.py`.
 WEIGHTS = 19

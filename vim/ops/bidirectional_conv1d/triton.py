@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops._triton import on_device
+from vim.ops.backends.triton import on_device
 from vim.ops.causal_conv1d.triton import (
     CHANNELS,
     TOKENS,
@@ -16,7 +16,7 @@ from vim.ops.causal_conv1d.triton import (
     partials,
     tiles,
 )
-from vim.ops.triton import contiguous, place_tile, rows, store_tile
+from vim.ops.common.triton_tensors import contiguous, place_tile, rows, store_tile
 
 
 @triton.jit

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vim.ops._backends import resolve_backend
-from vim.ops._checks import check_activation, check_choice, check_length, check_like, check_operand
-from vim.ops._layout import accumulate_dtype, as_dtype, checkpoint_interval
-from vim.ops.bidirectional_scan import library as library
+from vim.ops.backends.registry import resolve_backend
+from vim.ops.bidirectional_scan import register as register
+from vim.ops.common.checks import check_activation, check_choice, check_length, check_like, check_operand
+from vim.ops.common.layout import accumulate_dtype, as_dtype, checkpoint_interval
 
 MERGES = {"mean": 0.5, "sum": 1.0}
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vim.ops._layout import accumulate_dtype
+from vim.ops.common.layout import accumulate_dtype
 from vim.ops.selective_scan.reference import selective_scan, selective_scan_backward
 
 

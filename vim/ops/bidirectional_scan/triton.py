@@ -13,8 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops._layout import num_chunks
-from vim.ops._triton import lanes, on_device
+from vim.ops.backends.triton import lanes, on_device
+from vim.ops.common.layout import num_chunks
+from vim.ops.common.triton_tensors import (
+    Map,
+    Rows,
+    channels_last,
+    common_alignment,
+    load_tile,
+    place_tile,
+    rows,
+    store_tile,
+)
 from vim.ops.selective_scan.triton import (
     SUBCHUNK,
     place_program,
@@ -22,7 +32,6 @@ from vim.ops.selective_scan.triton import (
     scan_forward,
     scratch_states,
 )
-from vim.ops.triton import Map, Rows, channels_last, common_alignment, load_tile, place_tile, rows, store_tile
 
 # Tokens and channels that a program merges.
 _TOKENS, _CHANNELS = 8, 128

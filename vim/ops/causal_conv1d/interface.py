@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vim.ops._backends import resolve_backend
-from vim.ops._checks import check_activation, check_choice, check_length, check_operand
-from vim.ops._layout import accumulate_dtype, as_dtype
-from vim.ops.causal_conv1d import library as library
+from vim.ops.backends.registry import resolve_backend
+from vim.ops.causal_conv1d import register as register
+from vim.ops.common.checks import check_activation, check_choice, check_length, check_operand
+from vim.ops.common.layout import accumulate_dtype, as_dtype
 
 
 def causal_conv1d(

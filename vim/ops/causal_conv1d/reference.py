@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim.ops._layout import accumulate_dtype, empty_like_layout
+from vim.ops.common.layout import accumulate_dtype, empty_like_layout
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vim.ops._backends import resolve_backend, runs_by_default
-from vim.ops._checks import check_activation, check_operand
-from vim.ops._transforms import is_eager
-from vim.ops.embed_patches import library as library
+from vim.ops.backends.registry import resolve_backend, runs_by_default
+from vim.ops.common.checks import check_activation, check_operand
+from vim.ops.common.eager import is_eager
+from vim.ops.embed_patches import register as register
 
 
 def embed_patches(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim.ops._layout import accumulate_dtype
+from vim.ops.common.layout import accumulate_dtype
 
 
 def embed_patches(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vim.ops._checks import FLOATING, check_activation, check_device, check_length, check_like, check_operand
-from vim.ops._layout import accumulate_dtype
+from vim.ops.common.checks import FLOATING, check_activation, check_device, check_length, check_like, check_operand
+from vim.ops.common.layout import accumulate_dtype
 
 
 def check_scan_inputs(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vim.ops._backends import resolve_backend
-from vim.ops._layout import accumulate_dtype, checkpoint_interval, to_dtype
-from vim.ops.selective_scan import library as library
+from vim.ops.backends.registry import resolve_backend
+from vim.ops.common.layout import accumulate_dtype, checkpoint_interval, to_dtype
+from vim.ops.selective_scan import register as register
 from vim.ops.selective_scan.checks import check_scan_inputs, decay_dtype
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim.ops._layout import CHECKPOINT_EVERY, accumulate_dtype, empty_like_layout
+from vim.ops.common.layout import CHECKPOINT_EVERY, accumulate_dtype, empty_like_layout
 
 
 def selective_scan(

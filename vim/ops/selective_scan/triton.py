@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops._layout import empty_like_layout, num_chunks
-from vim.ops._triton import lanes, on_device
-from vim.ops.selective_scan.reference import is_constant
-from vim.ops.triton import (
+from vim.ops.backends.triton import lanes, on_device
+from vim.ops.common.layout import empty_like_layout, num_chunks
+from vim.ops.common.triton_tensors import (
     Map,
     channels_last,
     common_alignment,
@@ -33,6 +32,7 @@ from vim.ops.triton import (
     store_rows,
     store_states,
 )
+from vim.ops.selective_scan.reference import is_constant
 
 # Tokens whose states the backward pass holds in registers at a time.
 SUBCHUNK = 4

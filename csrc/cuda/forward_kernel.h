@@ -1,0 +1,472 @@
+// The fast forward pass of a scan: up to 16 states, in registers from the first token to the last.
+//
+// A block is a few channels of one batch element; of two directions each has warps of its own, and a thread owns one or
+// two channels. Both directions start at their own ends. Up to the middle they write y as it is (`partial`); past the
+// middle each meets the tokens that the other one has been at, adds what lies there, gates and writes the result. So
+// there is one launch, no flip and no pass to merge.
+//
+// Tokens pass in tiles of eight through a ring of two in shared memory. dt, B and C are widened there once for all
+// channels. The step sizes of four tokens are computed before their states, so that latencies overlap.
+//
+// Step sizes are kept in units of ln 2, so that a decay is 2^(step A) without a factor. Then states, and y of one
+// direction, are log2(e) times what they should be; whatever leaves the kernel is scaled back on the way.
+//
+// A long sequence of few channels is cut into chunks that run side by side. A first kernel finds the state that each
+// chunk would end in if it started from nothing, and the sum of its step sizes; the chunk's decay is exp(A sum). A second
+// one turns these into the states in which chunks are entered.
+#pragma once
+
+#include "scan_forward.h"
+#include "tiles.h"
+
+namespace vim {
+namespace VIM_ISA {
+
+// A variant for measurements: so many of the sixteen decays of a step are polynomials, which moves work from the special
+// function units to the multipliers.
+#if !defined(VIM_POLYNOMIAL_DECAYS)
+#define VIM_POLYNOMIAL_DECAYS 0
+#endif
+
+VIM_DEVICE float decay_of(float x, int n) {
+  return n < VIM_POLYNOMIAL_DECAYS ? exp2_polynomial(x) : exp2_approx(x);
+}
+
+constexpr int kGiven = -1;  // delta is an operand; otherwise the rank from which it is projected, 0 being any
+
+VIM_INLINE int weight_stride(const RowLayout& layout) { return (layout.padded / 4 | 1) * 4; }
+
+// Bytes of shared memory of one direction, in order.
+template <class T>
+struct SharedLayout {
+  int u, z, delta, partial, raw, rows, weights, total;
+
+  VIM_INLINE SharedLayout(const Scan& scan, int columns, const RowLayout& layout, bool any_rank) {
+    const int tile = kTile * columns * static_cast<int>(sizeof(T));
+    u = 0;
+    z = u + 2 * tile;
+    delta = z + (scan.z.data != nullptr ? 2 * tile : 0);
+    partial = delta + (scan.direction[0].delta.data != nullptr ? 2 * tile : 0);
+    raw = partial + (scan.directions == 2 ? 2 * kTile * columns * 4 : 0);
+    rows = raw + 2 * kTile * layout.size() * static_cast<int>(sizeof(T));
+    weights = rows + (sizeof(T) == 4 ? 0 : kTile * layout.size() * 4);
+    total = weights + (any_rank ? columns * weight_stride(layout) * 4 : 0);
+  }
+};
+
+enum class Phase {
+  partial,  // y of one direction, for the other one to find
+  merge,    // with what the other one has left
+  alone,    // y of the only direction
+  ends,     // no y: the state at the end and the sum of step sizes
+};
+
+// ---- a thread's walk -------------------------------------------------------------------------------------------
+
+template <class T, int kChannels, int kRank>
+struct Walk {
+  static constexpr int kRow = TileLayout<kChannels>::kRow;
+
+  const ForwardPlan& plan;
+  const Scan& scan;
+  const ScanDirection& side;
+  const int d;
+  Walkers walkers;
+  const RowLayout layout;
+  const int columns;
+  int64_t channel;  // of this thread, the first one
+  int live;         // of its channels: all or none
+  int own;          // where its numbers lie in a row of a tile
+  T *u, *z, *delta, *raw;
+  float *partial, *rows, *weights;
+  T* y_at;          // its channels of the next token in the walk
+  float* partial_at;
+  int token_at;     // that token
+  int direction;    // 1 or -1
+  int64_t y_step, partial_step;
+
+  float A[kChannels][kStates], h[kChannels][kStates];
+  float dt_weight[kChannels][kRank > 0 ? kRank : 1];
+  float bias[kChannels], D[kChannels], time[kChannels];
+
+  VIM_DEVICE Walk(const ForwardPlan& plan_, int d_)
+      : plan(plan_),
+        scan(plan_.scan),
+        side(plan_.scan.direction[d_]),
+        d(d_),
+        layout(kRank == kGiven ? 0 : kRank > 0 ? kRank : plan_.scan.dt_rank),
+        columns(static_cast<int>(blockDim.x) * kChannels) {
+    const ChannelBlocks blocks(scan, columns);
+    const int64_t block = blockIdx.x % blocks.count;
+    walkers.thread = static_cast<int>(threadIdx.x);
+    walkers.threads = static_cast<int>(blockDim.x);
+    walkers.group = d;
+    walkers.b = blockIdx.x / blocks.count / plan.chunks;
+    walkers.channel = blocks.first(block, columns);
+    walkers.end = blocks.end(block, columns);
+    walkers.length = static_cast<int>(scan.length);
+    channel = walkers.channel + walkers.thread * kChannels;
+    live = channel < walkers.end ? kChannels : 0;
+    own = TileLayout<kChannels>::own(walkers.thread);
+    place_shared();
+    load_weights();
+  }
+
+  VIM_DEVICE int chunk() const { return static_cast<int>(blockIdx.x / ChannelBlocks(scan, columns).count) % plan.chunks; }
+
+  VIM_DEVICE void place_shared() {
+    const SharedLayout<T> at(scan, columns, layout, kRank == 0);
+    char* memory = shared_memory() + d * at.total;
+    u = reinterpret_cast<T*>(memory + at.u);
+    z = reinterpret_cast<T*>(memory + at.z);
+    delta = reinterpret_cast<T*>(memory + at.delta);
+    partial = reinterpret_cast<float*>(memory + at.partial);
+    raw = reinterpret_cast<T*>(memory + at.raw);
+    rows = reinterpret_cast<float*>(memory + at.rows);
+    weights = reinterpret_cast<float*>(memory + at.weights);
+  }
+
+  // Channels beyond the last compute what the last one does, and write nothing.
+  VIM_DEVICE int64_t existing(int c) const { return smaller(channel + c, walkers.end - 1); }
+
+  VIM_DEVICE void load_weights() {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const int64_t at = existing(c);
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) A[c][n] = n < scan.d_state ? decay_rate(scan, side, at, n) : 0.0f;
+      bias[c] = side.bias == nullptr ? 0.0f : kLog2e * side.bias[at];
+      D[c] = side.D == nullptr ? 0.0f : kLog2e * side.D[at];
+      time[c] = 0.0f;
+      if constexpr (kRank > 0) {
+#pragma unroll
+        for (int r = 0; r < kRank; ++r) dt_weight[c][r] = kLog2e * side.dt_weight[at * kRank + r];
+      }
+      if constexpr (kRank == 0) {
+        for (int r = 0; r < layout.padded; ++r) {
+          weight_row(c)[r] = r < layout.ranks ? kLog2e * side.dt_weight[at * layout.ranks + r] : 0.0f;
+        }
+      }
+    }
+  }
+
+  // With any rank the weights of a thread's own channels lie in shared memory; nobody else reads them.
+  VIM_DEVICE float* weight_row(int c) const {
+    return weights + (c * walkers.threads + walkers.thread) * weight_stride(layout);
+  }
+
+  VIM_DEVICE float* entry() const {
+    return plan.entries + ((d * scan.batch + walkers.b) * plan.chunks + chunk()) * kStates * scan.dim;
+  }
+
+  VIM_DEVICE void enter(bool from_entry) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) h[c][n] = from_entry ? entry()[n * scan.dim + existing(c)] : 0.0f;
+    }
+  }
+
+  // ---- tiles
+
+  // The rows of a tile that has arrived, in float32.
+  VIM_DEVICE const float* widened(int tile) const {
+    const T* source = raw + tile % 2 * kTile * layout.size();
+    if constexpr (sizeof(T) == 4) {
+      return source;
+    } else {
+      for (int i = 4 * walkers.thread; i < kTile * layout.size(); i += 4 * walkers.threads) {
+        *reinterpret_cast<float4*>(rows + i) = widen(source + i);
+      }
+      walkers.sync();
+      return rows;
+    }
+  }
+
+  template <Phase kPhase>
+  VIM_DEVICE void walk(const Range& range) {
+    constexpr bool kGated = kPhase == Phase::merge || kPhase == Phase::alone;
+    const bool gated = kGated && scan.z.data != nullptr;
+    TileStream<T, kChannels> inputs(walkers, side.u, plan.vectors[d].u, range);
+    TileStream<T, kChannels> deltas(walkers, side.delta, kRank == kGiven && plan.vectors[d].delta, range);
+    TileStream<T, kChannels> gates(walkers, scan.z, gated && plan.vector_z, range);
+    TileStream<float, kChannels> partials(walkers, plan.partial, kPhase == Phase::merge && plan.vector_partial, range);
+    RowStream<T, kRank> maps(walkers, scan, side, layout, plan.vectors[d].rows, range);
+    const auto stage = [&](int tile) {  // called in one place, so that the streams can live in registers
+      const int place = tile * kTile, at = tile % 2 * kTile * columns;
+      inputs.stage(place, u + at);
+      if constexpr (kRank == kGiven) deltas.stage(place, delta + at);
+      if (gated) gates.stage(place, z + at);
+      if constexpr (kPhase == Phase::merge) partials.stage(place, partial + at);
+      maps.stage(place, raw + tile % 2 * kTile * layout.size());
+      commit_copies();
+    };
+
+    const int units = range.units(), tiles = (units + 1) / 2;
+    int save_at = kPhase == Phase::ends || side.checkpoints == nullptr ? units : first_save(range);
+    token_at = range.token(0);
+    direction = range.reverse ? -1 : 1;
+    y_step = direction * scan.y.token;
+    partial_step = direction * plan.partial.token;
+    y_at = static_cast<T*>(scan.y.data) + walkers.b * scan.y.batch + token_at * scan.y.token + channel * scan.y.channel;
+    partial_at = static_cast<float*>(plan.partial.data) + walkers.b * plan.partial.batch +
+                 token_at * plan.partial.token + channel;
+    for (int arriving = 0; arriving <= tiles; ++arriving) {
+      wait_copies<0>();
+      walkers.sync();
+      if (arriving < tiles) stage(arriving);
+      const int tile = arriving - 1;
+      if (tile < 0) continue;
+      const float* tile_rows = widened(tile);
+      const int end = static_cast<int>(smaller(2 * tile + 2, units)), buffer = tile % 2 * kTile * columns;
+      int unit = 2 * tile, at = buffer + own, row_at = 0;
+      while (unit < end) {
+        if (kPhase != Phase::ends && unit == save_at) save_at += save(range.token(unit * kUnit));
+        const int stop = save_at < end ? save_at : end;
+#pragma unroll 1
+        for (; unit < stop; ++unit, at += kUnit * kRow, row_at += kUnit * row_size()) {
+          step<kPhase>(at, tile_rows + row_at);
+        }
+      }
+    }
+    walkers.sync();
+  }
+
+  // ---- saved states
+
+  // Units from the start of a range to where the first state is to be saved.
+  VIM_DEVICE int first_save(const Range& range) const {
+    const int every = static_cast<int>(scan.checkpoint_every);
+    if (!range.reverse) return (every - range.bottom % every) % every / kUnit;
+    return range.top >= walkers.length ? 0 : range.top % every / kUnit;
+  }
+
+  // Saves the state in which a chunk is entered at this token; returns the units to the next one.
+  VIM_DEVICE int save(int token) const {
+    const int every = static_cast<int>(scan.checkpoint_every);
+    const int64_t saved = blocks_in(scan.length, every);
+    float* target = side.checkpoints + (walkers.b * saved + token / every) * scan.d_state * scan.dim + channel;
+#pragma unroll
+    for (int n = 0; n < kStates; ++n) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (n < scan.d_state && c < live) target[n * scan.dim + c] = kLn2 * h[c][n];
+      }
+    }
+    return side.reverse ? (token / kUnit + 1) - token / every * (every / kUnit) : every / kUnit;
+  }
+
+  // ---- steps
+
+  VIM_DEVICE int row_size() const {
+    return kRank == kGiven ? 2 * kStates : kRank > 0 ? (kRank + 3) / 4 * 4 + 2 * kStates : layout.size();
+  }
+
+  // Step sizes of four tokens
+  VIM_DEVICE void step_sizes(const float* unit_rows, int at, float (&steps)[kUnit][kChannels]) const {
+    const int size = row_size();
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+      if constexpr (kRank == kGiven) load_channels<kChannels>(delta + at + j * kRow, steps[j]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) steps[j][c] = kRank == kGiven ? fmaf(steps[j][c], kLog2e, bias[c]) : bias[c];
+    }
+    if constexpr (kRank > 0) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+#pragma unroll
+        for (int r = 0; r < kRank; r += 4) {
+          const float4 dt = *reinterpret_cast<const float4*>(unit_rows + j * size + r);
+          const float values[4] = {dt.x, dt.y, dt.z, dt.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c) {
+              if (r + i < kRank) steps[j][c] = fmaf(values[i], dt_weight[c][r + i], steps[j][c]);
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kRank == 0) {
+#pragma unroll 2
+      for (int r = 0; r < layout.padded; r += 4) {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          const float4 w = *reinterpret_cast<const float4*>(weight_row(c) + r);
+#pragma unroll
+          for (int j = 0; j < kUnit; ++j) {
+            const float4 dt = *reinterpret_cast<const float4*>(unit_rows + j * size + r);
+            steps[j][c] = fmaf(dt.x, w.x, fmaf(dt.y, w.y, fmaf(dt.z, w.z, fmaf(dt.w, w.w, steps[j][c]))));
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (kRank != kGiven || scan.softplus) steps[j][c] = softplus2(steps[j][c]);
+      }
+    }
+  }
+
+  // Four tokens, whose numbers of this thread start at `at` in a tile
+  template <Phase kPhase>
+  VIM_DEVICE void step(int at, const float* unit_rows) {
+    const int size = row_size(), padded = size - 2 * kStates;
+    float steps[kUnit][kChannels];
+    step_sizes(unit_rows, at, steps);
+    // Past the end of the sequence a state stays as it is: it may be asked for.
+    if constexpr (kPhase == Phase::alone) {
+#pragma unroll
+      for (int j = 1; j < kUnit; ++j) {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          steps[j][c] = token_at + direction * j < walkers.length ? steps[j][c] : 0.0f;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+      float input[kChannels], y[kChannels] = {};
+      load_channels<kChannels>(u + at + j * kRow, input);
+      if constexpr (kPhase == Phase::merge) load_channels<kChannels>(partial + at + j * kRow, y);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        y[c] = fmaf(D[c], input[c], y[c]);
+        input[c] *= steps[j][c];
+        if constexpr (kPhase == Phase::ends) time[c] += steps[j][c];
+      }
+      const float4* row = reinterpret_cast<const float4*>(unit_rows + j * size + padded);
+#pragma unroll
+      for (int four = 0; four < kStates / 4; ++four) {
+        const float4 B4 = row[four], C4 = kPhase == Phase::ends ? B4 : row[kStates / 4 + four];
+        const float B[4] = {B4.x, B4.y, B4.z, B4.w}, C[4] = {C4.x, C4.y, C4.z, C4.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = 4 * four + i;
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            h[c][n] = fmaf(decay_of(steps[j][c] * A[c][n], n), h[c][n], input[c] * B[i]);
+            if constexpr (kPhase != Phase::ends) y[c] = fmaf(h[c][n], C[i], y[c]);
+          }
+        }
+      }
+      if constexpr (kPhase != Phase::ends) finish<kPhase>(at + j * kRow, y);
+    }
+  }
+
+  // Writes y of a token and goes on to the next.
+  template <Phase kPhase>
+  VIM_DEVICE void finish(int at, float (&y)[kChannels]) {
+    const bool exists = live != 0 && token_at < walkers.length;
+    token_at += direction;
+    if constexpr (kPhase == Phase::partial) {
+      if (exists) store_channels<kChannels>(partial_at, y);
+      partial_at += partial_step;
+    } else {
+      if (kPhase == Phase::merge || scan.z.data != nullptr) {
+        float gate[kChannels];
+        load_channels<kChannels>(z + at, gate);
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) y[c] *= scaled_silu(gate[c], plan.inverse_scale);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) y[c] *= kLn2 * scan.scale;
+      }
+      if (exists) store_channels<kChannels>(y_at, y);
+      y_at += y_step;
+    }
+  }
+};
+
+VIM_DEVICE Range chunk_of(const ForwardPlan& plan, int chunk, bool reverse) {
+  const int end = static_cast<int>(round_up(plan.scan.length, kUnit));
+  return {chunk * plan.chunk, static_cast<int>(smaller(int64_t{chunk + 1} * plan.chunk, end)), reverse};
+}
+
+template <class T, int kChannels, int kRank>
+__global__ void __launch_bounds__(kMaxThreads) scan_forward_kernel(const __grid_constant__ ForwardPlan plan) {
+  Walk<T, kChannels, kRank> walk(plan, static_cast<int>(threadIdx.y));
+  const ScanDirection& side = walk.side;
+  const Range range = chunk_of(plan, walk.chunk(), side.reverse);
+  walk.enter(plan.entries != nullptr);
+  if constexpr (kRank == kGiven) {
+    walk.template walk<Phase::alone>(range);
+    if (side.last_state != nullptr && walk.chunk() == (side.reverse ? 0 : plan.chunks - 1)) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (c >= walk.live) break;
+        float* target = side.last_state + (walk.walkers.b * plan.scan.dim + walk.channel + c) * plan.scan.d_state;
+#pragma unroll
+        for (int n = 0; n < kStates; ++n) {
+          if (n < plan.scan.d_state) target[n] = kLn2 * walk.h[c][n];
+        }
+      }
+    }
+  } else {
+    const int middle = range.bottom + range.units() / 2 * kUnit;
+    const bool reverse = side.reverse;
+    // Numbers are picked, not ranges: those would lie in memory.
+    walk.template walk<Phase::partial>({reverse ? middle : range.bottom, reverse ? range.top : middle, reverse});
+    __syncthreads();
+    walk.template walk<Phase::merge>({reverse ? range.bottom : middle, reverse ? middle : range.top, reverse});
+  }
+}
+
+// ---- chunks ----------------------------------------------------------------------------------------------------
+
+constexpr int kEndsThreads = 2 * kWarp;  // of a direction
+
+template <class T, int kRank>
+__global__ void __launch_bounds__((kRank == kGiven ? 1 : 2) * kEndsThreads) scan_ends_kernel(
+    const __grid_constant__ ForwardPlan plan) {
+  Walk<T, 1, kRank> walk(plan, static_cast<int>(threadIdx.y));
+  walk.enter(false);
+  walk.template walk<Phase::ends>(chunk_of(plan, walk.chunk(), walk.side.reverse));
+  float* times = plan.times + ((walk.d * plan.scan.batch + walk.walkers.b) * plan.chunks + walk.chunk()) * plan.scan.dim;
+  if (walk.live > 0) {
+    times[walk.channel] = walk.time[0];
+#pragma unroll
+    for (int n = 0; n < kStates; ++n) walk.entry()[n * plan.scan.dim + walk.channel] = walk.h[0][n];
+  }
+}
+
+// ---- host ------------------------------------------------------------------------------------------------------
+
+inline bool aligned(const Activation& x, int64_t element, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0 && x.channel == 1 &&
+         x.batch * element % bytes == 0 && x.token * element % bytes == 0;
+}
+
+template <class T, int kChannels, int kRank>
+Geometry geometry_of(const ForwardPlan& plan, int threads) {
+  const Scan& scan = plan.scan;
+  const int columns = threads * kChannels;
+  const RowLayout layout(kRank == kGiven ? 0 : scan.dt_rank);
+  const int64_t blocks = scan.batch * plan.chunks * ChannelBlocks(scan, columns).count;
+  return {static_cast<unsigned>(blocks), dim3(static_cast<unsigned>(threads), static_cast<unsigned>(scan.directions)),
+          static_cast<size_t>(scan.directions * SharedLayout<T>(scan, columns, layout, kRank == 0).total)};
+}
+
+template <class T, int kChannels, int kRank>
+void run_walks(const ForwardPlan& plan, const ScanTuning& tuning, Stream stream) {
+  int threads = tuning.warps * kWarp;
+  while (threads > kWarp && geometry_of<T, kChannels, kRank>(plan, threads).shared_bytes > kMostSharedBytes) threads /= 2;
+  launch(scan_forward_kernel<T, kChannels, kRank>, geometry_of<T, kChannels, kRank>(plan, threads), stream, plan);
+}
+
+// Whether two channels of a thread can be written at once.
+inline bool in_pairs(const ForwardPlan& plan, int64_t element) {
+  return ChannelBlocks(plan.scan, 1).segment % 2 == 0 && aligned(plan.scan.y, element, 2 * element) &&
+         aligned(plan.partial, 4, 8);
+}
+
+template <class T, int kRank>
+void run_ends(const ForwardPlan& plan, Stream stream) {
+  launch(scan_ends_kernel<T, kRank>, geometry_of<T, 1, kRank>(plan, kEndsThreads), stream, plan);
+}
+
+}  // namespace VIM_ISA
+}  // namespace vim

@@ -1,0 +1,266 @@
+"""Finding, building and loading the CUDA library; what a GPU would show is made up where there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vim import build as build_command
+from vim.ops.backends import native, registry
+from vim.ops.build import compilation, cuda_recipe
+from vim.ops.build.compilation import BuildError
+
+ROOT = Path(__file__).parents[2]
+OPS = ["add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and an empty folder for temporary files."""
+    monkeypatch.setenv("VIM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """Scripts in place of g++ and nvcc that write what was asked of them to `log` and an empty file for -o."""
+
+    def make(nvcc: str = "") -> Path:
+        for path, body in ((tmp_path / "c++", ""), (tmp_path / "toolkit" / "bin" / "nvcc", nvcc)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(
+                "#!/bin/sh\n"
+                'for word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done\n'
+                f'echo "$0 $*" >> {tmp_path}/log\n{body}\n: > "$out"\n'
+            )
+            path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+        return tmp_path / "log"
+
+    return make
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if torch saw a GPU of architecture 9.0, in a new process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_recipe, "visible_architectures", lambda: ((9, 0),))
+    monkeypatch.setattr(native, "cuda", native.CUDALibrary())
+    monkeypatch.setattr(registry, "_pinned", set())
+    registry._choose.cache_clear()
+    registry._warn_once.cache_clear()
+    yield
+    registry._choose.cache_clear()
+    registry._warn_once.cache_clear()
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def _build(*architectures: tuple[int, int]) -> Path:
+    return compilation.build(cuda_recipe.recipe(architectures), _quiet)
+
+
+def _no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_recipe, "find_nvcc", lambda: None)
+
+
+def test_nvcc_is_the_toolkits_own_and_not_a_link_to_it(tmp_path, monkeypatch):
+    real = tmp_path / "cuda-13" / "bin" / "nvcc"
+    link = tmp_path / "bin" / "nvcc"
+    for path in (real, link):
+        path.parent.mkdir(parents=True)
+    real.write_text("#!/bin/sh\n")
+    real.chmod(0o755)
+    link.symlink_to(real)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(link.parent))
+    assert cuda_recipe.find_nvcc() == real
+    other = tmp_path / "other" / "bin" / "nvcc"
+    other.parent.mkdir(parents=True)
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "other"))
+    assert cuda_recipe.find_nvcc() == other
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert cuda_recipe.find_nvcc() == real, "a wrong CUDA_HOME does not hide a compiler"
+
+
+def test_code_for_each_architecture_and_ptx_of_the_last(cache, tools):
+    log = tools()
+    path = _build((9, 0), (8, 0), (9, 0))
+    assert path.name == "libvimamba_cuda_sm80_sm90.so"
+    kernels = [line for line in log.read_text().splitlines() if "/nvcc " in line and " -c " in line]
+    assert {Path(line.split(" -c ")[1].split()[0]).stem for line in kernels} >= {"conv", "norm", "problem"}
+    for line in kernels:
+        for target in ("code=sm_80", "code=sm_90", "arch=compute_90,code=compute_90"):
+            assert line.count(target) == 1
+        assert "torch" not in line.split(" -c ")[0], "kernels know nothing of torch"
+    (link,) = [line for line in log.read_text().splitlines() if " -shared " in line]
+    assert "-cudart=static" in link, "the toolkit need not be the one that torch was built with"
+
+
+@pytest.mark.parametrize(
+    ("built", "wanted", "serves"),
+    [
+        ([(8, 0), (9, 0)], [(8, 0)], True),
+        ([(8, 0), (9, 0)], [(8, 9)], True),  # code of 8.0 runs on all of the generation
+        ([(8, 6)], [(8, 0)], False),
+        ([(9, 0)], [(8, 0)], False),
+        ([(8, 0)], [(9, 0)], True),  # through PTX
+        ([(8, 0), (9, 0)], [(12, 0)], True),
+        ([(8, 0)], [(8, 0), (9, 0)], True),
+        ([(9, 0)], [(8, 0), (9, 0)], False),
+    ],
+)
+def test_which_library_serves_which_gpu(built, wanted, serves, cache, tools):
+    tools()
+    path = _build(*built)
+    assert cuda_recipe.find_library(wanted) == (path if serves else None)
+
+
+def test_code_is_preferred_to_ptx(cache, tools):
+    tools()
+    _build((8, 0))
+    exact = _build((9, 0))
+    assert cuda_recipe.find_library([(9, 0)]) == exact
+
+
+def test_a_library_is_found_where_nvcc_is_gone(cache, tools, monkeypatch):
+    tools()
+    path = _build((8, 0), (9, 0))
+    _no_nvcc(monkeypatch)
+    assert cuda_recipe.find_library([(9, 0)]) == path
+
+
+def test_an_old_gpu_and_a_torch_without_cuda(monkeypatch):
+    with pytest.raises(BuildError, match=r"architecture 7\.5; the kernels need 8\.0 or newer"):
+        cuda_recipe.recipe([(7, 5), (9, 0)])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BuildError, match="this PyTorch was built without CUDA"):
+        cuda_recipe.recipe([(9, 0)])
+
+
+@pytest.mark.parametrize("what", ["no nvcc", "error", "no library"])
+def test_a_failure_is_one_warning_and_the_next_backend(what, cache, tools, gpu, monkeypatch, caplog):
+    tools("echo 'conv.cu(1): error: boom'; exit 2" if what == "error" else "")
+    if what == "no nvcc":
+        _no_nvcc(monkeypatch)
+    monkeypatch.setattr(registry, "_backends", [b for b in registry._backends if b.name in ("native", "reference")])
+    with caplog.at_level(logging.WARNING, "vim"):
+        for _ in range(2):
+            for op in OPS:
+                assert registry._suffix(op, None, "cuda", torch.float32) == ""
+                assert registry._suffix(op, None, "cuda", torch.float64) == ""
+    building, warning = [r.getMessage() for r in caplog.records][:-1], caplog.records[-1].getMessage()
+    assert building == ([] if what == "no nvcc" else ["building the CUDA kernels, once; this takes a minute or two"])
+    assert warning.startswith("backend 'native' is not used on cuda: ")
+    words = {
+        "no nvcc": "no CUDA compiler, nvcc",
+        "error": r"nvcc failed (2): conv.cu(1): error: boom",
+        "no library": ".so",
+    }
+    assert words[what] in warning
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run add_rms_norm on cuda"):
+        registry._suffix("add_rms_norm", "native", "cuda", torch.float32)
+
+
+def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, caplog):
+    """A library that loads and then does not fit the driver stays attached: the reference must not go through it."""
+    tools()
+    _build((9, 0))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(native.CUDALibrary, "runs", lambda self, op: True)
+    monkeypatch.setattr(cuda_recipe, "problem", lambda path: "H100: CUDA driver version is insufficient")
+    monkeypatch.setattr(registry, "_backends", [b for b in registry._backends if b.name in ("native", "reference")])
+    with caplog.at_level(logging.WARNING, "vim"):
+        assert registry._suffix("add_rms_norm", None, "cuda", torch.float32) == "_reference"
+        assert registry._suffix("add_rms_norm", None, "cuda", torch.float64) == "_reference"
+    assert "cannot run here: H100: CUDA driver version is insufficient" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_without_a_gpu_nothing_is_tried(cache, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, "vim"):
+        reason = native._why_not("add_rms_norm", torch.device("cuda"), torch.float32)
+    assert reason == "torch finds no GPU"
+    assert not caplog.records
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("text", ["9.0", "90", "sm_90"])
+def test_architectures_are_parsed(text):
+    assert cuda_recipe.parse_architecture(text) == (9, 0)
+    assert cuda_recipe.parse_architecture("12.0") == (12, 0)
+
+
+@pytest.mark.parametrize(("text", "message"), [("hopper", "written like 9.0, got 'hopper'"), ("7.5", "8.0 or newer")])
+def test_architectures_that_are_none(text, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        cuda_recipe.parse_architecture(text)
+    with pytest.raises(SystemExit):
+        build_command.main(["--cuda", text])
+    assert message in capsys.readouterr().err
+
+
+def test_the_build_command(cache, tools, capsys, monkeypatch):
+    tools()
+    monkeypatch.setattr(cuda_recipe, "visible_architectures", lambda: ())
+    for arguments, library in (
+        (["--cuda"], "libvimamba_cuda_sm80_sm90.so"),
+        (["--cuda", "8.0"], "libvimamba_cuda_sm80.so"),
+    ):
+        assert build_command.main(arguments) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert Path(printed[-1]).name == library
+        assert any(Path(line).name == compilation.LIBRARY for line in printed)
+    _no_nvcc(monkeypatch)
+    assert build_command.main(["--force", "--cuda", "9.0"]) == 1
+    assert "there is no CUDA compiler, nvcc; install the CUDA toolkit or set CUDA_HOME" in capsys.readouterr().err
+
+
+# Loads a library and says which ops have a kernel for GPUs, and what the library says of this machine.
+LOAD = (
+    "import ctypes, sys, torch, vim.ops\n"
+    "torch.ops.load_library(sys.argv[1])\n"
+    "from vim.ops.backends import native; from vim.ops.build import cuda_recipe\n"
+    "print([op for op in sys.argv[2:] if native.cuda.runs(op)])\n"
+    "ask = ctypes.CDLL(sys.argv[1]).vim_cuda_problem\n"
+    "ask.restype = ctypes.c_char_p\n"
+    "print(ask())\n"
+)
+
+
+def test_a_real_library_of_the_norm_loads_without_a_gpu(cache):
+    """The real compilers, on the smallest kernels: one file takes a few seconds, all of them a minute or more."""
+    recipe = cuda_recipe.recipe([(8, 0)])
+    recipe = replace(recipe, units=tuple(u for u in recipe.units if u.name in ("norm", "bind_norm", "problem")))
+    if cuda_recipe.find_nvcc() is None:
+        with pytest.raises(BuildError, match="there is no CUDA compiler, nvcc"):
+            compilation.build(recipe, _quiet)
+        return
+    path = compilation.build(recipe, _quiet)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(path), *OPS],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    attached, problem = done.stdout.splitlines()
+    assert attached == "['add_rms_norm']"
+    assert "no CUDA-capable device" in problem or "driver" in problem

@@ -1,0 +1,65 @@
+"""A run killed by SIGKILL at a random moment and resumed ends as an unbroken one, to the bit.
+
+`pytest tests/training/test_kill.py --kills 10` kills ten times; without the option it is twice.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from rich.console import Console
+
+from tests.training.test_trainer import RANDOM, read_summary, same
+from tests.processes import start
+from tests.training import tiny_config, write_image_folder
+from vim.checkpoints.io import load_checkpoint
+from vim.training.run_folder import RunFolder
+from vim.training.trainer import Trainer
+
+
+def run(config, folder):
+    """Begin a run, or carry it on, and train to its end."""
+    trainer = Trainer(config, RunFolder(folder), Console(quiet=True))
+    trainer.resume()
+    trainer.fit()
+
+
+def results(folder):
+    """What a run has computed, without its settings of saving and loading."""
+    files = RunFolder(folder)
+    checkpoints = [{**load_checkpoint(path), "config": None} for path in (files.last, files.best)]
+    return [*checkpoints, read_summary(files.summary), files.best_weights.read_bytes()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_is_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, workers, pytestconfig):
+    images = write_image_folder(tmp_path / "images", ["ant", "bee"], {"train": 12, "val": 4}, (20, 20))
+    config = tiny_config(
+        **{"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "save__steps": 1, "ema_decay": 0.9},
+        **{"data__dataset": "folder", "data__path": str(images), "data__workers": workers, "model__in_chans": 3},
+        **{**RANDOM, "augment__auto_augment": "rand-m9-mstd0.5-inc1"},
+    )
+    began = time.monotonic()
+    process = start(run, config, tmp_path / "unbroken")
+    process.join(timeout=300)
+    duration = time.monotonic() - began
+    assert process.exitcode == 0
+    expected = results(tmp_path / "unbroken")
+
+    chance, places = random.Random(workers), []
+    for number in range(pytestconfig.getoption("kills") // 2):
+        folder = tmp_path / f"killed {number}"
+        victim = start(run, config, folder)
+        time.sleep(chance.uniform(0.1, 0.95) * duration)
+        victim.kill()
+        victim.join(timeout=60)
+        last = RunFolder(folder).last
+        places.append(load_checkpoint(last)["position"]["step"] if last.exists() else 0)
+        survivor = start(run, config, folder)
+        survivor.join(timeout=300)
+        assert survivor.exitcode == 0
+        assert same(expected, results(folder)), f"killed after step {places[-1]}"
+        assert not list(folder.glob(".*.tmp"))
+    print(f"killed after the steps {places} of {expected[0]['position']['step']}")

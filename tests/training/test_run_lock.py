@@ -1,0 +1,144 @@
+"""One process at a time writes into a run's folder; whatever ends it gives the folder back."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+
+import pytest
+from rich.console import Console
+
+from tests.processes import run_together, start
+from tests.training import TINY_OPTIONS, tiny_config
+from vim import train
+from vim.checkpoints.io import load_checkpoint
+from vim.training import run_lock
+from vim.training.run_folder import RunFolder
+from vim.training.run_lock import FolderInUse, RunLock
+from vim.training.trainer import Trainer
+
+SYNTHETIC = ["--data.dataset", "synthetic", "--data.synthetic_images", "64", *TINY_OPTIONS]
+
+
+def hold(path):
+    lock = RunLock(path)
+    lock.acquire()
+    (path.parent / "held").touch()
+    time.sleep(60)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has the lock on a run's folder."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    process = start(hold, folder / ".lock")
+    while not (folder / "held").exists():
+        time.sleep(0.01)
+    (folder / "held").unlink()
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path, holder):
+    lock = RunLock(tmp_path / "run" / ".lock")
+    words = f"{tmp_path / 'run'} is in use by process {holder.pid} on {re.escape(socket.gethostname())}: wait until it"
+    for _ in range(2):
+        with pytest.raises(FolderInUse, match=words):
+            lock.acquire()
+    holder.kill()
+    holder.join()
+    assert (tmp_path / "run" / ".lock").exists()  # a killed process cannot remove it
+    lock.acquire()
+    lock.acquire()
+    assert f'"process": {os.getpid()}' in (tmp_path / "run" / ".lock").read_text()
+    lock.release()
+    lock.release()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    path, taken = tmp_path / ".lock", []
+    lockf = run_lock.fcntl.lockf
+
+    def remove_first(file, flags):
+        if not taken:
+            path.unlink()
+        taken.append(file)
+        return lockf(file, flags)
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", remove_first)
+    lock = RunLock(path)
+    lock.acquire()
+    assert len(taken) == 2
+    assert path.exists()
+    lock.release()
+
+
+def test_a_disk_without_locks_is_said_and_no_obstacle(tmp_path, monkeypatch, caplog):
+    def refuse(file, flags):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
+    RunLock(tmp_path / ".lock").acquire()
+    assert "is on a disk without file locks: No locks available" in caplog.text
+
+
+def test_a_run_is_not_resumed_while_it_runs(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*SYNTHETIC, "--output", str(folder)]) == 0
+    assert not (folder / ".lock").exists()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    process = start(hold, folder / ".lock")
+    try:
+        while not (folder / "held").exists():
+            time.sleep(0.01)
+        (folder / "held").unlink()
+        capsys.readouterr()
+        assert train.main(["--resume", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"is in use by process {process.pid} on {socket.gethostname()}" in error
+        (folder / "last.pth").rename(folder / "away")
+        assert train.main(["--resume", str(folder)]) == 2  # it would begin anew
+        (folder / "away").rename(folder / "last.pth")
+        assert {path: path.read_bytes() for path in before} == before
+    finally:
+        process.kill()
+        process.join()
+    assert train.main(["--resume", str(folder)]) == 0
+    assert load_checkpoint(folder / "last.pth")["position"]["epoch"] == 1
+
+
+def test_all_processes_leave_a_folder_in_use(tmp_path, holder, capfd):
+    folder = tmp_path / "run"
+    arguments = [*SYNTHETIC, "--output", str(folder)]
+    (folder / ".lock").rename(tmp_path / "lock")  # the folder is empty as long as the settings are looked at
+    assert run_together(2, put_back_and_train, arguments, tmp_path / "lock", folder / ".lock") == [2, 2]
+    assert capfd.readouterr().err.count("is in use by process") == 1
+
+
+def test_two_runs_that_chose_the_same_new_folder_do_not_mix(tmp_path):
+    """As two that start in the same second do."""
+    first, second = (Trainer(tiny_config(), RunFolder(tmp_path / "run"), Console(quiet=True)) for _ in range(2))
+    first.fit()
+    saved = (tmp_path / "run" / "last.pth").read_bytes()
+    with pytest.raises(FolderInUse, match=r"run has become the folder of another run meanwhile"):
+        second.fit()
+    assert (tmp_path / "run" / "last.pth").read_bytes() == saved
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def put_back_and_train(arguments, lock, place):
+    check = Trainer._check_agreement
+
+    def put_back(trainer):
+        check(trainer)
+        if trainer.processes.is_main:
+            lock.rename(place)
+
+    Trainer._check_agreement = put_back
+    return train.main(arguments)

@@ -1,0 +1,1 @@
+"""Trained models: load, evaluate, predict, convert, export."""

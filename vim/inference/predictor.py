@@ -1,0 +1,171 @@
+"""Classify images with a trained model: what `python -m vim.predict` runs."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+
+from vim.config.schema import IMAGE_EXTENSIONS
+from vim.data.decoding import BAD_IMAGE, read_image
+from vim.data.listing import list_files
+from vim.data.preprocessing import Preprocessing
+from vim.inference.trained_model import TrainedModel, Weights, load_trained_model
+
+_BATCH_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """The guesses for one image, or why there are none."""
+
+    path: Path
+    guesses: tuple[tuple[str, float], ...] = ()
+    """Names of the likeliest classes with their probabilities, the likeliest first."""
+    error: str | None = None
+    """Why the file could not be read."""
+
+
+class Predictor:
+    """A model with its preprocessing and the names of its classes.
+
+    Args:
+        model: Gives logits (batch, classes).
+        preprocessing: From an image to its input.
+        class_names: Name of each class.
+        device: Where to run the model.
+        extensions: Endings of the images that it was trained on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str],
+        device: torch.device,
+        extensions: Sequence[str] = IMAGE_EXTENSIONS,
+    ) -> None:
+        self.model = model.eval().to(device)
+        self.preprocessing = preprocessing
+        self.class_names = tuple(class_names)
+        self.extensions = tuple(extensions)
+        self._device = device
+        self._transform = preprocessing.transform()
+
+    def probabilities(self, images: Sequence[Image.Image]) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: At least one image, of any size and mode.
+
+        Returns:
+            Probabilities, (images, classes), float32, on the CPU.
+        """
+        return self._classify([self._transform(image) for image in images])
+
+    @torch.inference_mode()
+    def _classify(self, inputs: Sequence[Tensor]) -> Tensor:
+        return self.model(torch.stack(list(inputs)).to(self._device)).float().softmax(dim=1).cpu()
+
+    def predict_files(self, paths: Sequence[Path], topk: int) -> Iterator[Prediction]:
+        """Classify image files, in order; a file that cannot be read gives a prediction with an error.
+
+        Args:
+            paths: The files.
+            topk: How many classes to name for each.
+
+        Raises:
+            ValueError: `topk` is less than 1.
+        """
+        if topk < 1:
+            raise ValueError(f"topk must be >= 1, got {topk}")
+        for start in range(0, len(paths), _BATCH_SIZE):
+            yield from self._predict_batch(paths[start : start + _BATCH_SIZE], min(topk, len(self.class_names)))
+
+    def _predict_batch(self, paths: Sequence[Path], topk: int) -> Iterator[Prediction]:
+        inputs: dict[Path, Tensor] = {}  # of their size in the model: whole photographs would take gigabytes
+        errors: dict[Path, str] = {}
+        for path in paths:
+            try:
+                inputs[path] = self._transform(read_image(path))
+            except BAD_IMAGE as error:
+                errors[path] = " ".join(str(error).split()) or type(error).__name__
+        rows: Iterator[Tensor] = iter(self._classify(list(inputs.values())) if inputs else [])
+        for path in paths:
+            if path in errors:
+                yield Prediction(path=path, error=errors[path])
+            else:
+                values, labels = next(rows).topk(topk)
+                names = [self.class_names[label] for label in labels.tolist()]
+                yield Prediction(path=path, guesses=tuple(zip(names, values.tolist(), strict=True)))
+
+
+def load_predictor(
+    source: str, weights: Weights = "best", model_name: str | None = None, device: torch.device | None = None
+) -> Predictor:
+    """Make a predictor from a run folder, a checkpoint file or the name of a timm model with published weights.
+
+    Args:
+        source: The folder, file or name.
+        weights: `raw`, `ema` (the averaged ones), or `best`, see `load_trained_model`.
+        model_name: The timm model that a checkpoint of somebody else belongs to.
+        device: Where to run the model; `None` is the CPU.
+
+    Raises:
+        ValueError: The source is none of these, or a file does not say which model it belongs to.
+        FileNotFoundError: The run folder has no checkpoint yet.
+        CheckpointError: The file is damaged, or does not fit the model.
+    """
+    trained = load_trained_model(source, weights, model_name)
+    place = torch.device("cpu") if device is None else device
+    extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
+    return Predictor(trained.model, trained.preprocessing, _names_of(trained), place, extensions)
+
+
+def _names_of(trained: TrainedModel) -> list[str]:
+    """Return a name for each class, in words where they are known."""
+    if trained.class_names is not None:
+        return describe_classes(trained.class_names)
+    model: Any = trained.model
+    label: Callable[[int], str] = ImageNetInfo().index_to_description if model.num_classes == 1000 else str
+    return [label(index) for index in range(model.num_classes)]
+
+
+def list_images(
+    path: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS, passed_over: Counter[str] | None = None
+) -> list[Path]:
+    """Return the file itself, or every image below a folder in the order of their names, as training finds them.
+
+    Args:
+        path: A file or a folder.
+        extensions: Endings of images, in either case.
+        passed_over: Counts the other files by their endings.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, or the folder has no images.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no image or folder {path}")
+    listing = list_files(path, extensions)
+    if not listing.paths:
+        endings = ", ".join(extensions)
+        raise FileNotFoundError(f"there is no image in the folder {path}: none of its files ends in {endings}")
+    if passed_over is not None:
+        passed_over.update(listing.passed_over)
+    return [path / name for name in listing.paths]
+
+
+def describe_classes(class_names: Sequence[str]) -> list[str]:
+    """Return the names, with words beside them where all are the folders of ImageNet (`n01440764 tench, ...`)."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
+        return list(class_names)
+    descriptions: Any = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    return [f"{name} {descriptions[name]}" if name in descriptions else name for name in class_names]

@@ -1,0 +1,289 @@
+"""Evaluate a trained model on a data set, exactly, class by class: what `python -m vim.validate` runs."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from vim.checkpoints.io import write_text
+from vim.config.schema import DataConfig, ModelConfig, Precision, TrainConfig
+from vim.data.contents import SplitContents, passed_over
+from vim.data.loaders import build_eval_loader
+from vim.data.preprocessing import Preprocessing
+from vim.data.sources import ImageSet, open_eval_set
+from vim.inference.evaluation import EvalResult, evaluate
+from vim.inference.plots import draw_confusion
+from vim.inference.trained_model import TrainedModel, Weights, load_trained_model
+from vim.runtime.agreement import check_agreement, check_weights, run_facts
+from vim.runtime.device import resolve_device
+from vim.runtime.distributed import Processes
+from vim.runtime.machine import describe_environment
+from vim.runtime.precision import autocast, set_matmul_precision
+
+_IMAGENET_CLASSES = 1000
+_PLAIN_INTERVAL = 30.0  # seconds between two lines of progress, where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateOptions:
+    """What to evaluate, and on what; `None` takes what the model's run had."""
+
+    source: str
+    """A run folder, a checkpoint file, or the name of a timm model with published weights."""
+    weights: Weights = "best"
+    model: str | None = None
+    """The timm model of a checkpoint that `vim.train` did not write."""
+    dataset: str | None = None
+    path: str | None = None
+    split: str | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    precision: Precision = "float32"
+    device: str = "auto"
+    output: Path | None = None
+    """Folder for the files; `None` is `validation` in the run folder, or `validation-NAME` here."""
+    crop_pct: float | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """What was found."""
+
+    result: EvalResult
+    confusion: Tensor
+    """Images by their class (rows) and the first guess (columns), (classes, classes), int64, on the CPU."""
+    hits_of_five: Tensor
+    """Images of each class that have it among the first five guesses, (classes,), int64, on the CPU."""
+    class_names: tuple[str, ...]
+    unreadable: int
+    """Images that could not be read, and are in none of the figures."""
+    passed_over: Counter[str]
+    """Files of the split that are not images, by their endings."""
+    folder: Path
+    """Where `write_validation` puts the files."""
+    about: dict[str, Any]
+    """What was evaluated, and where."""
+
+
+class ConfusionCounter:
+    """Counts guesses by class, on the device, over the batches of an evaluation.
+
+    Args:
+        num_classes: Number of classes.
+        device: Where the batches are.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._num_classes = num_classes
+        self._pairs = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+        self._of_five = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (batch, classes) and labels (batch,)."""
+        classes = self._num_classes
+        guesses = logits.topk(min(5, classes), dim=1).indices
+        self._pairs += torch.bincount(labels * classes + guesses[:, 0], minlength=classes * classes)
+        found = labels[(guesses == labels[:, None]).any(dim=1)]
+        self._of_five += torch.bincount(found, minlength=classes)
+
+    def totals(self, processes: Processes) -> tuple[Tensor, Tensor]:
+        """Return the confusion matrix and the hits among five guesses of all processes, on the CPU."""
+        pairs, of_five = processes.sum(self._pairs), processes.sum(self._of_five)
+        return pairs.view(self._num_classes, self._num_classes).cpu(), of_five.cpu()
+
+
+def validate(options: ValidateOptions, processes: Processes | None = None) -> Validation:
+    """Evaluate a model on every image of a split once.
+
+    Args:
+        options: What to evaluate, and on what.
+        processes: The processes that share the images. `None` is this one alone.
+
+    Raises:
+        Refused: The model or the data cannot be had, or their classes disagree, in some process.
+        Disagreement: The processes were started with other settings, data or weights than each other.
+    """
+    processes = processes or Processes()
+    set_matmul_precision(options.precision)
+    trained, config, dataset, class_names = processes.together(lambda: _prepare(options))
+    device = processes.together(lambda: resolve_device(options.device, processes.local_rank))
+    split = options.split or config.data.val_split
+    model = trained.model.to(device)
+    contents = {split: SplitContents.of(dataset, class_names)}
+    asked = [("--split", split), ("--weights", trained.weights), ("--precision", options.precision)]
+    check_agreement(processes, chain(asked, run_facts(config, class_names, contents)))
+    check_weights(processes, model)
+    batches, log = build_eval_loader(dataset, config, device, processes.rank, processes.size)
+    counter = ConfusionCounter(len(class_names), device)
+    shown = _with_progress(batches, len(batches), processes.is_main)
+    result = evaluate(model, shown, partial(autocast, device.type, options.precision), processes, observe=counter)
+    unreadable = sum(processes.gather(log.take()))
+    if result.count + unreadable != len(dataset):
+        raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {len(dataset)}")
+    confusion, hits_of_five = counter.totals(processes)
+    about: dict[str, Any] = {
+        "source": options.source,
+        "weights": trained.weights,
+        "model": options.model,
+        "split": split,
+    }
+    about |= {"dataset": config.data.dataset, "path": config.data.path, "precision": options.precision}
+    return Validation(
+        result=result,
+        confusion=confusion,
+        hits_of_five=hits_of_five,
+        class_names=class_names,
+        unreadable=unreadable,
+        passed_over=passed_over(dataset),
+        folder=_choose_folder(options),
+        about=about | {"environment": describe_environment(device)},
+    )
+
+
+def _prepare(options: ValidateOptions) -> tuple[TrainedModel, TrainConfig, ImageSet, tuple[str, ...]]:
+    """Load the model, and open the images with the labels of its classes."""
+    trained = load_trained_model(options.source, options.weights, options.model)
+    config = _config_for(trained, options)
+    return trained, config, *_open(trained, config, options.split or config.data.val_split)
+
+
+def _config_for(trained: TrainedModel, options: ValidateOptions) -> TrainConfig:
+    """Return the settings of the model's run, or those that its preprocessing amounts to, changed as asked."""
+    asked: dict[str, Any] = {"dataset": options.dataset, "path": options.path, "workers": options.workers}
+    asked |= {"crop_pct": options.crop_pct, "input_key": options.input_key, "target_key": options.target_key}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if options.dataset is not None and options.path is None:
+        changes["path"] = None
+    if trained.config is not None:
+        config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, **changes))
+    else:
+        if options.dataset is None and options.path is None:
+            raise ValueError(f"--dataset or --path must be given: {options.source} does not say what to evaluate it on")
+        config = _config_of_others(trained, {"dataset": "folder", **changes})
+    if options.batch_size is not None:
+        config = dataclasses.replace(config, eval_batch_size=options.batch_size)
+    return config
+
+
+def _config_of_others(trained: TrainedModel, changes: dict[str, Any]) -> TrainConfig:
+    """Return settings for weights of somebody else, of which the preprocessing is known."""
+    preprocessing: Preprocessing = trained.preprocessing
+    model: Any = trained.model
+    data: Any = {
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "crop_pct": preprocessing.crop_pct,
+        "interpolation": preprocessing.interpolation,
+        **changes,
+    }
+    shape: Any = {"img_size": preprocessing.image_shape, "in_chans": preprocessing.in_chans}
+    return TrainConfig(
+        model=ModelConfig(**shape, num_classes=model.num_classes, args={}),
+        data=DataConfig(**data),
+    )
+
+
+def _open(trained: TrainedModel, config: TrainConfig, split: str) -> tuple[ImageSet, tuple[str, ...]]:
+    """Open the images with the labels of the model's classes."""
+    model: Any = trained.model
+    if trained.class_names is not None:
+        return open_eval_set(config, split, trained.class_names)
+    dataset, names = open_eval_set(config, split, None)
+    if model.num_classes == _IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        # The folders may be some of ImageNet's classes only.
+        return open_eval_set(config, split, tuple(ImageNetInfo().label_names()))
+    if len(names) != model.num_classes:
+        raise ValueError(
+            f"data.dataset {config.data.dataset!r} has {len(names)} classes, the model has {model.num_classes}"
+        )
+    return dataset, names
+
+
+def _choose_folder(options: ValidateOptions) -> Path:
+    if options.output is not None:
+        return options.output
+    source = Path(options.source)
+    if source.is_dir():
+        return source / "validation"
+    return Path(f"validation-{source.stem if source.exists() else options.source}")
+
+
+def _with_progress(batches: Iterable[Any], total: int, is_main: bool) -> Iterator[Any]:
+    """Yield the batches, with a bar on a terminal and a line now and then elsewhere, on the standard error stream."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not is_main or console.is_terminal:
+        yield from track(batches, "evaluating", total, console=console, disable=not is_main, transient=True)
+        return
+    last = time.monotonic()
+    for done, batch in enumerate(batches):
+        if time.monotonic() - last > _PLAIN_INTERVAL:
+            last = time.monotonic()
+            sys.stderr.write(f"evaluating: {100 * done / total:.0f} %\n")
+        yield batch
+
+
+def class_table(validation: Validation) -> list[dict[str, Any]]:
+    """Return a row a class: its images, how often it was guessed, and the shares that were right, in percent.
+
+    A share of no images is `None`.
+    """
+    confusion = validation.confusion
+    right, images, guessed = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
+    rows = []
+    for label, name in enumerate(validation.class_names):
+        hits, total, guesses = int(right[label]), int(images[label]), int(guessed[label])
+        rows.append(
+            {
+                "label": label,
+                "class": name,
+                "images": total,
+                "right": hits,
+                "guessed": guesses,
+                "top1": 100 * hits / total if total else None,
+                "top5": 100 * int(validation.hits_of_five[label]) / total if total else None,
+                "precision": 100 * hits / guesses if guesses else None,
+            }
+        )
+    return rows
+
+
+def write_validation(validation: Validation) -> None:
+    """Write `classes.csv`, `confusion.csv`, `confusion.png` and, last, `results.json`, each whole or not at all.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder = validation.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = class_table(validation)
+    write_text(folder / "classes.csv", _csv([list(rows[0]), *(list(row.values()) for row in rows)]))
+    names = validation.class_names
+    matrix = [[name, *counts] for name, counts in zip(names, validation.confusion.tolist(), strict=True)]
+    write_text(folder / "confusion.csv", _csv([["class \\ guess", *names], *matrix]))
+    draw_confusion(validation.confusion, names, folder / "confusion.png")
+    figures = dataclasses.asdict(validation.result) | {"unreadable": validation.unreadable}
+    write_text(folder / "results.json", json.dumps(figures | validation.about, indent=2) + "\n")
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,175 @@
+"""Build the model that the settings name."""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import nn
+
+import vim.models  # registers our models with timm
+from vim.config.schema import ModelConfig, TrainConfig
+from vim.models.starting_weights import load_starting_weights
+
+_FROM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def build_model(config: ModelConfig, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
+    """Create a model through timm.
+
+    Args:
+        config: The model's settings; its `num_classes` is not read.
+        num_classes: Outputs of the classifier.
+        class_names: Names of the classes; where `model.checkpoint` has others, its classifier is not taken.
+
+    Returns:
+        The model, on the CPU, in training mode.
+
+    Raises:
+        ValueError: timm knows no such model (the message names the nearest), or the model takes no such argument, or
+            refuses a value, or has no published weights, or `model.checkpoint` does not fit.
+        FileNotFoundError: There is no such `model.checkpoint`.
+    """
+    check_model_name(config.name)
+    arguments: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_chans": config.in_chans,
+        "img_size": config.img_size,
+        "drop_rate": config.drop_rate,
+        "drop_path_rate": config.drop_path_rate,
+        **config.args,
+    }
+    if config.checkpoint is not None:
+        model = _create(without_weights(config), arguments)
+        load_starting_weights(model, config, class_names)
+        return model
+    if config.pretrained and _is_ours(config.name):
+        weights = "ema" if config.pretrained_weights == "ema" else "raw"
+        arguments |= {"pretrained_weights": weights, "pretrained_resampling": config.pretrained_resampling}
+    return _create(config, arguments)
+
+
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """Return the settings of the same model as it is made, for weights that come from elsewhere."""
+    return dataclasses.replace(config, pretrained=False, checkpoint=None)
+
+
+def _is_ours(name: str) -> bool:
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vim.")
+
+
+def create_named(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """Create a model of timm; `img_size` is left out for one that takes images of any size and no argument for it.
+
+    Raises:
+        TypeError: The model takes no such argument, or none of such a type.
+        ValueError: It refuses a value, or its weights cannot be had.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        if "img_size" in arguments and "'img_size'" in str(error):
+            del arguments["img_size"]
+            return create_named(name, pretrained, **arguments)
+        raise
+    except LocalEntryNotFoundError as error:
+        raise ValueError("it is not in the cache of Hugging Face, and was not fetched") from error
+    except (RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or f"{type(error).__name__} without a reason"
+        raise ValueError(reason) from error
+
+
+def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return create_named(config.name, config.pretrained, **arguments)
+    except TypeError as error:
+        raise ValueError(f"model.args does not fit model.name {config.name!r}: {error}{_nearest(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"model.name {config.name!r} cannot be created with these model.args: {error}") from error
+
+
+def _nearest(error: TypeError) -> str:
+    """Return the nearest argument of our models to the one that they do not take, as a question."""
+    unknown = re.search(r"VisionMamba.* unexpected keyword argument '(\w+)'", str(error))
+    near = (
+        difflib.get_close_matches(unknown[1], inspect.signature(vim.models.VisionMamba).parameters, n=1)
+        if unknown
+        else []
+    )
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keep timm from the network for the time of the block: names such as "hf-hub:..." are looked up in the cache."""
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+        yield
+
+
+def check_model_name(name: str) -> None:
+    """Raise unless timm knows the model.
+
+    Raises:
+        ValueError: It does not; the message names the nearest model that it knows.
+    """
+    if name.startswith(_FROM_ELSEWHERE) or timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"model.name must be a model that timm knows, got {name!r}{hint}")
+
+
+def checkpoint_gradients(model: nn.Module, config: ModelConfig) -> None:
+    """Let a model compute its activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    enable = getattr(model, "set_grad_checkpointing", None)
+    if enable is None:
+        raise ValueError(
+            f"model.grad_checkpointing must be false for model.name {config.name!r}, which does not have it"
+        )
+    enable()
+
+
+def check_sizes(model: nn.Module, image_shape: tuple[int, int], config: TrainConfig, device: torch.device) -> None:
+    """Check that a model takes images of a size, by an image; the random generators do not notice.
+
+    Raises:
+        ValueError: It does not take them.
+    """
+    image = torch.zeros(1, config.model.in_chans, *image_shape, device=device)
+    was_training = model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.eval()(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        name = f"model.name {config.model.name!r}"
+        if image_shape == config.model.image_shape:
+            raise ValueError(f"{name} does not take images of model.img_size {image_shape}: {reason}") from error
+        raise ValueError(
+            f"progressive.start_size must be null for {name}, which does not take images of {image_shape} ({reason}); "
+            "a model of ours takes any with --model.args.dynamic_img_size true, in which progressive.multiple is a "
+            "multiple of its patches"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def describe_model(model: nn.Module, config: ModelConfig) -> str:
+    """Return the model's name, arguments and size in a few words."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    arguments = ", ".join(f"{name}={value}" for name, value in config.args.items())
+    start = f", weights of {config.checkpoint}" if config.checkpoint else ", published weights"
+    start = start if config.checkpoint or config.pretrained else ""
+    return f"{config.name}{f' ({arguments})' if arguments else ''}, {millions:.2f} M parameters{start}"

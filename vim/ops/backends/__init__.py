@@ -1,0 +1,1 @@
+"""Backends of the ops: what runs an op on which device, and the reasons why one does not."""

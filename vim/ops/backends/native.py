@@ -1,0 +1,172 @@
+"""The native backend: compiled kernels, found or built at first use and attached to the ops of `vim`.
+
+C++ for the CPU and CUDA for NVIDIA's GPUs, a library each. Importing this module loads and builds nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from vim.ops.backends.registry import Backend, Inapplicable, pin_to_reference, register_backend
+from vim.ops.build import compilation, cuda_recipe
+
+_logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OFF = ("0", "off", "false", "no")
+
+
+class SwitchedOff(RuntimeError):
+    """The user wants no native kernels."""
+
+
+class NativeLibrary:
+    """The kernels for the CPU: loaded, and built first if need be, once per process.
+
+    Attributes:
+        path: The library that is loaded.
+        reason: Why there is none, once it was tried.
+    """
+
+    dispatch_key = "CPU"
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+
+    def load(self) -> str | None:
+        """Return `None` when the kernels are attached, otherwise the reason in words."""
+        with self._lock:
+            if self.path is None and self.reason is None:
+                try:
+                    self.path = self._load()
+                except SwitchedOff as error:
+                    self.reason = Inapplicable(error)
+                except (compilation.BuildError, OSError) as error:
+                    self.reason = str(error)
+            return self.reason
+
+    def found(self) -> Iterator[Path]:
+        """What there is without building, the preferred library first."""
+        packaged = Path(__file__).parents[2] / "_lib" / compilation.LIBRARY  # of a wheel built where torch was
+        if compilation.is_complete(packaged):
+            yield packaged
+        cached = compilation.find_library(compilation.cpu_recipe())
+        if cached is not None:
+            yield cached
+
+    def build(self, force: bool) -> Path:
+        """Build the library and return where it is."""
+        _logger.info("building the CPU kernels, once; this takes about ten seconds")
+        return compilation.build(compilation.cpu_recipe(), _logger.debug, force)
+
+    def _load(self) -> Path:
+        if os.environ.get("VIM_NATIVE", "").lower() in _OFF:
+            raise SwitchedOff("switched off by VIM_NATIVE")
+        self.check_settings()
+        failed = False
+        for path in self.found():
+            try:
+                return self._attach(path)
+            except OSError as error:  # made for another torch or C library: build one that fits
+                _logger.info("cannot load %s: %s; building it again", path, error)
+                failed = True
+        return self._attach(self.build(force=failed))
+
+    def check_settings(self) -> None:
+        """Raise BuildError where $VIM_CPU_CAPABILITY is none of its choices: the library would use the slowest."""
+        wanted = os.environ.get("VIM_CPU_CAPABILITY", "")
+        if wanted and wanted not in compilation.instruction_sets():
+            choices = ", ".join(compilation.instruction_sets())
+            raise compilation.BuildError(f"VIM_CPU_CAPABILITY must be one of {choices}, got {wanted!r}")
+
+    def _attach(self, path: Path) -> Path:
+        torch.ops.load_library(path)
+        if not self.runs("bidirectional_scan"):
+            raise OSError(f"{path} holds no kernels")
+        return path
+
+    def runs(self, op: str) -> bool:
+        """Whether the library that was loaded has a kernel for this op."""
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"vim::{op}", self.dispatch_key)
+
+
+class CUDALibrary(NativeLibrary):
+    """The kernels for the GPUs that torch sees."""
+
+    dispatch_key = "CUDA"
+
+    def found(self) -> Iterator[Path]:
+        """A library for all these GPUs that was built before."""
+        cached = cuda_recipe.find_library(cuda_recipe.visible_architectures())
+        if cached is not None:
+            yield cached
+
+    def build(self, force: bool) -> Path:
+        """Build one for all these GPUs and return where it is."""
+        recipe = cuda_recipe.recipe(cuda_recipe.visible_architectures())
+        if recipe.compilers:
+            _logger.warning("building the CUDA kernels, once; this takes a minute or two")
+        return compilation.build(recipe, _logger.info, force)
+
+    def check_settings(self) -> None:
+        """Check nothing: settings of the CPU do not matter here."""
+
+    def _attach(self, path: Path) -> Path:
+        super()._attach(path)
+        problem = cuda_recipe.problem(path)
+        if problem is not None:
+            # Kernels cannot be detached: the ops that would run them are bypassed.
+            pin_to_reference("cuda")
+            raise compilation.BuildError(f"{path} cannot run here: {problem}")
+        return path
+
+
+cpu = NativeLibrary()
+cuda = CUDALibrary()
+
+
+def load() -> str | None:
+    """Load the CPU's library; `None`, or the reason in words why there is none."""
+    return cpu.load()
+
+
+def library_path() -> Path | None:
+    """The CPU's library that is loaded, or that would be without building; `None` where there is none."""
+    return cpu.path or next(cpu.found(), None)
+
+
+def capability() -> str:
+    """Instruction set that the loaded CPU kernels use: "baseline", "avx2", "avx512" or "avx512bf16"."""
+    name = ctypes.CDLL(str(cpu.path)).vim_cpu_capability
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "meta":
+        return Inapplicable("meta tensors have nothing to compute")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return Inapplicable("torch finds no GPU")
+    if device.type == "cuda" and torch.version.cuda is None:
+        return Inapplicable("its GPU kernels are for NVIDIA's")
+    if device.type not in ("cpu", "cuda"):
+        return f"its kernels are for the CPU and for NVIDIA's GPUs; on {device.type} the next backend runs"
+    if dtype not in _DTYPES:
+        return Inapplicable(f"{str(dtype).removeprefix('torch.')} runs on the reference")
+    library = cuda if device.type == "cuda" else cpu
+    reason = library.load()
+    if reason is None and not library.runs(op):
+        return Inapplicable(f"it has no kernel for {op} on {device.type}")
+    return reason
+
+
+register_backend(Backend("native", "", _why_not))

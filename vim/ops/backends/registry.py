@@ -1,0 +1,247 @@
+"""Backends of the ops: what exists, what runs here, and why something does not.
+
+An op called `name` is defined in the torch.library namespace `vim` once per family of implementations:
+`vim::name` is the portable one (its kernel is the fastest that is attached for a tensor's device, and the
+reference where none is), `vim::name_reference` is pinned to the reference, `vim::name_triton` to Triton's kernels. A
+backend is a record that names the family; adding a backend is adding a record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vim.ops.common.eager import is_transformed
+
+_logger = logging.getLogger(__name__)
+
+WhyNot = Callable[[str, torch.device, torch.dtype], str | None]
+
+
+class Inapplicable(str):
+    """A reason that lies in the input and not in the machine: falling back for it is no news."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the ops.
+
+    Attributes:
+        name: What users pass as `backend`.
+        suffix: Ending of the op's name in `torch.ops.vim` ("" for the portable family).
+        why_not: Takes (op, device, dtype); `None` when usable for such input, otherwise a sentence for the user.
+        by_name_only: Never taken by default, whatever it can run.
+        functions: Plain differentiable functions, one for each op, in place of a family of registered ops.
+    """
+
+    name: str
+    suffix: str
+    why_not: WhyNot
+    by_name_only: bool = False
+    functions: Mapping[str, Callable[..., Any]] | None = None
+
+
+# Each op's reference: plain PyTorch, differentiable without any registration.
+_references: dict[str, Callable[..., Any]] = {}
+# The preferred one first, whatever the order of imports; any others come before these, the newest first.
+_PREFERENCE = ("native", "triton", "reference")
+# In order of preference: the first that can run is the default.
+_backends: list[Backend] = []
+# Of the backends that are no family of registered ops, by suffix.
+_functions: dict[str, Mapping[str, Callable[..., Any]]] = {}
+# Both belong to a context: a `with` block of one thread or task changes nothing in another one.
+# What runs in place of every backend while a model is exported (see `exportable.py`), and whether somebody asked.
+_exportable: dict[str, Callable[..., Any]] = {}
+_exports: ContextVar[bool] = ContextVar("exports", default=False)
+# What `backend=None` means; `None` is the first that can run.
+_default: ContextVar[str | None] = ContextVar("default_backend", default=None)
+# Kinds of devices whose portable ops hold kernels that turned out not to run.
+_pinned: set[str] = set()
+
+
+def register_reference(op: str, reference: Callable[..., Any]) -> None:
+    """Make `op` known, with the implementation that needs nothing but PyTorch."""
+    _references[op] = reference
+
+
+def register_exportable(functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Take these plain functions, one for each op, in place of every backend in exports."""
+    _exportable.update(functions)
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend in its place in `_PREFERENCE`, or in front where it has none; last if by name only."""
+    _backends.insert(0, backend)
+    _backends.sort(key=_rank)
+    if backend.functions is not None:
+        _functions[backend.suffix] = backend.functions
+    _choose.cache_clear()
+
+
+def _rank(backend: Backend) -> int:
+    if backend.by_name_only:
+        return len(_PREFERENCE)
+    return _PREFERENCE.index(backend.name) if backend.name in _PREFERENCE else -1
+
+
+def pin_to_reference(device_type: str) -> None:
+    """Have the reference backend bypass the kernels that are attached to the portable ops of this kind of device."""
+    _pinned.add(device_type)
+    _choose.cache_clear()
+
+
+def available_backends(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """Names of the backends that can run `op` on tensors of this device and dtype, the preferred one first.
+
+    Raises:
+        ValueError: `op` is unknown; the message lists the known ones.
+    """
+    _check_op(op)
+    device = torch.device(device)
+    return tuple(b.name for b in _backends if b.why_not(op, device, dtype) is None)
+
+
+def unavailable_backends(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
+    """The backends that cannot run `op` here, each with the reason in words.
+
+    Raises:
+        ValueError: `op` is unknown; the message lists the known ones.
+    """
+    _check_op(op)
+    device = torch.device(device)
+    reasons = {b.name: b.why_not(op, device, dtype) for b in _backends}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+@contextlib.contextmanager
+def default_backend(name: str | None) -> Iterator[None]:
+    """Run the ops that name no backend on this one inside a `with` block, in this thread or task alone.
+
+    Args:
+        name: Name of a backend, or `None` for the fastest that applies.
+
+    Raises:
+        ValueError: No backend has that name.
+    """
+    if name is not None:
+        _find(name)
+    with _set(_default, name):
+        yield
+
+
+@contextlib.contextmanager
+def exportable_ops() -> Iterator[None]:
+    """Compose every op of operators that exporters know, inside a `with` block around an export, in this thread.
+
+    `torch.onnx.export` needs no such block.
+    """
+    with _set(_exports, True):
+        yield
+
+
+def _is_exported() -> bool:
+    # torch.onnx is asked while graphs are recorded only: its answer takes two imports.
+    records = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return _exports.get() or (records and _is_in_onnx_export())
+
+
+@torch.compiler.assume_constant_result
+def _is_in_onnx_export() -> bool:
+    """Return True inside `torch.onnx.export`; inside a graph of torch.compile its own answer is always False."""
+    return torch.onnx.is_in_onnx_export()
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The torch op that runs `op` on tensors like `tensor`.
+
+    Args:
+        op: Name of the op.
+        backend: Name of a backend, or `None` for the fastest that applies.
+        tensor: Decides device and dtype.
+
+    Raises:
+        ValueError: No backend has that name.
+        RuntimeError: The named backend cannot run here; the message says why.
+    """
+    if _is_exported():
+        return _exportable[op]
+    if not torch.compiler.is_compiling() and is_transformed():
+        return _references[op]
+    suffix = _suffix(op, backend or _default.get(), tensor.device.type, tensor.dtype)
+    return _functions[suffix][op] if suffix in _functions else getattr(torch.ops.vim, op + suffix).default
+
+
+def runs_by_default(op: str, backend: str, tensor: torch.Tensor) -> bool:
+    """Return True if `op` runs on this backend, for tensors like `tensor`, where none is named."""
+    if _is_exported() or _default.get() not in (None, backend):
+        return False
+    return _choose(op, None, tensor.device.type, tensor.dtype).name == backend
+
+
+@torch.compiler.assume_constant_result
+def _suffix(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    record = _choose(op, backend, device_type, dtype)
+    # The portable family also holds the reference, so that graphs saved here run fast elsewhere.
+    is_portable = backend is None and record.name == "reference" and device_type not in _pinned
+    return "" if is_portable else record.suffix
+
+
+@functools.cache
+def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> Backend:
+    device = torch.device(device_type)
+    if backend is not None:
+        record = _find(backend)
+        reason = record.why_not(op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} {dtype}: {reason}")
+        return record
+    for record in _backends:
+        if record.by_name_only:
+            continue
+        reason = record.why_not(op, device, dtype)
+        if reason is None:
+            return record
+        if not isinstance(reason, Inapplicable):
+            _warn_once(record.name, device_type, reason)
+    raise AssertionError("the reference backend runs everywhere")
+
+
+def _find(name: str) -> Backend:
+    record = {b.name: b for b in _backends}.get(name)
+    if record is None:
+        names = sorted(b.name for b in _backends)
+        raise ValueError(f"backend must be one of {names} or None, got {name!r}")
+    return record
+
+
+@functools.cache
+def _warn_once(name: str, device_type: str, reason: str) -> None:
+    _logger.warning("backend %r is not used on %s: %s", name, device_type, reason)
+
+
+def _check_op(op: str) -> None:
+    if op not in _references:
+        raise ValueError(f"op must be one of {sorted(_references)}, got {op!r}")
+
+
+register_backend(Backend("reference", "_reference", lambda op, device, dtype: None))

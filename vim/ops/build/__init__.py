@@ -1,0 +1,1 @@
+"""Compilation of the kernels in `csrc/`, and the folders that hold the libraries."""

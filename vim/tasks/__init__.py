@@ -1,0 +1,1 @@
+"""Tasks: what a model learns, from a batch to a loss."""
