@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 
-from tests.training import TINY_OPTIONS, tiny_config
+from tests.tiny_runs import TINY_OPTIONS, tiny_config
 from vim import train
 from vim.checkpoints.io import CheckpointError, load_weights, save_checkpoint, save_weights
 from vim.inference.trained_model import load_trained_model

@@ -20,7 +20,7 @@ import timm
 import torch
 from PIL import Image
 
-from tests.training import change
+from tests.tiny_runs import change
 from vim import predict
 from vim.checkpoints.io import CheckpointError, save_weights
 from vim.config.load import config_to_dict

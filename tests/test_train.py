@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import TINY_OPTIONS, write_image_folder
+from tests.tiny_runs import TINY_OPTIONS, write_image_folder
 from vim import predict, train
 from vim.checkpoints.io import load_checkpoint
 from vim.training.optim import Schedule

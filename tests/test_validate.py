@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.models.test_pretrained import make_original_checkpoint
 from tests.processes import run_together
-from tests.training import tiny_config, write_image_folder
+from tests.tiny_runs import tiny_config, write_image_folder
 from vim import validate
 from vim.inference.validation import ConfusionCounter
 from vim.training.run_folder import RunFolder

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.training import change
+from tests.tiny_runs import change
 from vim.config.load import (
     CONFIG_FILE,
     config_from_dict,

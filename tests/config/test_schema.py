@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tests.training import change
+from tests.tiny_runs import change
 from vim.config.schema import DataConfig, TrainConfig
 
 

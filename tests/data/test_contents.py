@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training import tiny_config, write_image_folder
+from tests.tiny_runs import tiny_config, write_image_folder
 from vim.data.contents import SplitContents, class_changes, contents_of
 from vim.data.sources import open_image_sets
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.training import tiny_config
+from tests.tiny_runs import tiny_config
 from vim.data import decoding
 from vim.data.decoding import read_image, to_color_mode
 from vim.data.image_files import TorchvisionSource

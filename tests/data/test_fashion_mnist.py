@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training import change, tiny_config
+from tests.tiny_runs import change, tiny_config
 from vim.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, load_fashion_mnist
 from vim.data.sources import open_image_sets
 

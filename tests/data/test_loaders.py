@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training import change, tiny_config, write_image_folder
+from tests.tiny_runs import change, tiny_config, write_image_folder
 from vim.data.loaders import build_loaders
 from vim.data.preprocessing import Preprocessing
 

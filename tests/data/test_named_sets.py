@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training import tiny_config, write_image_folder
+from tests.tiny_runs import tiny_config, write_image_folder
 from vim.data.loaders import build_loaders
 from vim.data.sources import open_image_sets
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import vim
-from tests.training import tiny_config
+from tests.tiny_runs import tiny_config
 from vim.data.preprocessing import Preprocessing, per_channel
 
 assert vim  # registers the models

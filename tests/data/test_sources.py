@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import pytest
 
-from tests.training import change, tiny_config, write_image_folder
+from tests.tiny_runs import change, tiny_config, write_image_folder
 from vim.data.folders import find_split
 from vim.data.image_files import ImageFiles
 from vim.data.sources import first_readable_file, open_image_sets

@@ -7,7 +7,7 @@ import socket
 import huggingface_hub
 import pytest
 
-from tests.training import tiny_config
+from tests.tiny_runs import tiny_config
 from vim.checkpoints.io import CheckpointError, save_checkpoint
 from vim.config.load import config_to_dict
 from vim.inference.trained_model import load_trained_model

@@ -12,7 +12,7 @@ import torch
 
 import vim
 from tests.helpers import assert_close, make_bidirectional_inputs, make_scan_inputs
-from tests.training import TINY_MODEL, change
+from tests.tiny_runs import TINY_MODEL, change
 from vim.checkpoints.io import save_weights
 from vim.config.schema import TrainConfig
 from vim.inference.onnx import describe_onnx, export_onnx, write_onnx

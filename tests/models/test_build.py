@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vim
-from tests.training import tiny_config
+from tests.tiny_runs import tiny_config
 from vim.models.build import build_model, check_model_name, describe_model
 from vim.runtime.device import resolve_device
 

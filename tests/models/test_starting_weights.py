@@ -7,7 +7,7 @@ import timm
 import torch
 
 from tests.models.test_pretrained import make_original_checkpoint
-from tests.training import TINY_MODEL, change, tiny_config
+from tests.tiny_runs import TINY_MODEL, change, tiny_config
 from vim.checkpoints.io import CheckpointError, save_weights
 from vim.layers.pos_embed import resample_pos_embed
 from vim.models.build import build_model, describe_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training import change, tiny_config
+from tests.tiny_runs import change, tiny_config
 from vim.tasks.classification import ClassificationTask
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tests.training import change, tiny_config
+from tests.tiny_runs import change, tiny_config
 from vim.tasks.classification import ClassificationTask
 from vim.tasks.distillation import Teacher
 from vim.training.run_folder import RunFolder

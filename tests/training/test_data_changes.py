@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.training import TINY_MODEL, write_image_folder
+from tests.tiny_runs import TINY_MODEL, write_image_folder
 from vim import train
 from vim.checkpoints.io import load_checkpoint
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from tests.processes import run_together
-from tests.training import TINY_OPTIONS, tiny_config, write_image_folder
+from tests.tiny_runs import TINY_OPTIONS, tiny_config, write_image_folder
 from vim import train, validate
 from vim.checkpoints.io import load_checkpoint
 from vim.inference.evaluation import EvaluationStopped, evaluate

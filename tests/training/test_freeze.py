@@ -7,7 +7,7 @@ from rich.console import Console
 from torch import nn
 
 from tests.processes import run_together
-from tests.training import tiny_config
+from tests.tiny_runs import tiny_config
 from vim.models.build import build_model
 from vim.runtime.distributed import join_processes
 from vim.training.freeze import Freezer

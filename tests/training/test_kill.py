@@ -11,9 +11,9 @@ import time
 import pytest
 from rich.console import Console
 
-from tests.training.test_trainer import RANDOM, read_summary, same
 from tests.processes import start
-from tests.training import tiny_config, write_image_folder
+from tests.tiny_runs import tiny_config, write_image_folder
+from tests.training.test_trainer import RANDOM, read_summary, same
 from vim.checkpoints.io import load_checkpoint
 from vim.training.run_folder import RunFolder
 from vim.training.trainer import Trainer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training import TINY_MODEL, tiny_config
+from tests.tiny_runs import TINY_MODEL, tiny_config
 from vim.models.build import build_model
 from vim.training.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
 

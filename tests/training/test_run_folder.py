@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training import tiny_config
+from tests.tiny_runs import tiny_config
 from vim.data.digits import CLASS_NAMES, load_digits
 from vim.runtime.machine import describe_environment
 from vim.training.run_folder import RunFolder, choose_run_folder

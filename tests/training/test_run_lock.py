@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.processes import run_together, start
-from tests.training import TINY_OPTIONS, tiny_config
+from tests.tiny_runs import TINY_OPTIONS, tiny_config
 from vim import train
 from vim.checkpoints.io import load_checkpoint
 from vim.training import run_lock

@@ -16,10 +16,10 @@ import timm
 import torch
 from rich.console import Console
 
-from tests.training import TINY_MODEL, change, tiny_config, write_image_folder
+from tests.tiny_runs import TINY_MODEL, change, tiny_config, write_image_folder
 from vim.checkpoints.io import CheckpointError, load_checkpoint
-from vim.config.run import SaveConfig
 from vim.config.load import config_to_dict, parse_command_line
+from vim.config.run import SaveConfig
 from vim.config.schema import TrainConfig
 from vim.data.randomness import Draw, generator_for
 from vim.inference.evaluation import evaluate

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vim.checkpoints.io import CheckpointError, load_into, rng_state, set_rng_state
-from vim.config.run import SaveConfig
 from vim.config.load import check_resumable, config_from_dict, config_to_dict
+from vim.config.run import SaveConfig
 from vim.data.contents import class_changes
 from vim.training.metrics import EpochMeter
 
