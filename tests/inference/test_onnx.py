@@ -174,7 +174,7 @@ def test_a_wrong_file_is_not_left_behind(tmp_path):
     [
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"out": "m.pt"}, "out must end in .onnx"),
-        ({"model": __file__, "in_chans": 3}, "in_chans must be left out for .*test_export.py.* got 3"),
+        ({"model": __file__, "in_chans": 3}, "in_chans must be left out for .*test_onnx.py.* got 3"),
     ],
 )
 def test_bad_arguments(kwargs, message):
