@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vim.explain.checks import check_images, check_layers, check_mixers, check_vision_mamba
+from vim.explain.checks import check_images, check_layers, check_vision_mamba, mixers_of
 from vim.explain.modes import in_evaluation
+from vim.layers import Mamba
 from vim.layers.token_sequence import TokenSequence
 from vim.models.checks import check_kind
 from vim.models.vision_mamba import VisionMamba
@@ -99,13 +100,13 @@ def hidden_attention(
     vision = check_vision_mamba(model)
     check_images(images, vision.in_chans)
     chosen = check_layers(layers, vision.depth)
-    check_mixers(vision, chosen)
+    mixers = mixers_of(vision, chosen)
     check_kind("direction", direction, ("forward", "backward", "both"))
-    inputs, sequence = _inputs_of_mixers(vision, images, chosen)
+    inputs, sequence = _inputs_of_mixers(vision, images, mixers)
     index = _places(sequence, next(iter(inputs.values())).shape[1])
     matrices = []
     for i in chosen:
-        mixer = vision.layers[i].mixer
+        mixer = mixers[i]
         scans = [s for s in mixer.scan_inputs(inputs[i]) if direction in ("both", _name(s))]
         if not scans:
             raise ValueError(f"direction must be 'forward' or 'both' for layer {i}, whose mixer has no backward scan")
@@ -154,20 +155,20 @@ def attention_rollout(attention: HiddenAttention) -> Tensor:
 
 
 def _inputs_of_mixers(
-    model: VisionMamba, images: Tensor, layers: tuple[int, ...]
+    model: VisionMamba, images: Tensor, mixers: dict[int, Mamba]
 ) -> tuple[dict[int, Tensor], TokenSequence]:
     """Return what the mixers of the layers receive, (batch, len, d_model) each, and how the tokens stand in it."""
     inputs: dict[int, Tensor] = {}
 
     def take(i: int) -> Any:
-        return model.layers[i].mixer.register_forward_pre_hook(lambda _, args: inputs.__setitem__(i, args[0]))
+        return mixers[i].register_forward_pre_hook(lambda _, args: inputs.__setitem__(i, args[0]))
 
     with in_evaluation(model), contextlib.ExitStack() as hooks:
-        for i in layers:
+        for i in mixers:
             hooks.callback(take(i).remove)
         x, sequence = model._embed(images, None, None)
         model._run_layers(x, sequence, model.depth)
-    missing = sorted(set(layers) - set(inputs))
+    missing = sorted(set(mixers) - set(inputs))
     if missing:
         raise ValueError(f"layers must be ones that the model runs, and layer {missing[0]} has no partner")
     return inputs, sequence
@@ -209,7 +210,8 @@ def _answers(scan: dict[str, Any], b: int) -> Iterator[tuple[slice, Tensor]]:
         impulses = scan["u"].new_zeros(count, dim, length)
         impulses[torch.arange(count), :, torch.arange(columns.start, columns.stop)] = 1
         many = {name: x.expand(count, *x.shape[1:]) for name, x in one.items()}
-        yield columns, selective_scan(**(scan | many | {"u": impulses}))
+        answers: Any = selective_scan(**(scan | many | {"u": impulses}))
+        yield columns, answers
 
 
 def _mean_over_channels(scan: dict[str, Any], gate: bool, absolute: bool) -> Tensor:

@@ -96,15 +96,15 @@ def check_layers(layers: Any, depth: int) -> tuple[int, ...]:
     return tuple(i % depth for i in chosen)
 
 
-def check_mixers(model: VisionMamba, layers: tuple[int, ...]) -> None:
-    """Check that the layers' mixers are Mamba mixers.
+def mixers_of(model: VisionMamba, layers: tuple[int, ...]) -> dict[int, Mamba]:
+    """Return the mixers of the layers.
 
     Raises:
         TypeError: A mixer is another module.
     """
-    for i in layers:
-        mixer = model.layers[i].mixer
+    mixers = {i: model.layers[i].mixer for i in layers}
+    for i, mixer in mixers.items():
         if not isinstance(mixer, Mamba):
-            raise TypeError(
-                f"the mixer of layer {i} must be a vim.Mamba to have hidden attention, got {type(mixer).__name__}"
-            )
+            kind = type(mixer).__name__
+            raise TypeError(f"the mixer of layer {i} must be a vim.Mamba to have hidden attention, got {kind}")
+    return mixers  # type: ignore[return-value]

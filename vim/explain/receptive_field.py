@@ -103,8 +103,8 @@ def _token(
     run: Any = model.forward_intermediates
     prefix_tokens = {"return_prefix_tokens": True} if has_prefix else {}
     (last,) = run(pixels, 1, norm=True, intermediates_only=True, **prefix_tokens)
-    patches, prefix = last if has_prefix else (last, None)
     if token == "class":
-        return prefix.mean(1), None
+        return last[1].mean(1), None
+    patches = last[0] if has_prefix else last
     rows, columns = patches.shape[2:]
     return patches[:, :, rows // 2, columns // 2], ((rows // 2, rows), (columns // 2, columns))

@@ -210,8 +210,8 @@ class Mamba(nn.Module):
 
     def _scan_each(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
         """One direction after the other, calling modules that the kernels may not read, (batch, len, d_inner)."""
-        outputs: list[Tensor] = [selective_scan(**inputs).mT for inputs in self._inputs_of_scans(x, z, directions)]
-        y = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+        outputs: list[Any] = [selective_scan(**inputs) for inputs in self._inputs_of_scans(x, z, directions)]
+        y = outputs[0].mT if len(outputs) == 1 else outputs[0].mT + outputs[1].mT
         return y / 2 if len(outputs) == 2 and self.merge == "mean" else y
 
     def _inputs_of_scans(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> list[dict[str, Any]]:
