@@ -49,7 +49,7 @@ def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], path: Pa
         fields: Titles and fields.
         path: The file to make or replace.
     """
-    figure = _figure(2.8 * len(fields), 3.2)
+    figure = _figure(2.8 * len(fields), 3.5)
     axes = figure.subplots(1, len(fields), squeeze=False)[0]
     for place, (title, field) in zip(axes, fields, strict=True):
         # The original figure's scale: a thousandth of the largest gradient is black.
