@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "inference": {"runtime", "data", "models", "checkpoints", "config", "ops"},
     "tasks": {"inference", "runtime", "data", "models", "checkpoints", "config"},
     "training": {"tasks", "inference", "runtime", "data", "models", "checkpoints", "config"},
+    "explain": {"inference", "runtime", "data", "models", "checkpoints", "layers", "ops"},
     "benchmarking": {"runtime", "models", "ops"},
 }
 ENTRY_POINTS = {"train", "validate", "predict", "benchmark", "convert", "doctor", "export", "build"}

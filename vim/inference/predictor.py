@@ -69,6 +69,10 @@ class Predictor:
         """
         return self._classify([self._transform(image) for image in images])
 
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return the input that the model gets of an image, (channels, height, width), on the model's device."""
+        return self._transform(image).to(self._device)
+
     @torch.inference_mode()
     def _classify(self, inputs: Sequence[Tensor]) -> Tensor:
         return self.model(torch.stack(list(inputs)).to(self._device)).float().softmax(dim=1).cpu()

@@ -197,17 +197,32 @@ class Mamba(nn.Module):
         forward, backward = (_inner_weights(d) for d in directions)
         return bidirectional_mixer(x, z, forward, backward, self.merge)
 
+    def scan_inputs(self, hidden_states: Tensor) -> list[dict[str, Any]]:
+        """Return the arguments of `vim.ops.selective_scan` for each direction, computed from tokens.
+
+        The mixer adds the outputs of these scans, or takes their mean (`merge`), and projects the result.
+
+        Args:
+            hidden_states: (batch, len, d_model).
+        """
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        return self._inputs_of_scans(x, z, self._directions())
+
     def _scan_each(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
         """One direction after the other, calling modules that the kernels may not read, (batch, len, d_inner)."""
-        outputs: list[Tensor] = []
+        outputs: list[Any] = [selective_scan(**inputs) for inputs in self._inputs_of_scans(x, z, directions)]
+        y = outputs[0].mT if len(outputs) == 1 else outputs[0].mT + outputs[1].mT
+        return y / 2 if len(outputs) == 2 and self.merge == "mean" else y
+
+    def _inputs_of_scans(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> list[dict[str, Any]]:
+        inputs = []
         u = x_dbl = x
         for d in directions:
             if not (d.reverse and self.directions == "v1"):  # v1: the backward scan reads the forward projections
                 u = self._convolve(x, d)
                 x_dbl = d.x_proj(u).to(u.dtype)
-            outputs.append(self._scan(u, x_dbl, z, d))
-        y = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
-        return y / 2 if len(outputs) == 2 and self.merge == "mean" else y
+            inputs.append(self._inputs_of_scan(u, x_dbl, z, d))
+        return inputs
 
     def _convolve(self, x: Tensor, d: _Direction) -> Tensor:
         """Convolve looking back, or ahead where the direction is reversed, and activate; (batch, len, d_inner)."""
@@ -218,18 +233,27 @@ class Mamba(nn.Module):
         u = self.act(d.conv1d(x.mT)[..., : x.shape[1]]).mT
         return u.flip(1) if d.reverse else u
 
-    def _scan(self, u: Tensor, x_dbl: Tensor, z: Tensor, d: _Direction) -> Tensor:
-        """Gated scan of one direction, (batch, len, d_inner)."""
+    def _inputs_of_scan(self, u: Tensor, x_dbl: Tensor, z: Tensor, d: _Direction) -> dict[str, Any]:
+        """Return the arguments of the gated scan of one direction, whose output is (batch, d_inner, len)."""
         dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta_bias = None
         if is_projection(d.dt_proj, self.dt_rank, self.d_inner):
             delta, delta_bias = nn.functional.linear(dt, d.dt_proj.weight.to(dt.dtype)), d.dt_proj.bias
         else:
-            delta, delta_bias = d.dt_proj(dt), None
+            delta = d.dt_proj(dt)
         check_memory("A_b_log" if d.reverse else "A_log", d.A_log)
-        A = -torch.exp(d.A_log.to(torch.promote_types(torch.float32, d.A_log.dtype)))
-        scan_inputs = (u.mT, delta.to(u.dtype).mT, A, B.mT, C.mT, d.D, z.to(u.dtype).mT)
-        y: Any = selective_scan(*scan_inputs, delta_bias, delta_softplus=True, reverse=d.reverse)
-        return y.mT
+        return {
+            "u": u.mT,
+            "delta": delta.to(u.dtype).mT,
+            "A": -torch.exp(d.A_log.to(torch.promote_types(torch.float32, d.A_log.dtype))),
+            "B": B.mT,
+            "C": C.mT,
+            "D": d.D,
+            "z": z.to(u.dtype).mT,
+            "delta_bias": delta_bias,
+            "delta_softplus": True,
+            "reverse": d.reverse,
+        }
 
 
 def _inner_weights(d: _Direction) -> InnerWeights:

@@ -353,14 +353,14 @@ class VisionMamba(nn.Module):
         return self.rope(tokens.flip(1), tables).flip(1) if flipped else self.rope(tokens, tables)
 
     def _run_layers(
-        self, x: Tensor, sequence: TokenSequence, depth: int, take: Collection[int] = ()
+        self, x: Tensor, sequence: TokenSequence, depth: int, take: Collection[int] = (), start: int = 0
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """Hidden state and residual after `depth` blocks, and after each block in `take`; (batch, len, dim) each."""
         residual: Tensor | None = None
         taken: list[tuple[Tensor, Tensor]] = []
         step = 2 if self.pairwise_layers else 1
         tables = None if self.rotary == "none" else self.rope.tables(sequence.grid)
-        for i in range(0, depth - depth % step, step):
+        for i in range(start, depth - depth % step, step):
             if tables is not None:
                 x = self._rotate(x, sequence.flipped, tables)
                 if residual is not None and self.rotary == "residual":

@@ -1,0 +1,127 @@
+"""Explain the answers of a trained model image by image: what `python -m vim.explain` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vim.explain.attention import HiddenAttention, attention_rollout, hidden_attention, read_out_map
+from vim.explain.checks import check_vision_mamba
+from vim.explain.class_activation import METHODS, class_activation
+from vim.explain.pictures import draw_explanation
+from vim.explain.pixel_gradients import PIXEL_METHODS, pixel_gradients
+from vim.inference.predictor import Predictor
+
+EXPLANATIONS = ("attention", "rollout", *METHODS, *PIXEL_METHODS)
+DEFAULT_EXPLANATIONS = ("attention", "rollout", "gradcam")
+_TITLES = {
+    "attention": "attention of the read-out",
+    "rollout": "attention through all layers",
+    "integrated_gradients": "integrated gradients",
+}
+
+
+class Explainer:
+    """A trained model with the explanations to draw of its answers.
+
+    Args:
+        predictor: The model with its preprocessing and class names.
+        methods: Names from `EXPLANATIONS`.
+        target: Name or number of the class to explain; `None` is the likeliest of each image.
+        topk: Number of classes to name.
+
+    Raises:
+        TypeError: A method needs a VisionMamba, and the model is another one.
+        ValueError: A method or the class is unknown, or `topk` is less than 1.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        methods: Sequence[str] = DEFAULT_EXPLANATIONS,
+        target: str | None = None,
+        topk: int = 5,
+    ) -> None:
+        unknown = [method for method in methods if method not in EXPLANATIONS]
+        if unknown or not methods:
+            raise ValueError(f"method must be one of {list(EXPLANATIONS)}, got {unknown[0] if unknown else 'none'!r}")
+        if topk < 1:
+            raise ValueError(f"topk must be >= 1, got {topk}")
+        if any(method not in PIXEL_METHODS for method in methods):
+            check_vision_mamba(predictor.model)
+        self._predictor, self._methods = predictor, tuple(methods)
+        self._topk = min(topk, len(predictor.class_names))
+        self._target = None if target is None else _class_number(target, predictor.class_names)
+
+    def draw(self, image: Image.Image, output: Path) -> list[tuple[str, float]]:
+        """Explain an image in a PNG file.
+
+        Args:
+            image: An image of any size and mode.
+            output: The file to make or replace; its folder is made where it is missing.
+
+        Returns:
+            Names of the likeliest classes with their probabilities.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        predictor = self._predictor
+        pixels = predictor.preprocess(image)[None]
+        with torch.no_grad():
+            probabilities = predictor.model(pixels)[0].float().softmax(0)
+        values, classes = probabilities.topk(self._topk)
+        guesses = [(predictor.class_names[c], v) for c, v in zip(classes.tolist(), values.tolist(), strict=True)]
+        target = int(classes[0]) if self._target is None else self._target
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw_explanation(self._photograph(pixels[0]), self._maps(pixels, target), guesses, output)
+        return guesses
+
+    def _photograph(self, pixels: Tensor) -> Tensor:
+        """Return what the model sees without the normalisation, (channels, height, width), from 0 to 1."""
+        preprocessing = self._predictor.preprocessing
+        mean, std = (
+            torch.tensor(v, device=pixels.device)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
+        )
+        return pixels * std + mean
+
+    def _maps(self, pixels: Tensor, target: int) -> list[tuple[str, Tensor]]:
+        model, name = self._predictor.model, self._predictor.class_names[target]
+        attention: HiddenAttention | None = None
+        if {"attention", "rollout"} & set(self._methods):
+            attention = hidden_attention(model, pixels, absolute=True)
+        explain: dict[str, Callable[[], Tensor]] = {}
+        if attention is not None:
+            explain["attention"] = lambda: attention.maps()[-1, 0]
+            explain["rollout"] = lambda: read_out_map(
+                attention_rollout(attention), attention.grid, attention.num_prefix_tokens
+            )[0]
+        maps = []
+        for method in self._methods:
+            if method in explain:
+                values = explain[method]()
+            elif method in METHODS:
+                values = class_activation(model, pixels, target, method)[0]
+            else:
+                how: Any = method
+                values = pixel_gradients(model, pixels, target, how)[0]
+            of_class = "" if method in ("attention", "rollout") else f": {name}"
+            maps.append((_TITLES.get(method, method) + of_class, values))
+        return maps
+
+
+def _class_number(target: str, class_names: Sequence[str]) -> int:
+    """Return the number of a class that is given by its name or its number."""
+    if target in class_names:
+        return class_names.index(target)
+    if target.isdecimal() and int(target) < len(class_names):
+        return int(target)
+    shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+    raise ValueError(
+        f"target must be a class name or a number from 0 to {len(class_names) - 1}, got {target!r}: {shown}"
+    )

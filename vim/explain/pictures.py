@@ -1,0 +1,109 @@
+"""Explanations as pictures: heat maps over the photograph, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim.checkpoints.io import atomic_writer
+from vim.data.listing import printable
+from vim.explain.receptive_field import ReceptiveField
+
+_GREY, _COLORS, _OPACITY = "#5b6068", "inferno", 0.6
+
+
+def draw_explanation(
+    photograph: Tensor, maps: Sequence[tuple[str, Tensor]], guesses: Sequence[tuple[str, float]], path: Path
+) -> None:
+    """Draw a photograph, heat maps over it, and the likeliest classes into a PNG file.
+
+    Args:
+        photograph: (channels, height, width), from 0 to 1; 1, 3 or 4 channels.
+        maps: Titles, and maps of any size, (rows, columns); each is stretched from its least to its largest value.
+        guesses: Names of classes and their probabilities, the likeliest first.
+        path: The file to make or replace.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = _figure(2.6 * (2 + len(maps)), 3.0)
+    axes = figure.subplots(1, 2 + len(maps))
+    pixels = _as_picture(photograph)
+    _show(axes[0], pixels, "image")
+    for place, (title, values) in zip(axes[1:], maps, strict=False):
+        _show(place, pixels, title)
+        _overlay(place, values, pixels.shape[:2])
+    _draw_guesses(axes[-1], guesses)
+    _save(figure, path)
+
+
+def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], path: Path) -> None:
+    """Draw receptive fields side by side into a PNG file, on a logarithmic scale of colours.
+
+    Args:
+        fields: Titles and fields.
+        path: The file to make or replace.
+    """
+    figure = _figure(2.8 * len(fields), 3.5)
+    axes = figure.subplots(1, len(fields), squeeze=False)[0]
+    for place, (title, field) in zip(axes, fields, strict=True):
+        # The original figure's scale: a thousandth of the largest gradient is black.
+        place.imshow(field.map.clamp_min(1e-3).log10().numpy(), cmap=_COLORS, vmin=-3, vmax=0)
+        _title(place, f"{title}\nhalf of it in {100 * field.area(0.5):.0f} % of the image")
+        place.plot(field.center[1], field.center[0], "+", color="white", markersize=6)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_writer(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _as_picture(photograph: Tensor) -> Any:
+    """Return pixels as matplotlib takes them, (height, width, 3) or (height, width, 4)."""
+    pixels = photograph.detach().cpu().float().clamp(0, 1)
+    pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(printable(text), fontsize=9, color=_GREY, loc="left", parse_math=False)
+    axes.set_axis_off()
+
+
+def _show(axes: Any, pixels: Any, title: str) -> None:
+    axes.imshow(pixels)
+    _title(axes, title)
+
+
+def _overlay(axes: Any, values: Tensor, size: tuple[int, int]) -> None:
+    values = values.detach().cpu().float()
+    low, high = torch.aminmax(values)
+    values = (values - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    grown = F.interpolate(values[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    axes.imshow(grown.numpy(), cmap=_COLORS, alpha=_OPACITY, vmin=0, vmax=1)
+
+
+def _draw_guesses(axes: Any, guesses: Sequence[tuple[str, float]]) -> None:
+    names = [printable(name if len(name) <= 28 else name[:27] + "…") for name, _ in guesses]
+    shares = [100 * share for _, share in guesses]
+    axes.barh(range(len(shares)), shares, color="#1f6fb4", height=0.35)
+    for place, (name, share) in enumerate(zip(names, shares, strict=True)):
+        axes.text(0, place - 0.3, f"{name}  {share:.1f} %", fontsize=8, color=_GREY, va="bottom", parse_math=False)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(max(len(shares) - 0.4, 0.6), -0.8)
+    axes.set_axis_off()
