@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -60,6 +61,11 @@ class Preprocessing:
             crop_pct=data["crop_pct"],
             interpolation=data["interpolation"],
         )
+
+    def as_photograph(self, pixels: Tensor) -> Tensor:
+        """Undo the normalisation of an input, (channels, height, width): pixels from 0 to 1."""
+        mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (self.mean, self.std))
+        return pixels * std + mean
 
     @property
     def color_mode(self) -> str:

@@ -79,16 +79,8 @@ class Explainer:
         guesses = [(predictor.class_names[c], v) for c, v in zip(classes.tolist(), values.tolist(), strict=True)]
         target = int(classes[0]) if self._target is None else self._target
         output.parent.mkdir(parents=True, exist_ok=True)
-        draw_explanation(self._photograph(pixels[0]), self._maps(pixels, target), guesses, output)
+        draw_explanation(predictor.preprocessing.as_photograph(pixels[0]), self._maps(pixels, target), guesses, output)
         return guesses
-
-    def _photograph(self, pixels: Tensor) -> Tensor:
-        """Return what the model sees without the normalisation, (channels, height, width), from 0 to 1."""
-        preprocessing = self._predictor.preprocessing
-        mean, std = (
-            torch.tensor(v, device=pixels.device)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
-        )
-        return pixels * std + mean
 
     def _maps(self, pixels: Tensor, target: int) -> list[tuple[str, Tensor]]:
         model, name = self._predictor.model, self._predictor.class_names[target]

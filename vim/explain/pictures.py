@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from vim.checkpoints.io import atomic_writer
@@ -40,6 +41,26 @@ def draw_explanation(
         _overlay(place, values, pixels.shape[:2])
     _draw_guesses(axes[-1], guesses)
     _save(figure, path)
+
+
+def overlay(photograph: Tensor, values: Tensor | None, side: int) -> Image.Image:
+    """Return a photograph, with a heat map over it, as a picture.
+
+    Args:
+        photograph: (channels, height, width), from 0 to 1; 1, 3 or 4 channels.
+        values: The map, (rows, columns), or `None`.
+        side: Length of the picture's longer side in pixels.
+    """
+    height, width = photograph.shape[1:]
+    size = (max(1, side * height // max(height, width)), max(1, side * width // max(height, width)))
+    pixels = F.interpolate(photograph.detach().cpu().float().clamp(0, 1)[None, :3], size, mode="bilinear")[0]
+    pixels = pixels.expand(3, -1, -1)
+    if values is not None:
+        import matplotlib
+
+        heat = torch.from_numpy(matplotlib.colormaps[_COLORS](_stretch(values, size).numpy()))[..., :3].permute(2, 0, 1)
+        pixels = torch.lerp(pixels, heat.float(), _OPACITY)
+    return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
 
 
 def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], path: Path) -> None:
@@ -91,11 +112,15 @@ def _show(axes: Any, pixels: Any, title: str) -> None:
 
 
 def _overlay(axes: Any, values: Tensor, size: tuple[int, int]) -> None:
+    axes.imshow(_stretch(values, size).numpy(), cmap=_COLORS, alpha=_OPACITY, vmin=0, vmax=1)
+
+
+def _stretch(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a map of another size, from 0 to 1."""
     values = values.detach().cpu().float()
     low, high = torch.aminmax(values)
     values = (values - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
-    grown = F.interpolate(values[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-    axes.imshow(grown.numpy(), cmap=_COLORS, alpha=_OPACITY, vmin=0, vmax=1)
+    return F.interpolate(values[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def _draw_guesses(axes: Any, guesses: Sequence[tuple[str, float]]) -> None:
