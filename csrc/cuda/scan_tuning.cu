@@ -46,8 +46,8 @@ ScanTuning scan_tuning(const Scan& scan) {
 }  // namespace VIM_ISA
 }  // namespace vim
 
-// For measurements and tests: choices for every shape from now on. 0 leaves one to the table; returns 0 where a value is
-// not one of those that exist.
+// For measurements and tests: choices for every shape from now on. 0 leaves one to the table; returns 0 where a value
+// is not one of those that exist.
 extern "C" __attribute__((visibility("default"))) int vim_cuda_tune_scan(int channels, int warps, int64_t chunk) {
   const bool fits = channels >= 0 && channels <= 2 && (warps == 0 || warps == 1 || warps == 2 || warps == 4) &&
                     chunk >= 0 && chunk % 64 == 0;
