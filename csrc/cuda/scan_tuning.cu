@@ -1,6 +1,6 @@
 // The table behind scan_tuning.h. A row holds from its number of channels per multiprocessor on, a channel being one of
-// one batch element in one direction. The figures follow from the counts in docs/kernels.md; scripts that measure on a
-// GPU try others through vim_cuda_tune_scan.
+// one batch element in one direction. The figures follow from the counts in docs/kernel_figures.md; scripts that
+// measure on a GPU try others through vim_cuda_tune_scan.
 #include "scan_tuning.h"
 
 namespace vim {
