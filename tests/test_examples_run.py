@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +17,8 @@ from timm.data import create_transform
 
 from tests.tiny_runs import TINY_MODEL, write_image_folder
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def load(name: str) -> ModuleType:
@@ -65,3 +68,14 @@ def test_onnx_inference_agrees_with_pytorch(tmp_path, capsys):
     np.testing.assert_allclose(probabilities, expected.numpy(), atol=1e-5)
     example.main([str(tmp_path / "vim.onnx"), str(tmp_path / "image.png"), "--top", "2"])
     assert capsys.readouterr().out.count("class") == 2
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_the_readme():
+    (code,) = re.findall(r"## Ten lines of use\n\n((?:    .*\n|\n)+)", (ROOT / "README.md").read_text())
+    names: dict = {}
+    with torch.no_grad():
+        exec(textwrap.dedent(code), names)
+    assert names["logits"].shape == (1, 10)
+    assert [tuple(m.shape) for m in names["maps"]] == [(1, 192, 14, 14)] * 24
+    assert names["hidden"].shape == (1, 100, 64)
