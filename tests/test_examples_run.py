@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -29,6 +30,16 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def test_the_notebook_holds_what_it_printed_and_drew():
+    """CI runs it anew; readers and the site see what is stored, without warnings of one machine."""
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] == number for number, cell in enumerate(cells, start=1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert not [output for output in outputs if output.get("name") == "stderr" or output["output_type"] == "error"]
+
+
 def test_finetune_folder(tmp_path):
     folder = write_image_folder(tmp_path, ["cat", "dog"], {"train": 6, "val": 2})
     torch.save(timm.create_model("vim_tiny_patch16_224", **TINY_MODEL, img_size=16).state_dict(), tmp_path / "w.pth")
@@ -37,6 +48,7 @@ def test_finetune_folder(tmp_path):
     assert accuracy in (0, 25, 50, 75, 100)
 
 
+@pytest.mark.slow
 def test_segmentation():
     small = ["--steps", "1", "--batch-size", "2", "--side", "32", "--width", "16"]
     assert 0 <= load("segmentation").main(small) <= 1
