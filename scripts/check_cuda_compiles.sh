@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every CUDA kernel for sm_80 and sm_90 without a GPU, and checks what the compiler and the disassembly say:
 # no fast kernel keeps anything of a thread in memory, and the main loops of the fast scan stay within their counts
-# (docs/kernels.md).
+# (docs/kernel_figures.md).
 # Usage: scripts/check_cuda_compiles.sh [--fast]     (--fast: the kernel with counts alone, for sm_90)
 # CUDA_HOME chooses the toolkit; PYTHON a Python with triton, whose wheel holds a disassembler, or the toolkit's is used.
 set -euo pipefail

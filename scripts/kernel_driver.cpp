@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <ctime>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -46,8 +46,9 @@ struct Buffer {
     uint16_t half = static_cast<uint16_t>(raw >> 16);
     if (element == Element::float16) {
       const bool small = (raw & 0x7fffffff) < 0x38800000u;
-      half = value != value ? 0x7e00 : static_cast<uint16_t>(((raw >> 16) & 0x8000) |
-                                                            (small ? 0 : (((raw & 0x7fffffff) - 0x38000000u) >> 13)));
+      half = value != value ? 0x7e00
+                            : static_cast<uint16_t>(((raw >> 16) & 0x8000) |
+                                                    (small ? 0 : (((raw & 0x7fffffff) - 0x38000000u) >> 13)));
     }
     if (element == Element::float32) {
       std::memcpy(bytes.get() + 4 * i, &value, 4);
@@ -240,8 +241,14 @@ struct ConvCase {
       dweight[d] = Buffer(Element::float32, s.dim * taps);
       dbias[d] = Buffer(Element::float32, s.dim);
       ConvDirection& side = conv.direction[d];
-      side = {weight[d].floats(), bias[d].floats(), taps, d == 1, view(out[d], s, s.dim, s.dim),
-              view(dout[d], s, s.dim, s.dim), dweight[d].floats(), dbias[d].floats()};
+      side = {weight[d].floats(),
+              bias[d].floats(),
+              taps,
+              d == 1,
+              view(out[d], s, s.dim, s.dim),
+              view(dout[d], s, s.dim, s.dim),
+              dweight[d].floats(),
+              dbias[d].floats()};
     }
     partials = Buffer(Element::float32, table->conv_partial_floats(conv));
     conv.partials = partials.floats();
@@ -255,9 +262,7 @@ struct ConvCase {
     parallel(conv.batch_groups * blocks, [&](int64_t b, int64_t e) { return table->conv_backward(conv, b, e); });
     parallel(blocks, [&](int64_t b, int64_t e) { return table->conv_reduce(conv, b, e); });
   }
-  std::vector<Buffer*> outputs() {
-    return {&dx, &out[0], &out[1], &dweight[0], &dweight[1], &dbias[0], &dbias[1]};
-  }
+  std::vector<Buffer*> outputs() { return {&dx, &out[0], &out[1], &dweight[0], &dweight[1], &dbias[0], &dbias[1]}; }
 };
 
 struct NormCase {
@@ -321,12 +326,14 @@ struct ProductCase {
     dx = Buffer(s.element, rows * depth);
     dweight = Buffer(other, columns * depth);
     sum = random(s.element, columns * depth);
-    forward_ = {rows, depth, columns, {s.element, x.data(), x_row, 1}, {other, weight.data(), 1, depth}, bias.floats(),
-                s.element, y.data(), columns};
-    input = {rows, columns, depth, {s.element, dy.data(), dy_row, 1}, {other, weight.data(), depth, 1}, nullptr,
+    forward_ = {
+        rows,      depth,    columns, {s.element, x.data(), x_row, 1}, {other, weight.data(), 1, depth}, bias.floats(),
+        s.element, y.data(), columns};
+    input = {rows,      columns,   depth, {s.element, dy.data(), dy_row, 1}, {other, weight.data(), depth, 1}, nullptr,
              s.element, dx.data(), depth};
-    gradient = {columns, rows, depth, {s.element, dy.data(), 1, dy_row}, {s.element, x.data(), x_row, 1}, nullptr,
-                other, dweight.data(), depth};
+    gradient = {
+        columns, rows,           depth, {s.element, dy.data(), 1, dy_row}, {s.element, x.data(), x_row, 1}, nullptr,
+        other,   dweight.data(), depth};
     accumulated = gradient;
     accumulated.c_element = s.element;
     accumulated.c = sum.data();
@@ -373,7 +380,12 @@ void check_all() {
     for (int64_t length : {1, 7, 64, 65, 130}) {
       for (int64_t dim : {1, 5, 16, 33}) {
         for (bool channel_first : {false, true}) {
-          const int64_t d_state = dim == 5 ? 3 : dim == 33 ? 17 : 16, every = length == 65 ? 7 : length == 130 ? 100 : 64;
+          const int64_t d_state = dim == 5    ? 3
+                                  : dim == 33 ? 17
+                                              : 16,
+                        every = length == 65    ? 7
+                                : length == 130 ? 100
+                                                : 64;
           const Shape s{2, length, dim, d_state, dim == 1 ? 1 : 12, every, element, channel_first};
           check<ScanCase>("scan", s);
           check<ConvCase>("conv", s, length % 3 + 3);
@@ -413,12 +425,14 @@ void time_all() {
     NormCase norm({1, 197, 192, 16, 12, 64, element, false});
     ProductCase in_proj({1, 197, 0, 0, 0, 0, element, false}, 192, 768);
     const double forward = seconds([&] { scan.forward(); }), backward = seconds([&] { scan.backward(); });
-    std::printf("%s %s: scan %.1f us, %.3f G channel-steps/s, backward %.2fx; conv %.1f us, backward %.1f us; norm %.1f us, "
-                "backward %.1f us; product %.1f us, backward %.1f us\n", table->name, element == Element::float32 ? "float32" : "bfloat16", forward * 1e6,
-                197 * 384 * 2 / forward * 1e-9, backward / forward, seconds([&] { conv.forward(); }) * 1e6,
-                seconds([&] { conv.backward(); }) * 1e6, seconds([&] { norm.forward(); }) * 1e6,
-                seconds([&] { norm.backward(); }) * 1e6, seconds([&] { in_proj.forward(); }) * 1e6,
-                seconds([&] { in_proj.backward(); }) * 1e6);
+    std::printf(
+        "%s %s: scan %.1f us, %.3f G channel-steps/s, backward %.2fx; conv %.1f us, backward %.1f us; norm %.1f us, "
+        "backward %.1f us; product %.1f us, backward %.1f us\n",
+        table->name, element == Element::float32 ? "float32" : "bfloat16", forward * 1e6,
+        197 * 384 * 2 / forward * 1e-9, backward / forward, seconds([&] { conv.forward(); }) * 1e6,
+        seconds([&] { conv.backward(); }) * 1e6, seconds([&] { norm.forward(); }) * 1e6,
+        seconds([&] { norm.backward(); }) * 1e6, seconds([&] { in_proj.forward(); }) * 1e6,
+        seconds([&] { in_proj.backward(); }) * 1e6);
   }
 }
 

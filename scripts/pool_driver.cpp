@@ -1,5 +1,6 @@
-// Puts the pool of threads under stress without torch, for scripts/sanitize.sh: every task runs once, whoever calls, from
-// within tasks too, and whatever the numbers of threads and tasks. Then quotas of containers, read from made-up folders.
+// Puts the pool of threads under stress without torch, for scripts/sanitize.sh: every task runs once, whoever calls,
+// from within tasks too, and whatever the numbers of threads and tasks. Then quotas of containers, read from made-up
+// folders.
 #include <stdlib.h>
 #include <sys/stat.h>
 
@@ -64,7 +65,9 @@ void check_job(int64_t tasks, int64_t grain, int64_t useful, int64_t threads, in
 }
 
 void call_often(unsigned seed, int jobs) {
-  const auto random = [&](unsigned most) { return static_cast<int64_t>((seed = seed * 1664525u + 1013904223u) >> 8) % most; };
+  const auto random = [&](unsigned most) {
+    return static_cast<int64_t>((seed = seed * 1664525u + 1013904223u) >> 8) % most;
+  };
   for (int i = 0; i < jobs; ++i) {
     const int64_t threads = 1 + random(7), tasks = random(4) == 0 ? random(5000) : random(20);
     check_job(tasks, 1 + random(3), 1 + random(8), threads, random(5) == 0 ? random(20) : -1);
@@ -111,12 +114,13 @@ void check_quotas() {
   write("/cpu/inner/cpu.cfs_period_us", "100000\n");
   expect(quota("3:cpuset:/inner\n2:cpuacct,cpu:/inner\n") == 2, "version 1");
   expect(quota("2:cpu:/outside/of/the/container\n") == 0, "version 1 without a quota");
-  expect(quota("2:cpu:/outside\n0::/outside\n") == 0 && quota("") == 0 && quota("nonsense\n:\n") == 0, "nothing to read");
+  expect(quota("2:cpu:/outside\n0::/outside\n") == 0 && quota("") == 0 && quota("nonsense\n:\n") == 0,
+         "nothing to read");
   write("/cpu/cpu.cfs_quota_us", "50000\n");
   expect(quota("2:cpu:/outside/of/the/container\n") == 1, "the container's own folder");
-  for (const char* path : {"/a/cpu.max", "/a/b/cpu.max", "/cpu/cpu.cfs_quota_us", "/cpu/cpu.cfs_period_us",
-                           "/cpu/inner/cpu.cfs_quota_us", "/cpu/inner/cpu.cfs_period_us", "/membership", "/a/b", "/a",
-                           "/cpu/inner", "/cpu", ""}) {
+  for (const char* path :
+       {"/a/cpu.max", "/a/b/cpu.max", "/cpu/cpu.cfs_quota_us", "/cpu/cpu.cfs_period_us", "/cpu/inner/cpu.cfs_quota_us",
+        "/cpu/inner/cpu.cfs_period_us", "/membership", "/a/b", "/a", "/cpu/inner", "/cpu", ""}) {
     std::remove((root + path).c_str());
   }
 }

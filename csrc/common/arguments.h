@@ -53,15 +53,15 @@ struct Scan {
 
 struct ScanDirectionGrads {
   Activation du;
-  Activation ddelta;                // where delta is given
-  Activation ddt;                   // where it is projected
-  StateMap dB, dC;                  // same kind as B and C; `constant` is unused, see dB_constant
-  float* dB_constant = nullptr;     // (dim, d_state)
+  Activation ddelta;             // where delta is given
+  Activation ddt;                // where it is projected
+  StateMap dB, dC;               // same kind as B and C; `constant` is unused, see dB_constant
+  float* dB_constant = nullptr;  // (dim, d_state)
   float* dC_constant = nullptr;
-  float* ddt_weight = nullptr;      // (dim, dt_rank)
-  float* dbias = nullptr;           // (dim,)
-  float* dA = nullptr;              // (dim, d_state), of A_log with A_is_log
-  float* dD = nullptr;              // (dim,)
+  float* ddt_weight = nullptr;         // (dim, dt_rank)
+  float* dbias = nullptr;              // (dim,)
+  float* dA = nullptr;                 // (dim, d_state), of A_log with A_is_log
+  float* dD = nullptr;                 // (dim,)
   const float* dlast_state = nullptr;  // (batch, dim, d_state) contiguous
 };
 

@@ -1,5 +1,5 @@
-// vim::bidirectional_block, forward and backward, for any device: checks, results, and the order of their memory. Float64
-// goes to the reference, which is registered under a name of its own. Included once per library.
+// vim::bidirectional_block, forward and backward, for any device: checks, results, and the order of their memory.
+// Float64 goes to the reference, which is registered under a name of its own. Included once per library.
 #pragma once
 
 #include <string>
@@ -98,9 +98,7 @@ struct BlockShape {
 
   int64_t tokens() const { return batch * length; }
   int64_t x_dbl_columns() const { return dt_rank + 2 * d_state; }
-  int64_t chunks() const {
-    return checkpoint_every == 0 ? 0 : (length + checkpoint_every - 1) / checkpoint_every;
-  }
+  int64_t chunks() const { return checkpoint_every == 0 ? 0 : (length + checkpoint_every - 1) / checkpoint_every; }
   Sizes rows(int64_t columns) const { return {batch, length, columns}; }
   Sizes checkpoints() const { return {2, batch, chunks(), d_state, d_inner}; }
 };
@@ -127,21 +125,21 @@ bool is_block_type(ScalarType type) {
 
 using BlockTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-BlockTuple bidirectional_block(
-    const Tensor& hidden_states, const OptionalTensor& residual, const Tensor& norm_weight, const Tensor& in_proj,
-    const OptionalTensor& in_bias, const Tensor& conv_weight, const OptionalTensor& conv_bias, const Tensor& x_proj,
-    const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log, const Tensor& D, const Tensor& conv_weight_b,
-    const OptionalTensor& conv_bias_b, const Tensor& x_proj_b, const Tensor& dt_weight_b, const Tensor& dt_bias_b,
-    const Tensor& A_b_log, const Tensor& D_b, const Tensor& out_proj, const OptionalTensor& out_bias, ScalarType dtype,
-    double eps, double scale, int64_t checkpoint_every) {
-  const BlockWeights weights{
-      norm_weight,
-      in_proj,
-      in_bias,
-      {{conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D},
-       {conv_weight_b, conv_bias_b, x_proj_b, dt_weight_b, dt_bias_b, A_b_log, D_b}},
-      out_proj,
-      out_bias};
+BlockTuple bidirectional_block(const Tensor& hidden_states, const OptionalTensor& residual, const Tensor& norm_weight,
+                               const Tensor& in_proj, const OptionalTensor& in_bias, const Tensor& conv_weight,
+                               const OptionalTensor& conv_bias, const Tensor& x_proj, const Tensor& dt_weight,
+                               const Tensor& dt_bias, const Tensor& A_log, const Tensor& D, const Tensor& conv_weight_b,
+                               const OptionalTensor& conv_bias_b, const Tensor& x_proj_b, const Tensor& dt_weight_b,
+                               const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b,
+                               const Tensor& out_proj, const OptionalTensor& out_bias, ScalarType dtype, double eps,
+                               double scale, int64_t checkpoint_every) {
+  const BlockWeights weights{norm_weight,
+                             in_proj,
+                             in_bias,
+                             {{conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D},
+                              {conv_weight_b, conv_bias_b, x_proj_b, dt_weight_b, dt_bias_b, A_b_log, D_b}},
+                             out_proj,
+                             out_bias};
   if (!element_of(hidden_states).has_value() || !is_float(residual) || !is_block_type(dtype) || !weights.supported()) {
     return call_op<Tensor, Tensor, Tensor, Tensor, Tensor>(
         "vim::bidirectional_block_reference", hidden_states, residual, norm_weight, in_proj, in_bias, conv_weight,
@@ -174,23 +172,24 @@ auto call_backward_reference(std::index_sequence<kIndex...>, const Arguments&...
   return call_op<TensorAt<kIndex>...>("vim::bidirectional_block_backward_reference", arguments...);
 }
 
-auto bidirectional_block_backward(
-    const Tensor& dout, const OptionalTensor& dresidual, const Tensor& residual, const Tensor& norm_weight,
-    const Tensor& in_proj, const OptionalTensor& in_bias, const Tensor& conv_weight, const OptionalTensor& conv_bias,
-    const Tensor& x_proj, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log, const Tensor& D,
-    const Tensor& conv_weight_b, const OptionalTensor& conv_bias_b, const Tensor& x_proj_b, const Tensor& dt_weight_b,
-    const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b, const Tensor& out_proj,
-    const OptionalTensor& out_bias, const Tensor& xz, const Tensor& x_dbl, const Tensor& checkpoints, double eps,
-    double scale, int64_t checkpoint_every, bool weight_grads)
+auto bidirectional_block_backward(const Tensor& dout, const OptionalTensor& dresidual, const Tensor& residual,
+                                  const Tensor& norm_weight, const Tensor& in_proj, const OptionalTensor& in_bias,
+                                  const Tensor& conv_weight, const OptionalTensor& conv_bias, const Tensor& x_proj,
+                                  const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log, const Tensor& D,
+                                  const Tensor& conv_weight_b, const OptionalTensor& conv_bias_b,
+                                  const Tensor& x_proj_b, const Tensor& dt_weight_b, const Tensor& dt_bias_b,
+                                  const Tensor& A_b_log, const Tensor& D_b, const Tensor& out_proj,
+                                  const OptionalTensor& out_bias, const Tensor& xz, const Tensor& x_dbl,
+                                  const Tensor& checkpoints, double eps, double scale, int64_t checkpoint_every,
+                                  bool weight_grads)
     -> decltype(as_tuple({}, std::make_index_sequence<kBlockGrads>{})) {
-  const BlockWeights weights{
-      norm_weight,
-      in_proj,
-      in_bias,
-      {{conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D},
-       {conv_weight_b, conv_bias_b, x_proj_b, dt_weight_b, dt_bias_b, A_b_log, D_b}},
-      out_proj,
-      out_bias};
+  const BlockWeights weights{norm_weight,
+                             in_proj,
+                             in_bias,
+                             {{conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D},
+                              {conv_weight_b, conv_bias_b, x_proj_b, dt_weight_b, dt_bias_b, A_b_log, D_b}},
+                             out_proj,
+                             out_bias};
   if (!weights.supported() || !is_float(residual) || !is_float(dresidual) || !element_of(xz).has_value() ||
       !same_type(dout, xz) || !same_type(x_dbl, xz) || !is_float(checkpoints)) {
     return call_backward_reference(std::make_index_sequence<kBlockGrads>{}, dout, dresidual, residual, norm_weight,

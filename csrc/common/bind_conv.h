@@ -1,6 +1,6 @@
-// vim::causal_conv1d and vim::bidirectional_conv1d, forward and backward, for any device: checks, outputs, and the struct
-// that kernels read. Float64 and mixed dtypes go to the reference, which is registered under a name of its own. Included
-// once per library.
+// vim::causal_conv1d and vim::bidirectional_conv1d, forward and backward, for any device: checks, outputs, and the
+// struct that kernels read. Float64 and mixed dtypes go to the reference, which is registered under a name of its own.
+// Included once per library.
 #pragma once
 
 #include <string>
@@ -79,10 +79,11 @@ Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
-                                                              const OptionalTensor& bias, bool silu, bool reverse) {
+                                                          const OptionalTensor& bias, bool silu, bool reverse) {
   Filter filter{weight, bias};
   if (!element_of(x).has_value() || !filter.supported() || !same_type(dout, x)) {
-    return call_op<Tensor, Tensor, Tensor>("vim::causal_conv1d_backward_reference", dout, x, weight, bias, silu, reverse);
+    return call_op<Tensor, Tensor, Tensor>("vim::causal_conv1d_backward_reference", dout, x, weight, bias, silu,
+                                           reverse);
   }
   STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
   check_memory("x", x);
@@ -118,7 +119,7 @@ Conv bidirectional(const Tensor& x, const Filter (&filters)[2]) {
 }
 
 std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const Tensor& weight_b, const OptionalTensor& bias_b) {
+                                                const Tensor& weight_b, const OptionalTensor& bias_b) {
   Filter filters[2] = {{weight, bias}, {weight_b, bias_b, kBackwardSide}};
   if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported()) {
     return call_op<Tensor, Tensor>("vim::bidirectional_conv1d_reference", x, weight, bias, weight_b, bias_b);

@@ -1,5 +1,5 @@
-// vim::add_rms_norm, forward and backward, for any device: checks, outputs, and the struct that kernels read. Float64 and
-// mixed dtypes go to the reference, which is registered under a name of its own. Included once per library.
+// vim::add_rms_norm, forward and backward, for any device: checks, outputs, and the struct that kernels read. Float64
+// and mixed dtypes go to the reference, which is registered under a name of its own. Included once per library.
 #pragma once
 
 #include <string>

@@ -1,6 +1,6 @@
 // vim::selective_scan and vim::bidirectional_scan, forward and backward, for any device: checks, outputs, and the
-// structs that kernels read. Float64, a complex A and mixed dtypes go to the reference, which is registered under a name
-// of its own. Included once per library.
+// structs that kernels read. Float64, a complex A and mixed dtypes go to the reference, which is registered under a
+// name of its own. Included once per library.
 #pragma once
 
 #include <string>
@@ -13,7 +13,8 @@ namespace {
 int64_t chunks_of(int64_t length, int64_t every) { return every == 0 ? 0 : (length + every - 1) / every; }
 
 // The distance between saved states that kernels are given. Sequences are shorter than most integers: beyond their end
-// all distances mean the same, and kernels multiply this one. A multiple of 64 stays one, since kernels are fast for it.
+// all distances mean the same, and kernels multiply this one. A multiple of 64 stays one, since kernels are fast for
+// it.
 int64_t checkpoint_distance(int64_t every, int64_t length, bool backward) {
   STD_TORCH_CHECK(every > 0 || (every == 0 && !backward), "vim: checkpoint_every must be positive");
   return std::min(every, length / 64 * 64 + 64);
@@ -46,8 +47,8 @@ struct SelectiveInputs {
 
   bool supported() const {
     const auto map_fits = [&](const Tensor& x) { return x.dim() == 2 ? is_float(x) : same_type(x, u); };
-    return element_of(u).has_value() && same_type(delta, u) && is_float(A) && map_fits(B) && map_fits(C) && is_float(D) &&
-           same_type(z, u) && is_float(delta_bias) && u.size(1) > 0 && A.size(1) > 0;
+    return element_of(u).has_value() && same_type(delta, u) && is_float(A) && map_fits(B) && map_fits(C) &&
+           is_float(D) && same_type(z, u) && is_float(delta_bias) && u.size(1) > 0 && A.size(1) > 0;
   }
 
   void check() const {
@@ -112,9 +113,9 @@ struct SelectiveInputs {
 };
 
 std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
-                                                      const Tensor& B, const Tensor& C, const OptionalTensor& D,
-                                                      const OptionalTensor& z, const OptionalTensor& delta_bias,
-                                                      bool delta_softplus, bool reverse, int64_t checkpoint_every) {
+                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                                  bool delta_softplus, bool reverse, int64_t checkpoint_every) {
   SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias};
   if (!inputs.supported()) {
     return call_op<Tensor, Tensor, Tensor>("vim::selective_scan_reference", u, delta, A, B, C, D, z, delta_bias,
@@ -138,10 +139,10 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
 using SelectiveGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor& dlast_state, const Tensor& u,
-                                           const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                                           const OptionalTensor& D, const OptionalTensor& z,
-                                           const OptionalTensor& delta_bias, const Tensor& checkpoints,
-                                           bool delta_softplus, bool reverse, int64_t checkpoint_every) {
+                                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                       const OptionalTensor& D, const OptionalTensor& z,
+                                       const OptionalTensor& delta_bias, const Tensor& checkpoints, bool delta_softplus,
+                                       bool reverse, int64_t checkpoint_every) {
   SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias};
   if (!inputs.supported() || !same_type(dout, u) || !is_float(dlast_state) || !is_float(checkpoints)) {
     return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
@@ -193,8 +194,8 @@ struct Operands {
   const char* side = "";
 
   bool supported(const Tensor& like) const {
-    return same_type(u, like) && same_type(x_dbl, like) && is_float(dt_weight) && is_float(dt_bias) && is_float(A_log) &&
-           is_float(D) && u.size(2) > 0 && A_log.size(1) > 0;
+    return same_type(u, like) && same_type(x_dbl, like) && is_float(dt_weight) && is_float(dt_bias) &&
+           is_float(A_log) && is_float(D) && u.size(2) > 0 && A_log.size(1) > 0;
   }
 
   void check(const Tensor& like, int64_t dt_rank, int64_t d_state) const {
@@ -279,12 +280,14 @@ struct BidirectionalInputs {
   }
 };
 
-std::tuple<Tensor, Tensor> bidirectional_scan(
-    const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
-    const Tensor& D, const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b, const Tensor& dt_bias_b,
-    const Tensor& A_b_log, const Tensor& D_b, const Tensor& z, double scale, int64_t checkpoint_every) {
+std::tuple<Tensor, Tensor> bidirectional_scan(const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight,
+                                              const Tensor& dt_bias, const Tensor& A_log, const Tensor& D,
+                                              const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b,
+                                              const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b,
+                                              const Tensor& z, double scale, int64_t checkpoint_every) {
   BidirectionalInputs inputs{
-      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}}, z};
+      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}},
+      z};
   if (!inputs.supported()) {
     return call_op<Tensor, Tensor>("vim::bidirectional_scan_reference", u, x_dbl, dt_weight, dt_bias, A_log, D, u_b,
                                    x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, z, scale, checkpoint_every);
@@ -304,13 +307,13 @@ std::tuple<Tensor, Tensor> bidirectional_scan(
   return {y, checkpoints};
 }
 
-using BidirectionalGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                      Tensor, Tensor, Tensor>;
+using BidirectionalGrads =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Writes the gradient of z to `dz` and returns the operands'. Where `y` is given, it gets the forward pass's result; it
 // may be dy.
-std::vector<Tensor> scan_gradients(const Tensor& dy, BidirectionalInputs inputs, const Tensor& checkpoints, double scale,
-                                   int64_t checkpoint_every, const Tensor& dz, const OptionalTensor& y) {
+std::vector<Tensor> scan_gradients(const Tensor& dy, BidirectionalInputs inputs, const Tensor& checkpoints,
+                                   double scale, int64_t checkpoint_every, const Tensor& dz, const OptionalTensor& y) {
   inputs.check();
   for (Operands& side : inputs.sides) side.make_dense();
   ScanBackward k;
@@ -351,17 +354,19 @@ std::vector<Tensor> scan_gradients(const Tensor& dy, BidirectionalInputs inputs,
   return outputs;
 }
 
-BidirectionalGrads bidirectional_scan_backward(
-    const Tensor& dy, const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias,
-    const Tensor& A_log, const Tensor& D, const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b,
-    const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b, const Tensor& z, const Tensor& checkpoints,
-    double scale, int64_t checkpoint_every) {
+BidirectionalGrads bidirectional_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& x_dbl,
+                                               const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
+                                               const Tensor& D, const Tensor& u_b, const Tensor& x_dbl_b,
+                                               const Tensor& dt_weight_b, const Tensor& dt_bias_b,
+                                               const Tensor& A_b_log, const Tensor& D_b, const Tensor& z,
+                                               const Tensor& checkpoints, double scale, int64_t checkpoint_every) {
   const BidirectionalInputs inputs{
-      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}}, z};
+      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}},
+      z};
   if (!inputs.supported() || !same_type(dy, u) || !is_float(checkpoints)) {
-    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-        "vim::bidirectional_scan_backward_reference", dy, u, x_dbl, dt_weight, dt_bias, A_log, D, u_b, x_dbl_b,
-        dt_weight_b, dt_bias_b, A_b_log, D_b, z, checkpoints, scale, checkpoint_every);
+    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                   Tensor>("vim::bidirectional_scan_backward_reference", dy, u, x_dbl, dt_weight, dt_bias, A_log, D,
+                           u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, z, checkpoints, scale, checkpoint_every);
   }
   const Tensor dz = allocate_like(z);
   const std::vector<Tensor> o = scan_gradients(dy, inputs, checkpoints, scale, checkpoint_every, dz, std::nullopt);

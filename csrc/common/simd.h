@@ -358,10 +358,14 @@ struct NearDecay2 {
 
   VIM_INLINE NearDecay2() {
     // The bits of 2^(k/8), less k 2^20: adding n 2^20 puts n / 8, rounded down, into the exponent and cancels the rest.
-    alignas(32) static const uint32_t table[8] = {0x3f800000u,              0x3f8b95c2u - (1u << 20),
-                                                  0x3f9837f0u - (2u << 20), 0x3fa5fed7u - (3u << 20),
-                                                  0x3fb504f3u - (4u << 20), 0x3fc5672au - (5u << 20),
-                                                  0x3fd744fdu - (6u << 20), 0x3feac0c7u - (7u << 20)};
+    alignas(32) static const uint32_t table[8] = {0x3f800000u,
+                                                  0x3f8b95c2u - (1u << 20),
+                                                  0x3f9837f0u - (2u << 20),
+                                                  0x3fa5fed7u - (3u << 20),
+                                                  0x3fb504f3u - (4u << 20),
+                                                  0x3fc5672au - (5u << 20),
+                                                  0x3fd744fdu - (6u << 20),
+                                                  0x3feac0c7u - (7u << 20)};
     powers = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)));
     magic = set1(0x1.8p23f);
     c1 = set1(0.0866433975f);

@@ -70,7 +70,12 @@ void run_conv(const Conv& conv) {
 }
 
 StateMap state_map(const Activation& row, int64_t column, size_t element_size, int64_t dim) {
-  return {static_cast<char*>(row.data) + column * static_cast<int64_t>(element_size), row.batch, 0, 1, row.token, dim,
+  return {static_cast<char*>(row.data) + column * static_cast<int64_t>(element_size),
+          row.batch,
+          0,
+          1,
+          row.token,
+          dim,
           nullptr};
 }
 
@@ -252,8 +257,8 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
   }
   const Tensor dout_proj = gradient_of(weights.out_proj), dout_bias = bias_gradient(weights.out_bias);
   if (weight_grads) {
-    multiply({product(model, tokens, inner, transposed(matrix(dout, model)), matrix(dy, inner),
-                      target(dout_proj, inner))});
+    multiply(
+        {product(model, tokens, inner, transposed(matrix(dout, model)), matrix(dy, inner), target(dout_proj, inner))});
     if (weights.out_bias.has_value()) {
       multiply({product(1, tokens, model, ones, matrix(dout, model), target(dout_bias, model))});
     }
@@ -301,8 +306,8 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
     }
   }
   const Tensor& dnormed = normed;  // in its place
-  multiply({product(tokens, 2 * inner, model, matrix(dxz, 2 * inner), as_it_is(weights.in_proj),
-                    target(dnormed, model))});
+  multiply(
+      {product(tokens, 2 * inner, model, matrix(dxz, 2 * inner), as_it_is(weights.in_proj), target(dnormed, model))});
   const Tensor total = allocate_like(residual);
   Norm norm = norm_of(shape, norm_weight, eps);
   norm.element = *element_of(dnormed);
@@ -318,8 +323,8 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
   const auto of_conv = [&](size_t d, size_t i) { return grads.get(8 + 2 * d + i); };
   std::vector<Tensor> out{total, grads.get(12), din_proj, din_bias};
   for (size_t d = 0; d < 2; ++d) {
-    for (const Tensor& x : {of_conv(d, 0), of_conv(d, 1), dx_proj[d], of_scan(d, 0), of_scan(d, 1), of_scan(d, 2),
-                            of_scan(d, 3)}) {
+    for (const Tensor& x :
+         {of_conv(d, 0), of_conv(d, 1), dx_proj[d], of_scan(d, 0), of_scan(d, 1), of_scan(d, 2), of_scan(d, 3)}) {
       out.push_back(x);
     }
   }

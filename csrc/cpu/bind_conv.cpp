@@ -1,5 +1,6 @@
 // The convolutions for key CPU.
 #include "../common/bind_conv.h"
+
 #include "run.h"
 
 namespace vim {

@@ -64,17 +64,18 @@ void check_inputs(const Tensor& images, const Tensor& weight, const OptionalTens
 
 bool is_floating(const OptionalTensor& x) { return !x.has_value() || element_of(*x).has_value(); }
 
-Tensor embed_patches(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& tokens,
-                     const OptionalTensor& pos_embed, std::vector<int64_t> places, std::vector<int64_t> stride,
-                     ScalarType dtype) {
+Tensor embed_patches(const Tensor& images, const Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& tokens, const OptionalTensor& pos_embed, std::vector<int64_t> places,
+                     std::vector<int64_t> stride, ScalarType dtype) {
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   if (!element_of(images).has_value() || !element_of(weight).has_value() || !(half || dtype == ScalarType::Float) ||
       !is_floating(bias) || !is_floating(tokens) || !is_floating(pos_embed)) {
     return std::get<0>(call_op<Tensor>("vim::embed_patches_reference", images, weight, bias, tokens, pos_embed, places,
                                        stride, dtype));
   }
-  STD_TORCH_CHECK(images.dim() == 4 && weight.dim() == 4 && weight.numel() > 0,
-                  "vim: images must be (batch, in_chans, height, width), and weight (embed_dim, in_chans, rows, columns)");
+  STD_TORCH_CHECK(
+      images.dim() == 4 && weight.dim() == 4 && weight.numel() > 0,
+      "vim: images must be (batch, in_chans, height, width), and weight (embed_dim, in_chans, rows, columns)");
   STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "vim: stride must be two positive integers");
   const int64_t batch = images.size(0), dim = weight.size(0);
   Grid grid{images.size(1), 0, 0, weight.size(2), weight.size(3), stride[0], stride[1]};

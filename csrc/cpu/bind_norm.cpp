@@ -1,5 +1,6 @@
 // The norm for key CPU.
 #include "../common/bind_norm.h"
+
 #include "run.h"
 
 namespace vim {

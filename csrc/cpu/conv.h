@@ -46,8 +46,8 @@ void convolve_rows(const float* x, const float* taps, int64_t width, vec bias, i
   }
 }
 
-inline void convolve(const float* x, const float* taps, int64_t width, vec bias, int64_t step, bool silu, int64_t tokens,
-                     float* out, int64_t row) {
+inline void convolve(const float* x, const float* taps, int64_t width, vec bias, int64_t step, bool silu,
+                     int64_t tokens, float* out, int64_t row) {
   const auto run = width == 4 ? (silu ? convolve_rows<4, true> : convolve_rows<4, false>)
                               : (silu ? convolve_rows<0, true> : convolve_rows<0, false>);
   run(x, taps, width, bias, step, tokens, out, row);

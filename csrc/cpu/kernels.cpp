@@ -17,25 +17,11 @@ namespace vim {
 const Kernels& VIM_JOIN(kernels_, VIM_ISA)() {
   using namespace VIM_ISA;
   static const Kernels table = {
-      VIM_TEXT(VIM_ISA),
-      kLanes,
-      &scan_widen,
-      &scan_tasks,
-      &scan_forward,
-      &scan_partition,
-      &scan_backward,
-      &scan_reduce_weights,
-      &scan_reduce_shared,
-      &conv_tasks,
-      &conv_forward,
-      &conv_partial_floats,
-      &conv_backward,
-      &conv_reduce,
-      &norm_forward,
-      &norm_backward,
-      &norm_reduce,
-      &product_tasks,
-      &product_run,
+      VIM_TEXT(VIM_ISA),   kLanes,          &scan_widen,    &scan_tasks,
+      &scan_forward,       &scan_partition, &scan_backward, &scan_reduce_weights,
+      &scan_reduce_shared, &conv_tasks,     &conv_forward,  &conv_partial_floats,
+      &conv_backward,      &conv_reduce,    &norm_forward,  &norm_backward,
+      &norm_reduce,        &product_tasks,  &product_run,
   };
   return table;
 }

@@ -10,12 +10,12 @@ namespace vim {
 // How a backward pass is cut into tasks. It depends on shapes only, never on the number of threads, and every sum has
 // one order: the results are the same bits for any number of threads.
 struct ScanPartition {
-  int64_t blocks;           // channel blocks of kLanes channels that share B and C
-  int64_t block_groups;     // runs of blocks; each sums its own partial of the gradients that all channels share
-  int64_t batch_groups;     // runs of batch elements; each sums its own partial of the weights' gradients
-  int64_t row;              // floats of a token's row in the shared partial: dt, then B and C
-  int64_t rows;             // rows of kLanes floats in a block's partial of the weights' gradients
-  int64_t shared_floats;    // workspace, in floats
+  int64_t blocks;         // channel blocks of kLanes channels that share B and C
+  int64_t block_groups;   // runs of blocks; each sums its own partial of the gradients that all channels share
+  int64_t batch_groups;   // runs of batch elements; each sums its own partial of the weights' gradients
+  int64_t row;            // floats of a token's row in the shared partial: dt, then B and C
+  int64_t rows;           // rows of kLanes floats in a block's partial of the weights' gradients
+  int64_t shared_floats;  // workspace, in floats
   int64_t weight_floats;
 };
 
@@ -46,8 +46,8 @@ struct Matrix {
   int64_t row = 0, column = 0;
 };
 
-// c = a b + bias, or c += a b with `accumulate`: (rows, depth) by (depth, columns), sums in float32. Tables with bfloat16
-// products round b to bfloat16 where a is.
+// c = a b + bias, or c += a b with `accumulate`: (rows, depth) by (depth, columns), sums in float32. Tables with
+// bfloat16 products round b to bfloat16 where a is.
 struct Product {
   int64_t rows = 0, depth = 0, columns = 0;
   Matrix a, b;                  // b.row is the step along depth

@@ -134,7 +134,9 @@ struct alignas(64) Slot {
       if (!function(argument, begin, end)) ok.store(false, std::memory_order_relaxed);
       // From here on the slot may be another job's, whose caller it does no harm to wake.
       if (unfinished.fetch_sub(part) == part && caller_sleeps.load()) {
-        { const std::lock_guard<std::mutex> lock(mutex); }
+        {
+          const std::lock_guard<std::mutex> lock(mutex);
+        }
         finished.notify_all();
       }
       seen = ticket.load();
@@ -193,8 +195,8 @@ class Pool {
   std::array<Slot, kSlots> slots_;
   std::array<Worker, kWorkers> workers_;
   std::mutex starting_;
-  alignas(64) std::atomic<uint32_t> used_{0};  // slots
-  std::atomic<int> callers_processor_{-1};     // of the last job
+  alignas(64) std::atomic<uint32_t> used_{0};    // slots
+  std::atomic<int> callers_processor_{-1};       // of the last job
   alignas(64) std::atomic<int64_t> started_{0};  // workers
   std::atomic<bool> may_start_{true};
 
@@ -253,7 +255,9 @@ class Pool {
       State state = worker.state.load();
       const bool wakes = state == State::sleeps && worker.state.compare_exchange_strong(state, State::looks);
       if (wakes) {
-        { const std::lock_guard<std::mutex> lock(worker.mutex); }
+        {
+          const std::lock_guard<std::mutex> lock(worker.mutex);
+        }
         worker.woken.notify_one();
       }
       if (wakes || state == State::looks) ++awake;

@@ -139,7 +139,7 @@ struct Multiplication {
   static constexpr int64_t kDepth = 384;        // words in a block of depth; some panels of it stay in the L2 cache
   static constexpr int64_t kLeftWords = 16384;  // of a block of a, which stays there too
   static constexpr int64_t kMostRows = 1024, kMostPanels = 128 / kLanes;  // at a time
-  static constexpr int64_t kFewTiles = 4;  // read b as often as packing it would
+  static constexpr int64_t kFewTiles = 4;                                 // read b as often as packing it would
 
   const Product& product;
   Panels panels;
@@ -164,8 +164,9 @@ struct Multiplication {
     bias = scratch.take(width);
     packed = scratch.take(width * words);
     const int64_t most = smaller(rows, left_rows);
-    left = scratch.take(a_in_place ? 0 : larger(left_floats(product.a, most, words, kTileRows),
-                                              left_floats(product.a, most, words, kWideTileRows)));
+    left = scratch.take(a_in_place ? 0
+                                   : larger(left_floats(product.a, most, words, kTileRows),
+                                            left_floats(product.a, most, words, kWideTileRows)));
     sums = scratch.take((depth_blocks == 1 ? kTileRows : rows) * width);
   }
 

@@ -108,8 +108,7 @@ void pack_panel(const T* source, int64_t row, int64_t column, int64_t depth, int
         } else {
           float line[kPer * kLanes];
           for (int64_t j = 0; j < kPer; ++j) {
-            store(line + j * kLanes,
-                  gather(from + i * column + j * kLanes * row, larger(0, left - j * kLanes), row));
+            store(line + j * kLanes, gather(from + i * column + j * kLanes * row, larger(0, left - j * kLanes), row));
           }
           square[i] = load_along<kPairs>(line, kPer * kLanes);
         }

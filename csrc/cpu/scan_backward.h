@@ -78,9 +78,9 @@ VIM_INLINE float* weight_rows(const ScanBackwardTasks& k, int64_t batch_group, i
 
 struct BackwardBuffers : BlockBuffers {
   float *y, *slope, *dout, *dy, *dstep, *drive_sum, *du;
-  float *states, *decays;     // of kSwept states of a chunk, in scan order; states start with the entry state
-  float *carry, *entry;       // gradient of the state, and the states in which chunks are entered
-  float* dt_weight_rows;      // (channel, rank), padded
+  float *states, *decays;  // of kSwept states of a chunk, in scan order; states start with the entry state
+  float *carry, *entry;    // gradient of the state, and the states in which chunks are entered
+  float* dt_weight_rows;   // (channel, rank), padded
 
   void take(Scratch& scratch, const Scan& scan) {
     const int64_t tokens = chunk_tokens(scan), states_ = swept_states(scan);
@@ -262,7 +262,8 @@ inline void backward_dt(int64_t padded_rank, int64_t count, const float* ddelta,
 }
 
 // dy of the scan's own output: what arrives, through scale and gate.
-inline void load_dy(const ScanBackwardTasks& k, const Chunk& chunk, Block block, int64_t next, BackwardBuffers& buffers) {
+inline void load_dy(const ScanBackwardTasks& k, const Chunk& chunk, Block block, int64_t next,
+                    BackwardBuffers& buffers) {
   const Scan& scan = k.scan;
   const vec scale = set1(scan.scale);
   load_block(scan.element, k.dy, chunk.b, chunk.first, chunk.count, block, next, buffers.dout);
@@ -352,16 +353,15 @@ inline void backward_chunk(const ScanBackwardTasks& k, int d, const Chunk& chunk
   if (side.delta.data != nullptr) {
     store_block(scan.element, grads.ddelta, chunk.b, chunk.first, count, block, buffers.dstep);
   } else {
-    backward_dt_weight(scan.dt_rank, rows.dt, count, buffers.dstep,
-                       partials.weights + weight_row.dt_weight * kLanes);
+    backward_dt_weight(scan.dt_rank, rows.dt, count, buffers.dstep, partials.weights + weight_row.dt_weight * kLanes);
     backward_dt(shared_dt(scan), count, buffers.dstep, buffers.dt_weight_rows, shared, row);
   }
   if (scan.z.data != nullptr && d + 1 == scan.directions) backward_gate(k, chunk, block, y, buffers);
 }
 
 // The tokens between two saved states, in chunks; the states in which all but the first are entered are found first.
-inline void backward_saved_chunk(const ScanBackwardTasks& k, int d, int64_t b, int64_t save, Block block, Partials partials,
-                                 BackwardBuffers& buffers) {
+inline void backward_saved_chunk(const ScanBackwardTasks& k, int d, int64_t b, int64_t save, Block block,
+                                 Partials partials, BackwardBuffers& buffers) {
   const Scan& scan = k.scan;
   const ScanDirection& side = scan.direction[d];
   const int64_t every = scan.checkpoint_every, saved = blocks_in(scan.length, every), states = swept_states(scan);

@@ -36,8 +36,8 @@ VIM_INLINE Blocks scan_blocks(const Scan& scan) { return Blocks(scan.dim, segmen
 // Weights and buffers of one block.
 struct BlockBuffers {
   float *A, *rate, *dt_weight, *bias, *D, *B_constant, *C_constant;  // rows of kLanes
-  float* near_step;  // from this step on, a lane's fastest decay is no longer near
-  float *u, *z, *delta, *drive, *raw, *dt, *B, *C;                      // rows of a chunk
+  float* near_step;                                 // from this step on, a lane's fastest decay is no longer near
+  float *u, *z, *delta, *drive, *raw, *dt, *B, *C;  // rows of a chunk
   float* state;
 
   void take(Scratch& scratch, const Scan& scan, int64_t states) {
@@ -117,8 +117,8 @@ inline ChunkRows load_chunk(const Scan& scan, const ScanDirection& side, const C
     load_block(scan.element, side.delta, chunk.b, chunk.first, chunk.count, block, next, buffers.raw);
   } else {
     const int64_t offset = chunk.b * side.dt.batch + chunk.first * side.dt.token;
-    rows.dt = load_rows(scan.row_element, side.dt.data, offset, side.dt.token, side.dt.channel, chunk.count, scan.dt_rank,
-                        scan.dt_rank, buffers.dt);
+    rows.dt = load_rows(scan.row_element, side.dt.data, offset, side.dt.token, side.dt.channel, chunk.count,
+                        scan.dt_rank, scan.dt_rank, buffers.dt);
   }
   return rows;
 }
@@ -243,8 +243,9 @@ void run_all_states_by(const Steps& steps, const ScanDirection& side, const Bloc
     }
   }
   const auto run =
-      constant_B ? (constant_C ? run_states<Decay, kFewStates, true, true> : run_states<Decay, kFewStates, true, false>)
-                 : (constant_C ? run_states<Decay, kFewStates, false, true> : run_states<Decay, kFewStates, false, false>);
+      constant_B
+          ? (constant_C ? run_states<Decay, kFewStates, true, true> : run_states<Decay, kFewStates, true, false>)
+          : (constant_C ? run_states<Decay, kFewStates, false, true> : run_states<Decay, kFewStates, false, false>);
   for (; n < states; n += kFewStates) run(steps, rate, B, C, n, state);
 }
 

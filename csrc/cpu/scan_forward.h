@@ -53,7 +53,8 @@ VIM_INLINE void finish_chunk(const Scan& scan, const Chunk& chunk, Block block, 
   store_block(scan.element, scan.y, chunk.b, chunk.first, chunk.count, block, y);
 }
 
-inline void forward_direction(const Scan& scan, int d, int64_t b, Block block, int64_t states, ForwardBuffers& buffers) {
+inline void forward_direction(const Scan& scan, int d, int64_t b, Block block, int64_t states,
+                              ForwardBuffers& buffers) {
   const ScanDirection& side = scan.direction[d];
   const bool last = d + 1 == scan.directions;
   const int64_t every = side.checkpoints == nullptr ? larger(1, scan.length) : scan.checkpoint_every;

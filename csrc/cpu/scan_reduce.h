@@ -40,7 +40,8 @@ inline bool scan_reduce_weights(const ScanBackwardTasks& k, int64_t begin, int64
 }
 
 // Sums the partials of one token over block groups and over the segments [first, last).
-VIM_INLINE void sum_shared(const ScanBackwardTasks& k, int d, int64_t b, int64_t t, int64_t first, int64_t last, float* sums) {
+VIM_INLINE void sum_shared(const ScanBackwardTasks& k, int d, int64_t b, int64_t t, int64_t first, int64_t last,
+                           float* sums) {
   const int64_t row = k.partition.row;
   fill_zero(sums, row);
   for (int64_t group = 0; group < k.partition.block_groups; ++group) {

@@ -26,8 +26,8 @@ namespace {
 
 Tensor view(const Tensor& x, const Sizes& sizes, const Sizes& strides, int64_t offset = 0) {
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                               strides.data(), offset, &result));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), static_cast<int64_t>(sizes.size()),
+                                                               sizes.data(), strides.data(), offset, &result));
   return Tensor(result);
 }
 
@@ -129,8 +129,8 @@ BlockResults run_forward(const BlockShape& shape, const BlockWeights& given, con
   const Tensor rows[2] = {direction(x_dbl, shape, 0), direction(x_dbl, shape, 1)};
   project(matrix(u, tokens, inner, inner), forward.x_proj, std::nullopt, as_matrix(rows[0], shape));
   project(matrix(u_b, tokens, inner, inner), backward.x_proj, std::nullopt, as_matrix(rows[1], shape));
-  const auto [y, states] = on_cuda::bidirectional_scan(scan_side(forward, u, rows[0]), scan_side(backward, u_b, rows[1]),
-                                                       z, scale, shape.checkpoint_every);
+  const auto [y, states] = on_cuda::bidirectional_scan(
+      scan_side(forward, u, rows[0]), scan_side(backward, u_b, rows[1]), z, scale, shape.checkpoint_every);
   const Tensor out = allocate(hidden_states, shape.rows(shape.d_model), type);
   project(as_matrix(y, shape), weights.out_proj, weights.out_bias, as_matrix(out, shape));
   if (shape.checkpoint_every == 0) {
@@ -158,11 +158,13 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& gi
     return typed(gradient, weight.scalar_type());
   };
   const auto bias_gradient = [&](const Tensor& dc, const OptionalTensor& bias) {
-    if (!bias.has_value() || !weight_grads) return absent(xz, bias.has_value() ? bias->scalar_type() : ScalarType::Float);
+    if (!bias.has_value() || !weight_grads)
+      return absent(xz, bias.has_value() ? bias->scalar_type() : ScalarType::Float);
     const std::vector<int64_t> rows{0};
-    return typed(std::get<0>(call_overload<Tensor>("aten::sum", "dim_IntList", dc, std::optional<std::vector<int64_t>>(rows),
-                                                   false, std::optional<ScalarType>(ScalarType::Float))),
-                 bias->scalar_type());
+    return typed(
+        std::get<0>(call_overload<Tensor>("aten::sum", "dim_IntList", dc, std::optional<std::vector<int64_t>>(rows),
+                                          false, std::optional<ScalarType>(ScalarType::Float))),
+        bias->scalar_type());
   };
 
   const Tensor x = activation(xz, shape, inner, 2 * inner), z = activation(xz, shape, inner, 2 * inner, inner);
@@ -172,9 +174,9 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& gi
   const Tensor dy = allocate(xz, shape.rows(inner), type), dxz = allocate(xz, shape.rows(2 * inner), type);
   multiply(rows_of_dout, weights.out_proj, dense_rows(dy, inner));
   const Tensor dz = activation(dxz, shape, inner, 2 * inner, inner);
-  const std::vector<Tensor> scans = on_cuda::scan_gradients(
-      dy, scan_side(forward, u, direction(x_dbl, shape, 0)), scan_side(backward, u_b, direction(x_dbl, shape, 1)), z,
-      checkpoints, scale, shape.checkpoint_every, dz);
+  const std::vector<Tensor> scans = on_cuda::scan_gradients(dy, scan_side(forward, u, direction(x_dbl, shape, 0)),
+                                                            scan_side(backward, u_b, direction(x_dbl, shape, 1)), z,
+                                                            checkpoints, scale, shape.checkpoint_every, dz);
   const Tensor dout_proj = weight_gradient(rows_of_dout, dense_rows(dy, inner), given.out_proj);
   const Tensor dout_bias = bias_gradient(rows_of_dout, given.out_bias);
   const Tensor inputs[2] = {dense_rows(u, inner), dense_rows(u_b, inner)};

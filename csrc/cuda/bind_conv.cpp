@@ -1,7 +1,8 @@
 // The convolutions for GPUs.
 #include "../common/bind_conv.h"
-#include "conv.h"
+
 #include "binding.h"
+#include "conv.h"
 #include "ops.h"
 
 namespace vim {

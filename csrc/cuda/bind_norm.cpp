@@ -1,7 +1,8 @@
 // The norm for GPUs.
 #include "../common/bind_norm.h"
-#include "norm.h"
+
 #include "binding.h"
+#include "norm.h"
 #include "ops.h"
 
 namespace vim {

@@ -58,8 +58,8 @@ void run_backward(const ScanBackward& backward, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> on_cuda::bidirectional_scan(const ScanSide& f, const ScanSide& b, const Tensor& z,
                                                        double scale, int64_t checkpoint_every) {
-  return vim::bidirectional_scan(f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D, b.u, b.x_dbl, b.dt_weight, b.dt_bias,
-                                 b.A_log, b.D, z, scale, checkpoint_every);
+  return vim::bidirectional_scan(f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D, b.u, b.x_dbl, b.dt_weight,
+                                 b.dt_bias, b.A_log, b.D, z, scale, checkpoint_every);
 }
 
 std::vector<Tensor> on_cuda::scan_gradients(const Tensor& dy, const ScanSide& f, const ScanSide& b, const Tensor& z,

@@ -2,7 +2,6 @@
 // thread walks along the tokens with its channels' last few in registers. Everything else takes the general kernels.
 // Sums have an order that depends on sizes alone.
 #include "conv.h"
-
 #include "scan_math.h"
 #include "vector.h"
 
@@ -89,8 +88,8 @@ VIM_DEVICE void write(const ConvDirection& side, int64_t b, int64_t token, int64
   store_floats(sum, at<T>(side.out, b, token, channel));
 }
 
-// kBefore and kAfter say which directions there are: one that looks back, one that looks ahead. The one that looks ahead
-// is the second where there are both.
+// kBefore and kAfter say which directions there are: one that looks back, one that looks ahead. The one that looks
+// ahead is the second where there are both.
 template <class T, bool kBefore, bool kAfter, bool kSilu>
 __global__ void __launch_bounds__(kThreads) conv_fwd_kernel(Conv conv, Pieces pieces) {
   constexpr int kVector = kForwardVector, kLookBack = kBefore ? kReach : 0, kLookAhead = kAfter ? kReach : 0;
@@ -436,8 +435,8 @@ void conv_backward(const Conv& conv, Stream stream) {
       with_directions(conv, [&](auto before, auto after) {
         const size_t shared = sizeof(float) * kBackwardWarps * kRows * kBackwardChannels;
         const dim3 grid(static_cast<unsigned>(blocks), blocks_of(conv.dim, kBackwardChannels));
-        launch(conv_bwd_kernel<T, decltype(before)::value, decltype(after)::value>, {grid, dim3(threads), shared}, stream,
-               conv, pieces);
+        launch(conv_bwd_kernel<T, decltype(before)::value, decltype(after)::value>, {grid, dim3(threads), shared},
+               stream, conv, pieces);
       });
       const dim3 grid(blocks_of(conv.dim, kWarp), static_cast<unsigned>(conv.directions) * kRows);
       return launch(conv_reduce_kernel, {grid, dim3(threads), sizeof(float) * threads}, stream, conv, blocks);

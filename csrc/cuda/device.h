@@ -2,8 +2,8 @@
 // emulation of threads, barriers, shuffles and shared memory (emulation.h). Nothing here knows torch.
 //
 // Kernels use threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, the __shfl_*_sync of a full warp, and
-// what is below: no static __shared__ memory, no atomics. A block is a whole number of warps, and every thread of a warp
-// (of the block) takes part in each of its shuffles (barriers).
+// what is below: no static __shared__ memory, no atomics. A block is a whole number of warps, and every thread of a
+// warp (of the block) takes part in each of its shuffles (barriers).
 #pragma once
 
 #define VIM_ISA cuda

@@ -12,8 +12,8 @@
 // direction, are log2(e) times what they should be; whatever leaves the kernel is scaled back on the way.
 //
 // A long sequence of few channels is cut into chunks that run side by side. A first kernel finds the state that each
-// chunk would end in if it started from nothing, and the sum of its step sizes; the chunk's decay is exp(A sum). A second
-// one turns these into the states in which chunks are entered.
+// chunk would end in if it started from nothing, and the sum of its step sizes; the chunk's decay is exp(A sum). A
+// second one turns these into the states in which chunks are entered.
 #pragma once
 
 #include "scan_forward.h"
@@ -22,15 +22,13 @@
 namespace vim {
 namespace VIM_ISA {
 
-// A variant for measurements: so many of the sixteen decays of a step are polynomials, which moves work from the special
-// function units to the multipliers.
+// A variant for measurements: so many of the sixteen decays of a step are polynomials, which moves work from the
+// special function units to the multipliers.
 #if !defined(VIM_POLYNOMIAL_DECAYS)
 #define VIM_POLYNOMIAL_DECAYS 0
 #endif
 
-VIM_DEVICE float decay_of(float x, int n) {
-  return n < VIM_POLYNOMIAL_DECAYS ? exp2_polynomial(x) : exp2_approx(x);
-}
+VIM_DEVICE float decay_of(float x, int n) { return n < VIM_POLYNOMIAL_DECAYS ? exp2_polynomial(x) : exp2_approx(x); }
 
 constexpr int kGiven = -1;  // delta is an operand; otherwise the rank from which it is projected, 0 being any
 
@@ -79,10 +77,10 @@ struct Walk {
   int own;          // where its numbers lie in a row of a tile
   T *u, *z, *delta, *raw;
   float *partial, *rows, *weights;
-  T* y_at;          // its channels of the next token in the walk
+  T* y_at;  // its channels of the next token in the walk
   float* partial_at;
-  int token_at;     // that token
-  int direction;    // 1 or -1
+  int token_at;   // that token
+  int direction;  // 1 or -1
   int64_t y_step, partial_step;
 
   float A[kChannels][kStates], h[kChannels][kStates];
@@ -94,7 +92,9 @@ struct Walk {
         scan(plan_.scan),
         side(plan_.scan.direction[d_]),
         d(d_),
-        layout(kRank == kGiven ? 0 : kRank > 0 ? kRank : plan_.scan.dt_rank),
+        layout(kRank == kGiven ? 0
+               : kRank > 0     ? kRank
+                               : plan_.scan.dt_rank),
         columns(static_cast<int>(blockDim.x) * kChannels) {
     const ChannelBlocks blocks(scan, columns);
     const int64_t block = blockIdx.x % blocks.count;
@@ -112,7 +112,9 @@ struct Walk {
     load_weights();
   }
 
-  VIM_DEVICE int chunk() const { return static_cast<int>(blockIdx.x / ChannelBlocks(scan, columns).count) % plan.chunks; }
+  VIM_DEVICE int chunk() const {
+    return static_cast<int>(blockIdx.x / ChannelBlocks(scan, columns).count) % plan.chunks;
+  }
 
   VIM_DEVICE void place_shared() {
     const SharedLayout<T> at(scan, columns, layout, kRank == 0);
@@ -420,12 +422,13 @@ __global__ void __launch_bounds__(kMaxThreads) scan_forward_kernel(const __grid_
 constexpr int kEndsThreads = 2 * kWarp;  // of a direction
 
 template <class T, int kRank>
-__global__ void __launch_bounds__((kRank == kGiven ? 1 : 2) * kEndsThreads) scan_ends_kernel(
-    const __grid_constant__ ForwardPlan plan) {
+__global__ void __launch_bounds__((kRank == kGiven ? 1 : 2) * kEndsThreads)
+    scan_ends_kernel(const __grid_constant__ ForwardPlan plan) {
   Walk<T, 1, kRank> walk(plan, static_cast<int>(threadIdx.y));
   walk.enter(false);
   walk.template walk<Phase::ends>(chunk_of(plan, walk.chunk(), walk.side.reverse));
-  float* times = plan.times + ((walk.d * plan.scan.batch + walk.walkers.b) * plan.chunks + walk.chunk()) * plan.scan.dim;
+  float* times =
+      plan.times + ((walk.d * plan.scan.batch + walk.walkers.b) * plan.chunks + walk.chunk()) * plan.scan.dim;
   if (walk.live > 0) {
     times[walk.channel] = walk.time[0];
 #pragma unroll
@@ -453,7 +456,8 @@ Geometry geometry_of(const ForwardPlan& plan, int threads) {
 template <class T, int kChannels, int kRank>
 void run_walks(const ForwardPlan& plan, const ScanTuning& tuning, Stream stream) {
   int threads = tuning.warps * kWarp;
-  while (threads > kWarp && geometry_of<T, kChannels, kRank>(plan, threads).shared_bytes > kMostSharedBytes) threads /= 2;
+  while (threads > kWarp && geometry_of<T, kChannels, kRank>(plan, threads).shared_bytes > kMostSharedBytes)
+    threads /= 2;
   launch(scan_forward_kernel<T, kChannels, kRank>, geometry_of<T, kChannels, kRank>(plan, threads), stream, plan);
 }
 

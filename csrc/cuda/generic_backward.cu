@@ -69,7 +69,8 @@ struct GeneralBackward {
   }
 
   // dB and dC of one state and token: over the warp's channels, or kept by the channel where the map is constant.
-  VIM_DEVICE void add_maps(const GeneralStates<T>& states, GroupSums& sums, int64_t token, int n, float dB, float dC) const {
+  VIM_DEVICE void add_maps(const GeneralStates<T>& states, GroupSums& sums, int64_t token, int n, float dB,
+                           float dC) const {
     float* row = map_row(passes, thread.block, d, thread.b, token) + states.n0 + n;
     if (side.B.constant != nullptr) {
       sums.dB[n] += dB;
@@ -172,7 +173,8 @@ struct GeneralBackward {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kWarp) scan_general_backward_kernel(const __grid_constant__ ScanBackwardPasses passes) {
+__global__ void __launch_bounds__(kWarp)
+    scan_general_backward_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const GeneralThread thread(passes.k.scan);
   for (int d = 0; d < passes.k.scan.directions; ++d) {
     GeneralBackward<T> backward(passes, thread, d);

@@ -9,7 +9,8 @@ namespace {
 
 // `partial` (batch, length, dim) keeps what the groups of states and the directions before have given.
 template <class T>
-__global__ void __launch_bounds__(kWarp) scan_general_forward_kernel(const __grid_constant__ Scan scan, float* partial) {
+__global__ void __launch_bounds__(kWarp)
+    scan_general_forward_kernel(const __grid_constant__ Scan scan, float* partial) {
   const GeneralThread thread(scan);
   if (!thread.active) return;
   const int64_t b = thread.b, channel = thread.channel;

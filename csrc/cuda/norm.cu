@@ -1,7 +1,6 @@
 // A warp takes a row. Rows of up to 1024 numbers stay in its registers between the sum of squares and the result; wider
 // ones are read again. Sums have an order that depends on sizes alone.
 #include "norm.h"
-
 #include "vector.h"
 
 namespace vim {
@@ -73,8 +72,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_fwd_kernel(Norm norm) {
 // Threads of a block of the backward pass: one warp where dweight is summed in the block's row of the partials.
 constexpr int backward_threads(int items) { return items > 0 ? kWarps * kWarp : kWarp; }
 
-// total = dr + (s - n mean(s n)) / rms with n = r / rms and s = dy weight; dweight sums dy n. The lanes of kept rows sum
-// it in registers, those of wider rows in the block's row of the partials.
+// total = dr + (s - n mean(s n)) / rms with n = r / rms and s = dy weight; dweight sums dy n. The lanes of kept rows
+// sum it in registers, those of wider rows in the block's row of the partials.
 template <class T, int kWidth, int kItems>
 __global__ void __launch_bounds__(backward_threads(kItems)) norm_bwd_kernel(Norm norm) {
   const int64_t dim = norm.dim, groups = gridDim.x, group = blockIdx.x;
@@ -130,9 +129,8 @@ __global__ void __launch_bounds__(backward_threads(kItems)) norm_bwd_kernel(Norm
   }
   if constexpr (kItems > 0) {
     float* shared = reinterpret_cast<float*>(shared_memory());  // (warps, dim)
-    for_vectors<kWidth, kItems>(dim, [&](int item, int64_t column) {
-      store_floats(dweight[item], shared + warp_index() * dim + column);
-    });
+    for_vectors<kWidth, kItems>(
+        dim, [&](int item, int64_t column) { store_floats(dweight[item], shared + warp_index() * dim + column); });
     __syncthreads();
     for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) {
       float sum = 0;
@@ -181,20 +179,17 @@ void with_shape(int64_t dim, bool aligned, const Function& function) {
   return function(Constant<kVector>{}, Constant<0>{});
 }
 
-int64_t groups_of(const Norm& norm) {
-  return smaller(kGroups, blocks_in(norm.rows, kWarps * kRowsOfWarp));
-}
+int64_t groups_of(const Norm& norm) { return smaller(kGroups, blocks_in(norm.rows, kWarps * kRowsOfWarp)); }
 
 }  // namespace
 
 void norm_forward(const Norm& norm, Stream stream) {
   with_element(norm.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool aligned = is_aligned<kVector, T>(norm.x, norm.x_row) && is_aligned<kVector, T>(norm.y, norm.dim) &&
-                         is_aligned<kVector, float>(norm.residual, norm.dim) &&
-                         is_aligned<kVector, float>(norm.weight, norm.dim) &&
-                         is_aligned<kVector, T>(norm.weight_like_x, norm.dim) &&
-                         is_aligned<kVector, float>(norm.r, norm.dim);
+    const bool aligned =
+        is_aligned<kVector, T>(norm.x, norm.x_row) && is_aligned<kVector, T>(norm.y, norm.dim) &&
+        is_aligned<kVector, float>(norm.residual, norm.dim) && is_aligned<kVector, float>(norm.weight, norm.dim) &&
+        is_aligned<kVector, T>(norm.weight_like_x, norm.dim) && is_aligned<kVector, float>(norm.r, norm.dim);
     with_shape(norm.dim, aligned, [&](auto width, auto items) {
       const Geometry geometry{dim3(static_cast<unsigned>(blocks_in(norm.rows, kWarps))), dim3(kWarps * kWarp), 0};
       launch(norm_fwd_kernel<T, decltype(width)::value, decltype(items)::value>, geometry, stream, norm);
@@ -225,7 +220,8 @@ void norm_backward(const Norm& norm, Stream stream) {
     });
   });
   const unsigned blocks = static_cast<unsigned>(blocks_in(norm.dim, kWarp));
-  launch(norm_reduce_kernel, {dim3(blocks), dim3(kWarps * kWarp), sizeof(float) * kWarps * kWarp}, stream, norm, groups);
+  launch(norm_reduce_kernel, {dim3(blocks), dim3(kWarps * kWarp), sizeof(float) * kWarps * kWarp}, stream, norm,
+         groups);
 }
 
 }  // namespace VIM_ISA

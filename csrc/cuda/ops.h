@@ -27,7 +27,8 @@ struct ScanSide {
 std::tuple<Tensor, Tensor> bidirectional_scan(const ScanSide& forward, const ScanSide& backward, const Tensor& z,
                                               double scale, int64_t checkpoint_every);
 
-// Writes the gradient of z to `dz`, replaces dy by the forward pass's result, and returns the gradients of the operands.
+// Writes the gradient of z to `dz`, replaces dy by the forward pass's result, and returns the gradients of the
+// operands.
 std::vector<Tensor> scan_gradients(const Tensor& dy, const ScanSide& forward, const ScanSide& backward, const Tensor& z,
                                    const Tensor& checkpoints, double scale, int64_t checkpoint_every, const Tensor& dz);
 

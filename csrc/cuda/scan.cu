@@ -1,6 +1,5 @@
 // Puts the passes of a scan together.
 #include "scan.h"
-
 #include "scan_math.h"
 #include "workspace.h"
 

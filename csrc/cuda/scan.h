@@ -16,11 +16,11 @@ void scan_forward(const Scan& scan, float* workspace, Stream stream);
 
 // Sizes of what the passes of a backward hand to each other, in floats; the fields below point at them.
 struct ScanBackwardSizes {
-  int64_t blocks = 0;           // blocks of channels, each of which sums its own dB and dC
-  int64_t steps = 0;            // (directions, batch, length, dim): gradients of delta before softplus
-  int64_t sums = 0;             // sums over states that wait for more, see workspace.h
-  int64_t maps = 0;             // (blocks, directions, batch, length, 2 d_state): dB and dC
-  int64_t weights = 0;          // (directions, batch, rows, dim): dA, dB and dC where constant, dbias, dD
+  int64_t blocks = 0;   // blocks of channels, each of which sums its own dB and dC
+  int64_t steps = 0;    // (directions, batch, length, dim): gradients of delta before softplus
+  int64_t sums = 0;     // sums over states that wait for more, see workspace.h
+  int64_t maps = 0;     // (blocks, directions, batch, length, 2 d_state): dB and dC
+  int64_t weights = 0;  // (directions, batch, rows, dim): dA, dB and dC where constant, dbias, dD
 };
 
 struct ScanBackwardPasses {

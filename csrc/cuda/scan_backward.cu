@@ -1,14 +1,14 @@
-// The fast backward pass of a scan: up to 16 states, saved states at most 64 tokens apart; the mathematics are at the top
-// of generic_backward.cu.
+// The fast backward pass of a scan: up to 16 states, saved states at most 64 tokens apart; the mathematics are at the
+// top of generic_backward.cu.
 //
 // A block is 32 channels of one batch element in one direction. It takes the chunks between saved states against scan
 // order. What depends on token and channel alone (step sizes, inputs, gradients that arrive) is put into shared memory
-// first, by threads that are channels. Then four lanes are a channel, each with four of its states: they run through the
-// chunk and leave the state at every eighth token, and go back through it in eights, whose states and decays they
+// first, by threads that are channels. Then four lanes are a channel, each with four of its states: they run through
+// the chunk and leave the state at every eighth token, and go back through it in eights, whose states and decays they
 // rebuild in registers.
 //
-// dB and dC are summed over the eight channels of a warp by a butterfly that leaves one of eight sums in each lane, then
-// over the warps in shared memory: one partial for each block of channels, added up by scan_reduce.cu.
+// dB and dC are summed over the eight channels of a warp by a butterfly that leaves one of eight sums in each lane,
+// then over the warps in shared memory: one partial for each block of channels, added up by scan_reduce.cu.
 #include "scan_math.h"
 #include "workspace.h"
 
@@ -84,7 +84,8 @@ VIM_DEVICE float sum_eight(const float (&x)[8], int channel) {
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    quarter[i] = (middle ? half[i + 2] : half[i]) + __shfl_xor_sync(kFullWarp, middle ? half[i] : half[i + 2], 2 * kLanes);
+    quarter[i] =
+        (middle ? half[i + 2] : half[i]) + __shfl_xor_sync(kFullWarp, middle ? half[i] : half[i + 2], 2 * kLanes);
   }
   return (low ? quarter[1] : quarter[0]) + __shfl_xor_sync(kFullWarp, low ? quarter[0] : quarter[1], kLanes);
 }
@@ -103,8 +104,12 @@ struct Backward {
   float D, dbias = 0, dD = 0;
 
   VIM_DEVICE Backward(const ScanBackwardPasses& passes_, int d_)
-      : passes(passes_), scan(passes_.k.scan), side(passes_.k.scan.direction[d_]), d(d_),
-        ranks(static_cast<int>(side.delta.data == nullptr ? scan.dt_rank : 0)), shared(ranks) {
+      : passes(passes_),
+        scan(passes_.k.scan),
+        side(passes_.k.scan.direction[d_]),
+        d(d_),
+        ranks(static_cast<int>(side.delta.data == nullptr ? scan.dt_rank : 0)),
+        shared(ranks) {
     const ChannelBlocks blocks(scan, kChannels);
     block = blockIdx.x % blocks.count;
     b = blockIdx.x / blocks.count % scan.batch;
@@ -143,7 +148,8 @@ struct Backward {
       if (item < 2 * kStates) {
         const StateMap& map = item < kStates ? side.B : side.C;
         float* target = item < kStates ? shared.B : shared.C;
-        target[place * kStates + n] = inside && n < scan.d_state ? read<T>(scan, map, b, token, first_channel, n) : 0.0f;
+        target[place * kStates + n] =
+            inside && n < scan.d_state ? read<T>(scan, map, b, token, first_channel, n) : 0.0f;
       } else {
         const int r = item - 2 * kStates;
         shared.dt[place * ranks + r] = inside ? read<T>(side.dt, b, token, r) : 0.0f;
@@ -200,7 +206,8 @@ struct Backward {
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
         const int place = eight * kEight + j;
-        const float delta = shared.delta[place * kChannels + local], drive = delta * shared.u[place * kChannels + local];
+        const float delta = shared.delta[place * kChannels + local],
+                    drive = delta * shared.u[place * kChannels + local];
         const Four B = load_four(shared.B + place * kStates + lane_state);
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) h[i] = fmaf(decay(delta, i), h[i], drive * B.x[i]);
@@ -230,7 +237,8 @@ struct Backward {
     for (int j = kEight - 1; j >= 0; --j) {
       const int place = eight * kEight + j, at = place * kChannels + local;
       const float delta = shared.delta[at], u = shared.u[at], dy = shared.dy[at];
-      const Four B = load_four(shared.B + place * kStates + lane_state), C = load_four(shared.C + place * kStates + lane_state);
+      const Four B = load_four(shared.B + place * kStates + lane_state),
+                 C = load_four(shared.C + place * kStates + lane_state);
       float maps[2 * kOwn], through_drive = 0.0f, through_decay = 0.0f, y = 0.0f;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
@@ -342,9 +350,11 @@ __global__ void __launch_bounds__(kThreads) scan_backward_kernel(const __grid_co
 
 // dz, from y of all directions, and scale y silu(z) where the caller wants it
 template <class T>
-__global__ void __launch_bounds__(kThreads) scan_gate_backward_kernel(const __grid_constant__ ScanBackwardPasses passes) {
+__global__ void __launch_bounds__(kThreads)
+    scan_gate_backward_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const Scan& scan = passes.k.scan;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, size = scan.batch * scan.length * scan.dim;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,
+                size = scan.batch * scan.length * scan.dim;
   if (i >= size) return;
   const int64_t channel = i % scan.dim, token = i / scan.dim % scan.length, b = i / scan.dim / scan.length;
   float y = passes.sums[i];
@@ -376,7 +386,8 @@ void scan_fast_backward(const ScanBackwardPasses& passes, Stream stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     launch(scan_backward_kernel<T>, {static_cast<unsigned>(blocks), kThreads, shared}, stream, passes);
     if (scan.z.data == nullptr) return;
-    launch(scan_gate_backward_kernel<T>, {static_cast<unsigned>(blocks_in(numbers, kThreads)), kThreads, 0}, stream, passes);
+    launch(scan_gate_backward_kernel<T>, {static_cast<unsigned>(blocks_in(numbers, kThreads)), kThreads, 0}, stream,
+           passes);
   });
 }
 

@@ -1,6 +1,6 @@
 // Decides how a fast forward pass runs; its kernels are in forward_kernel.h.
-#include "workspace.h"
 #include "forward_kernel.h"
+#include "workspace.h"
 
 namespace vim {
 namespace VIM_ISA {
@@ -40,20 +40,20 @@ Vectors vectors_of(const Scan& scan, const ScanDirection& side) {
            aligned(as_activation(side.C), element, 4 * element) && side.B.group * element % (4 * element) == 0 &&
            side.C.group * element % (4 * element) == 0;
   v.rows = v.rows && side.B.token == side.C.token;
-  if (side.delta.data == nullptr) v.rows = v.rows && side.dt.token == side.B.token && scan.dt_rank % 4 == 0 && aligned(side.dt, element, 4 * element);
+  if (side.delta.data == nullptr)
+    v.rows = v.rows && side.dt.token == side.B.token && scan.dt_rank % 4 == 0 && aligned(side.dt, element, 4 * element);
   return v;
 }
 
-bool partial_in_y(const Scan& scan) {
-  return scan.element == Element::float32 && scan.y.channel == 1;
-}
+bool partial_in_y(const Scan& scan) { return scan.element == Element::float32 && scan.y.channel == 1; }
 
 }  // namespace
 
 bool scan_forward_is_fast(const Scan& scan) {
   const bool projected = scan.direction[0].delta.data == nullptr;
-  bool fast = scan.length > 0 && scan.scale != 0 && scan.d_state <= kStates && scan.checkpoint_every % kUnit == 0 && scan.length < (1 << 30) &&
-              projected == (scan.directions == 2) && (!projected || scan.softplus) && scan.dt_rank <= kMostRanks;
+  bool fast = scan.length > 0 && scan.scale != 0 && scan.d_state <= kStates && scan.checkpoint_every % kUnit == 0 &&
+              scan.length < (1 << 30) && projected == (scan.directions == 2) && (!projected || scan.softplus) &&
+              scan.dt_rank <= kMostRanks;
   for (int d = 0; d < scan.directions; ++d) {
     fast = fast && scan.direction[d].B.constant == nullptr && scan.direction[d].C.constant == nullptr;
   }
@@ -89,7 +89,8 @@ void scan_fast_forward(const Scan& scan, float* workspace, Stream stream) {
     if (plan.chunks > 1) {
       run_ends(plan, stream, type);
       const int64_t states = scan.directions * scan.batch * kStates * scan.dim;
-      launch(scan_entries_kernel, {static_cast<unsigned>(blocks_in(states, kMaxThreads)), kMaxThreads, 0}, stream, plan);
+      launch(scan_entries_kernel, {static_cast<unsigned>(blocks_in(states, kMaxThreads)), kMaxThreads, 0}, stream,
+             plan);
     }
     run_walks(plan, tuning, stream, type);
   });

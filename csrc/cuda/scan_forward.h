@@ -18,11 +18,11 @@ struct Vectors {
 
 struct ForwardPlan {
   Scan scan;
-  Activation partial;              // float, (batch, token, channel)
-  float* entries = nullptr;        // (directions, batch, chunks, kStates, dim)
-  float* times = nullptr;          // (directions, batch, chunks, dim): sums of step sizes
-  float inverse_scale = 1;         // of what takes y of the walks to the result
-  int chunk = 0, chunks = 1;       // tokens of a chunk
+  Activation partial;         // float, (batch, token, channel)
+  float* entries = nullptr;   // (directions, batch, chunks, kStates, dim)
+  float* times = nullptr;     // (directions, batch, chunks, dim): sums of step sizes
+  float inverse_scale = 1;    // of what takes y of the walks to the result
+  int chunk = 0, chunks = 1;  // tokens of a chunk
   Vectors vectors[2] = {};
   bool vector_z = false, vector_partial = false;
 };

@@ -14,7 +14,8 @@ void run_walks(const ForwardPlan& plan, const ScanTuning& tuning, Stream stream,
 }
 
 void run_ends(const ForwardPlan& plan, Stream stream, bfloat16*) {
-  plan.scan.direction[0].delta.data != nullptr ? run_ends<bfloat16, kGiven>(plan, stream) : run_ends<bfloat16, 0>(plan, stream);
+  plan.scan.direction[0].delta.data != nullptr ? run_ends<bfloat16, kGiven>(plan, stream)
+                                               : run_ends<bfloat16, 0>(plan, stream);
 }
 
 }  // namespace VIM_ISA

@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kThreads) scan_sum_weights_kernel(const __grid
   }
 }
 
-__global__ void __launch_bounds__(kThreads) scan_write_dt_weight_kernel(const __grid_constant__ ScanBackwardPasses passes) {
+__global__ void __launch_bounds__(kThreads)
+    scan_write_dt_weight_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const Scan& scan = passes.k.scan;
   const int64_t i = flat_index(), size = scan.dim * scan.dt_rank;
   if (i < scan.directions * size) passes.k.grads[i / size].ddt_weight[i % size] = passes.ddt_weight[i];
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kThreads) scan_widen_dt_kernel(const __grid_co
   if (d < scan.directions) passes.dt[i] = read<T>(scan.direction[d].dt, b, token, r);
 }
 
-__global__ void __launch_bounds__(kThreads) scan_stack_dt_weight_kernel(const __grid_constant__ ScanBackwardPasses passes) {
+__global__ void __launch_bounds__(kThreads)
+    scan_stack_dt_weight_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const Scan& scan = passes.k.scan;
   const int64_t i = flat_index(), size = scan.dim * scan.dt_rank;
   if (i < scan.directions * size) passes.dt_weight[i] = scan.direction[i / size].dt_weight[i % size];

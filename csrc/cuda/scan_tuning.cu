@@ -1,6 +1,6 @@
 // The table behind scan_tuning.h. A row holds from its number of channels per multiprocessor on, a channel being one of
-// one batch element in one direction. The figures follow from the counts in docs/kernels.md; scripts that measure on a
-// GPU try others through vim_cuda_tune_scan.
+// one batch element in one direction. The figures follow from the counts in docs/kernel_figures.md; scripts that
+// measure on a GPU try others through vim_cuda_tune_scan.
 #include "scan_tuning.h"
 
 namespace vim {
@@ -46,8 +46,8 @@ ScanTuning scan_tuning(const Scan& scan) {
 }  // namespace VIM_ISA
 }  // namespace vim
 
-// For measurements and tests: choices for every shape from now on. 0 leaves one to the table; returns 0 where a value is
-// not one of those that exist.
+// For measurements and tests: choices for every shape from now on. 0 leaves one to the table; returns 0 where a value
+// is not one of those that exist.
 extern "C" __attribute__((visibility("default"))) int vim_cuda_tune_scan(int channels, int warps, int64_t chunk) {
   const bool fits = channels >= 0 && channels <= 2 && (warps == 0 || warps == 1 || warps == 2 || warps == 4) &&
                     chunk >= 0 && chunk % 64 == 0;

@@ -14,7 +14,8 @@ __global__ void problem_kernel() {}
 extern "C" __attribute__((visibility("default"))) const char* vim_cuda_problem() {
 #if defined(__CUDACC__)
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(vim::cuda::problem_kernel));
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(vim::cuda::problem_kernel));
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
   return cudaGetErrorString(error);

@@ -34,7 +34,9 @@ struct Walkers {
 template <int kChannels>
 struct TileLayout {
   static constexpr int kRow = kWarp * kChannels;
-  VIM_DEVICE static int offset(int row, int column) { return column / kRow * kTile * kRow + row * kRow + column % kRow; }
+  VIM_DEVICE static int offset(int row, int column) {
+    return column / kRow * kTile * kRow + row * kRow + column % kRow;
+  }
   VIM_DEVICE static int own(int thread) { return offset(0, thread * kChannels); }
 };
 
@@ -112,7 +114,11 @@ class RowStream {
  public:
   VIM_DEVICE RowStream(const Walkers& walkers, const Scan& scan, const ScanDirection& side, const RowLayout& layout,
                        bool vectors, const Range& range)
-      : walkers_(walkers), side_(side), layout_(layout), vectors_(vectors), range_(range),
+      : walkers_(walkers),
+        side_(side),
+        layout_(layout),
+        vectors_(vectors),
+        range_(range),
         states_(static_cast<int>(scan.d_state)) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
@@ -161,8 +167,7 @@ class RowStream {
   VIM_DEVICE void stage_rest(int place, T* rows) const {
     for (int i = walkers_.thread + kAhead * walkers_.threads; i < kTile * per_row(); i += walkers_.threads) {
       const int token = range_.token(place + i / per_row());
-      copy_async<4 * sizeof(T)>(rows + 4 * i, source(i % per_row() * 4, token),
-                                token >= 0 && token < walkers_.length);
+      copy_async<4 * sizeof(T)>(rows + 4 * i, source(i % per_row() * 4, token), token >= 0 && token < walkers_.length);
     }
   }
 

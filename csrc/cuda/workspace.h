@@ -17,8 +17,8 @@ void scan_fast_forward(const Scan& scan, float* workspace, Stream stream);
 // Fills steps, maps and weights, and writes du, ddelta and dz. `sums` is (3, batch, length, dim).
 void scan_general_backward(const ScanBackwardPasses& passes, Stream stream);
 
-// The fast path: up to 16 states, B and C per token, saved states at most 64 tokens apart. `sums` is (directions, batch,
-// length, dim).
+// The fast path: up to 16 states, B and C per token, saved states at most 64 tokens apart. `sums` is (directions,
+// batch, length, dim).
 bool scan_backward_is_fast(const ScanBackward& k);
 void scan_fast_backward(const ScanBackwardPasses& passes, Stream stream);
 

@@ -76,7 +76,7 @@ def check_shapes() -> None:
 @pytest.mark.parametrize("capability", ["avx512bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set(capability):
     code = (
-        "from tests.ops.test_native_kernels import check_shapes, _native\ncheck_shapes()\nprint(native.capability())\n"
+        "from tests.ops.test_native_kernels import check_shapes, native\ncheck_shapes()\nprint(native.capability())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
