@@ -1,4 +1,4 @@
-"""Norms that add the residual first and hand it on."""
+"""Norms that add the residual first and return the sum as well."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 class AddResidual(nn.Module):
-    """Residual addition alone, in the place of a norm that was pruned; shapes as `RMSNorm`."""
+    """Residual addition alone, which replaces a pruned norm; shapes as for `RMSNorm`."""
 
     @fx_leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class AddResidual(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Residual addition and LayerNorm, statistics in float32; shapes as `RMSNorm`.
+    """Residual addition and LayerNorm, with statistics in float32; shapes as for `RMSNorm`.
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """

@@ -15,10 +15,10 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
 def fx_leaf(forward: _Forward) -> _Forward:
-    """Have torch.fx record calls of a module, whose `forward` this decorates, and not what happens in them.
+    """Decorate the `forward` of a module so that torch.fx records one call instead of tracing into it.
 
-    What a forward asks of shapes and dtypes has no answer while torch.fx traces. A tracer that is told which modules
-    are leaves never calls them; `torch.fx.symbolic_trace` and torchvision's feature extractor cannot be told.
+    Branches on shapes and dtypes cannot be traced by torch.fx. A custom tracer can declare modules as leaves;
+    `torch.fx.symbolic_trace` and torchvision's feature extractor cannot.
     """
 
     @functools.wraps(forward)
@@ -38,6 +38,6 @@ def _record(
     if module is tracer.root:
         raise TypeError(f"torch.fx records {name} as one node: trace a module that holds it")
     if is_watched(module) or type(module).forward is not forward:
-        # They run while the module is traced, and would run again in the node.
+        # Hooks run while the module is traced, and would run again with the recorded call.
         raise TypeError(f"torch.fx cannot trace {name} with a hook or another forward: take it off, or name it a leaf")
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
