@@ -59,7 +59,7 @@ for log in "$folder"/*.log; do
   registers=$(sed -n 's/.*Used \([0-9]*\) registers.*/\1/p' "$log" | sort -n | tail -1)
   kernels=
   # The generic kernels need not be fast.
-  [[ $name == scan_general* ]] || kernels=$(in_memory "$log")
+  [[ $name == generic_* ]] || kernels=$(in_memory "$log")
   if [[ -n $kernels ]]; then fail "$name: $kernels"; else echo "ok $name: at most ${registers:-0} registers"; fi
 done
 
