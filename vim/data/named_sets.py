@@ -5,7 +5,6 @@ import importlib.util
 import pickle
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 from timm.data import create_dataset
 
@@ -87,8 +86,12 @@ def _offline() -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    with (
-        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
-        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-    ):
+    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    for switch in switches:
+        switch.HF_HUB_OFFLINE = True
+    try:
         yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value

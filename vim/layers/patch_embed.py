@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from vim.layers.checks import check_counts
 from vim.layers.token_sequence import insert_tokens
-from vim.layers.traced import fx_leaf
+from vim.layers.traced import fx_leaf, is_symbolic
 from vim.layers.watched import is_patch_projection, is_watched
 from vim.ops import embed_patches, runs_embedding
 
@@ -123,8 +123,7 @@ class PatchEmbed(nn.Module):
             (math.ceil((max(size - patch, 0)) / step) if self.dynamic_img_pad else (size - patch) // step) + 1
             for size, patch, step in zip(img_size, patch_size, stride, strict=True)
         )
-        if not self.dynamic_img_pad and not any(isinstance(size, torch.SymInt) for size in img_size):
-            # Comparing a symbolic size, in an export for images of any size, would specialise the graph.
+        if not self.dynamic_img_pad and not is_symbolic(img_size):
             covered = (rows - 1) * stride[0] + patch_size[0], (columns - 1) * stride[1] + patch_size[1]
             if covered != tuple(img_size):
                 raise ValueError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from vim.layers.token_sequence import extract_tokens, insert_tokens
+from vim.layers.traced import is_symbolic
 from vim.ops import check_memory
 
 CLS_POSITIONS = ("none", "head", "middle", "double", "random")
@@ -45,8 +45,7 @@ def resample_pos_embed(
         RuntimeError: The memory of `pos_embed` was freed or truncated.
     """
     check_memory("pos_embed", pos_embed)
-    # Comparing a symbolic size, in an export for images of any size, would specialise the graph.
-    if not any(isinstance(side, torch.SymInt) for side in new_grid) and old_grid == new_grid:
+    if not is_symbolic(new_grid) and old_grid == new_grid:
         return pos_embed
     tokens, patches = extract_tokens(pos_embed, cls_indices(cls_position, old_grid[0] * old_grid[1]))
     patches = resample_grid(patches, old_grid, new_grid)

@@ -6,7 +6,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from vim.layers.traced import fx_leaf
+from vim.layers.traced import fx_leaf, is_symbolic
 
 
 class GridRotary(nn.Module):
@@ -61,7 +61,7 @@ class GridRotary(nn.Module):
 
     def tables(self, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines for patches on `grid_size`, (patches, dim) each."""
-        if not any(isinstance(side, torch.SymInt) for side in grid_size) and grid_size == self.grid_size:
+        if not is_symbolic(grid_size) and grid_size == self.grid_size:
             return self.freqs_cos, self.freqs_sin
         _check_grid(grid_size)
         cos, sin = self._make_tables(grid_size)

@@ -1,17 +1,23 @@
-"""Modules that torch.fx records as one node each."""
+"""Helpers for modules that torch.fx and torch.export trace."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.fx import Proxy, Tracer
 
 from vim.layers.watched import is_watched
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def is_symbolic(sizes: Iterable[object]) -> bool:
+    """Return True if a size is a symbol, in an export for images of any size: comparing it would fix its value."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def fx_leaf(forward: _Forward) -> _Forward:

@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import huggingface_hub
 import timm
@@ -111,8 +110,13 @@ def _nearest(error: TypeError) -> str:
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Keep timm off the network within the block: names such as "hf-hub:..." are looked up in the cache only."""
-    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+    constants: Any = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def check_model_name(name: str) -> None:
