@@ -1,5 +1,5 @@
-// vim::bidirectional_block, forward and backward, for any device: checks, results, and the order of their memory. Float64
-// goes to the reference, which is registered under a name of its own. Included once per library.
+// vim::bidirectional_block, forward and backward, for any device: checks, results, and the order of their memory.
+// Float64 goes to the reference, which is registered under a name of its own. Included once per library.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 namespace vim {
 namespace {
 
-// Weights of one direction; the names are those of the schema in vim/ops/bidirectional_block/register.py.
+// Weights of one direction, named as in the schema in vim/ops/bidirectional_block/register.py.
 struct BlockDirection {
   Tensor conv_weight;
   OptionalTensor conv_bias;

@@ -46,15 +46,15 @@ struct Matrix {
   int64_t row = 0, column = 0;
 };
 
-// c = a b + bias, or c += a b with `accumulate`: (rows, depth) by (depth, columns), sums in float32. Tables with bfloat16
-// products round b to bfloat16 where a is.
+// c = a b + bias, or c += a b with `accumulate`: (rows, depth) by (depth, columns), sums in float32. Tables with
+// bfloat16 products round b to bfloat16 where a is.
 struct Product {
   int64_t rows = 0, depth = 0, columns = 0;
   Matrix a, b;                  // b.row is the step along depth
   const float* bias = nullptr;  // (columns,) or null; never with accumulate
   Element c_element = Element::float32;
   void* c = nullptr;
-  int64_t c_row = 0;  // the numbers of a row of c lie side by side
+  int64_t c_row = 0;  // stride of rows; the columns of c are contiguous
   bool accumulate = false;
 };
 
