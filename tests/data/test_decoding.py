@@ -150,7 +150,7 @@ def test_few_levels_of_a_colour_image_of_16_bits_are_warned_once(caplog, brighte
     for _ in range(2):
         image = read_image(png_of_16_bits(pixels))
         assert (image.mode, np.asarray(image).max()) == ("RGB", brightest >> 8)
-    assert caplog.text.count("is so dark that 16 of 256 levels are left of it") == said
+    assert caplog.text.count("is so dark that 16 of 256 levels are left") == said
     assert len(caplog.records) == said
 
 
