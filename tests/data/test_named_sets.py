@@ -55,7 +55,7 @@ def test_cifar_is_read_through_timm_in_the_channels_of_the_model(tmp_path, monke
 
 
 def test_a_data_set_that_is_not_there_is_not_fetched(tmp_path, no_network):
-    with pytest.raises(ValueError, match=r"'torch/cifar10' .* cannot be opened: .*; to download it, set --data.download true"):
+    with pytest.raises(ValueError, match=r"'torch/cifar10' .* cannot be opened: .*; to download it, set"):
         open_image_sets(config("torch/cifar10", tmp_path))
 
 
