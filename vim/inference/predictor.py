@@ -123,9 +123,9 @@ def load_predictor(
         CheckpointError: The file is damaged, or does not fit the model.
     """
     trained = load_trained_model(source, weights, model_name)
-    place = torch.device("cpu") if device is None else device
     extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
-    return Predictor(trained.model, trained.preprocessing, _names_of(trained), place, extensions)
+    names = _names_of(trained)
+    return Predictor(trained.model, trained.preprocessing, names, device or torch.device("cpu"), extensions)
 
 
 def _names_of(trained: TrainedModel) -> list[str]:
