@@ -1,10 +1,10 @@
-"""What a model costs on a machine that has other things to do.
+"""Measure models on a busy machine.
 
     python scripts/benchmark_busy.py [--busy 0 1 2] [--threads 2 1] [--seconds 5] [--cases CASE ...]
 
-A case is model:size:batch:dtype:mode, with any of timm's models, ours among them. Cases of the same size, batch, dtype
-and mode are measured together, with every number of threads in turn, beside that many processes that never rest, each
-on one processor. States of a busy machine last for seconds: the mean and the worst count, and not the median alone.
+A case is model:size:batch:dtype:mode, with any model of timm. Cases of the same size, batch, dtype and mode are
+measured together, with every number of threads in turn. Meanwhile `--busy` processes spin, each on one processor.
+The state of a busy machine lasts for seconds, so the mean and the worst time count as well as the median.
 """
 
 from __future__ import annotations
@@ -33,15 +33,13 @@ _SHAPES = (
 )
 _MODELS = ("vim_tiny_patch16_224", "deit_tiny_patch16_224")
 _CASES = tuple(f"{model}:{shape}" for shape in _SHAPES for model in _MODELS)
-# Ends with the process that started it, whichever way that ends.
+# Ends when its parent process ends.
 _LOOP = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--busy", type=int, nargs="+", default=[0, 1, 2], help="processes beside, one column after another"
-    )
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="numbers of spinning processes")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="torch's numbers of threads")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for a case, a number of threads and a load")
     parser.add_argument("--cases", nargs="+", default=list(_CASES), metavar="CASE", help="model:size:batch:dtype:mode")
@@ -76,12 +74,12 @@ def _make(case: str) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def _busy(count: int, processors: list[int]) -> Iterator[None]:
-    """Keep processors busy, the last one first."""
+    """Keep processors busy within the block, the last processor first."""
     loops = [subprocess.Popen([sys.executable, "-c", _LOOP, str(os.getpid())]) for _ in range(count)]
     try:
         for loop, processor in zip(loops, itertools.cycle(reversed(processors))):
             os.sched_setaffinity(loop.pid, {processor})
-        time.sleep(0.5 if loops else 0.0)  # until they run
+        time.sleep(0.5 if loops else 0.0)  # until the loops run
         yield
     finally:
         for loop in loops:
@@ -92,15 +90,14 @@ def _busy(count: int, processors: list[int]) -> Iterator[None]:
 def _measure(
     calls: dict[str, Callable[[], object]], threads: list[int], seconds: float
 ) -> dict[tuple[str, int], list[float]]:
-    """Seconds of calls in turn: of every model with every number of threads."""
+    """Return the seconds of interleaved calls, by model and number of threads."""
     times: dict[tuple[str, int], list[float]] = {(case, count): [] for case in calls for count in threads}
-    # One that is much slower than another has no more than its share of calls.
     deadline = time.perf_counter() + seconds * len(times)
     rounds = 0
     while rounds < 3 or time.perf_counter() < deadline:
         for (case, count), taken in times.items():
             torch.set_num_threads(count)
-            calls[case]()  # what the change of threads costs, and the caches
+            calls[case]()  # warm up the caches after the change of threads
             start = time.perf_counter()
             calls[case]()
             taken.append(time.perf_counter() - start)

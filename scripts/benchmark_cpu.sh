@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU tables of the README: scripts/benchmark_cpu.sh [prefix of the files, default benchmarks/results/cpu].
+# Measure the CPU tables of the README: scripts/benchmark_cpu.sh [PREFIX, default benchmarks/results/cpu].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prefix=${1:-benchmarks/results/cpu}
@@ -15,6 +15,6 @@ run --models '[vim_tiny_patch16_224,deit_tiny_patch16_224]' --batches '[8]' --si
     --rounds 15 --seconds 25 --output "$prefix-training-224"
 run --models '[vim_tiny_patch16_224,deit_tiny_patch16_224]' --batches '[2]' --sizes '[512]' --modes '[training]' \
     --rounds 15 --seconds 25 --output "$prefix-training-512"
-# Where the advantage comes from, and DeiT at its best.
+# Variants of Vim, and DeiT with frozen weights.
 run --models '[vim_tiny_patch16_224,vim_tiny_patch16_224:modules,vim_tiny_patch16_224:reference,deit_tiny_patch16_224,deit_tiny_patch16_224:frozen]' \
     --sizes '[224]' --rounds 20 --seconds 30 --output "$prefix-variants"

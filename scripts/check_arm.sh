@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the CPU kernels for 64-bit ARM and runs their checks under emulation: scripts/check_arm.sh
+# Compile the CPU kernels for 64-bit ARM, and run their checks under emulation: scripts/check_arm.sh
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user.
 set -euo pipefail
 cd "$(dirname "$0")/.."

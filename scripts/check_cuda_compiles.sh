@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Compiles every CUDA kernel for sm_80 and sm_90 without a GPU, and checks what the compiler and the disassembly say:
-# no fast kernel keeps anything of a thread in memory, and the main loops of the fast scan stay within their counts
-# (docs/kernel_figures.md).
-# Usage: scripts/check_cuda_compiles.sh [--fast]     (--fast: the kernel with counts alone, for sm_90)
-# CUDA_HOME chooses the toolkit; PYTHON a Python with triton, whose wheel holds a disassembler, or the toolkit's is used.
+# Compile every CUDA kernel for sm_80 and sm_90 without a GPU, and check the compiler's report and the disassembly.
+# Fast kernels must not spill registers or use local memory, and the main loops of the fast scan must stay within their
+# instruction counts (docs/kernel_figures.md).
+# Usage: scripts/check_cuda_compiles.sh [--fast]     (--fast: only the kernel with instruction counts, for sm_90)
+# CUDA_HOME chooses the toolkit. PYTHON chooses a Python with triton, for the disassembler in its wheel; it is used if
+# the toolkit has none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +13,7 @@ if ! command -v "$nvcc" >/dev/null; then
   echo "no nvcc: install the CUDA toolkit or set CUDA_HOME; nothing was checked" >&2
   exit 2
 fi
-# What is on the path may be a link or a script: nvcc itself knows where it lies.
+# The nvcc on the path may be a link or a wrapper: ask nvcc itself for its folder.
 bin=$("$nvcc" --dryrun -c x.cu 2>&1 | sed -n 's/^#\$ _HERE_=//p')
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -34,7 +35,7 @@ fail() {
   failures=$((failures + 1))
 }
 
-# compile SOURCE ARCHITECTURE: a cubin and the compiler's report
+# compile SOURCE ARCHITECTURE: write a cubin and the compiler's report
 compile() {
   local name
   name=$folder/$(basename "$1" .cu).$2
@@ -46,7 +47,7 @@ export bin folder
 for architecture in $architectures; do printf '%s\n' "${sources[@]/%/ $architecture}"; done |
   xargs -P "${JOBS:-2}" -L 1 bash -c 'compile "$@"' _
 
-# in_memory LOG: the kernels that keep something of a thread in memory: spilled registers, or arrays that need addresses
+# in_memory LOG: print the kernels that use local memory: spilled registers, or arrays with computed indices
 in_memory() {
   awk '/Function properties for/ { kernel = $NF }
        /bytes stack frame/ && $1 + $5 + $9 > 0 { print kernel ": " $1 " bytes of stack, " $5 " and " $9 " of spill stores and loads" }' "$1" |
@@ -57,12 +58,12 @@ for log in "$folder"/*.log; do
   name=$(basename "$log" .log)
   registers=$(sed -n 's/.*Used \([0-9]*\) registers.*/\1/p' "$log" | sort -n | tail -1)
   kernels=
-  # The kernels for scans of any kind make no claim to speed.
+  # The generic kernels need not be fast.
   [[ $name == generic_* ]] || kernels=$(in_memory "$log")
   if [[ -n $kernels ]]; then fail "$name: $kernels"; else echo "ok $name: at most ${registers:-0} registers"; fi
 done
 
-# within KEY LIMIT LINE: whether a count of the line stays within its limit
+# within KEY LIMIT LINE: succeed if a count of the line stays within its limit
 within() {
   awk -v value="$(sed -n "s/.* $1=\([0-9.]*\).*/\1/p" <<<"$3 ")" -v limit="$2" 'BEGIN { exit !(value > 0 && value <= limit) }'
 }
@@ -72,7 +73,7 @@ if [[ ! -x $cuobjdump ]]; then
   exit 2
 fi
 "$cuobjdump" -sass "$folder/fast_scan.90.cubin" >"$folder/sass"
-# Two channels a thread, dt_rank 12; four tokens a pass.
+# Two channels per thread, dt_rank 12, four tokens per pass.
 line=$("${PYTHON:-python3}" scripts/sass_counts.py "$folder/sass" bfloat16ELi2ELi12E --steps 8)
 for limit in "all 120" "MUFU 18" "LDS.128 6"; do
   read -r key most <<<"$limit"

@@ -1,9 +1,9 @@
-"""Compile every Triton kernel as the models launch it, for GPUs that need not be there, and read the compiler's report.
+"""Compile every Triton kernel as the models launch it, for any target, and report registers and spills.
 
     python scripts/check_triton_compiles.py sm_80 sm_90 gfx942 --dtypes bfloat16 float32
 
-prints a table and, with `--json FILE`, writes its rows. On NVIDIA's targets ptxas is what comes with Triton. Needs no
-GPU: the ops run on CPU tensors of Vim-Ti's shapes, with a compilation in place of each launch.
+prints a table, and writes its rows with `--json FILE`. No GPU is needed: the ops run on CPU tensors of Vim-Ti's shapes,
+and each launch only compiles. NVIDIA's targets use the ptxas in Triton's wheel.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENS, DIM, STATES, RANK, WIDTH, MODEL = 197, 384, 16, 12, 4, 192
 
 
 class _NoDriver:
-    """What Triton asks of a driver to compile, for a GPU that is not there."""
+    """The part of a Triton driver that compilation needs, for a GPU that is not present."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -43,7 +43,7 @@ class _NoDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        # Triton keeps what it has compiled by device: each target is another one.
+        # Triton caches compiled kernels by device, so each target is a device.
         return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
@@ -54,7 +54,7 @@ class _NoDriver:
 
 
 def compile_all(name: str, dtype: torch.dtype, ops: list[str]) -> list[dict[str, Any]]:
-    """Compile every kernel of these ops for one target and dtype; a row for each."""
+    """Compile every kernel of these ops for one target and dtype; return a row for each."""
     target, rows = TARGETS[name], []
     launch = JITFunction.run
 
@@ -76,11 +76,11 @@ def compile_all(name: str, dtype: torch.dtype, ops: list[str]) -> list[dict[str,
     return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
 
-# What inference and training of a model launch; results are meaningless.
+# Calls as in inference and training of a model; their results are meaningless.
 
 
 def _operands(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Both halves of xz, a dense tensor like them, x_proj's output."""
+    """Return both halves of xz, a dense tensor of their shape, and the output of x_proj."""
     x, z = torch.zeros(2, TOKENS, 2 * DIM, dtype=dtype).chunk(2, -1)
     return x, z, torch.zeros(2, TOKENS, DIM, dtype=dtype), torch.zeros(2, TOKENS, RANK + 2 * STATES, dtype=dtype)
 
@@ -133,7 +133,7 @@ LAUNCHES = {
 
 
 def _report(kernel: Any) -> dict[str, int]:
-    """Registers and bytes spilled of a thread, and shuffles between threads, from the compiled code."""
+    """Return registers and spilled bytes per thread, and the number of shuffles, from the compiled code."""
     if "cubin" not in kernel.asm:
         text = kernel.asm["amdgcn"]
         counts = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}

@@ -2,13 +2,13 @@
 
 Usage: scripts/fuzz_ops.py [--calls N] [--seed S] [--only CALL] [--sanitize] [--emulated]
 
-What is called is read from the schemas, so ops that are added later take part. Calls that succeed are recorded first,
-from small models and from the ops' own functions; each call of the fuzz is one of them with other sizes, strides,
-dtypes, devices, `None`, freed memory and huge numbers here and there. An op that nothing called gets random arguments.
+The ops are found by their schemas, so new ops are included. First, successful calls are recorded from small models and
+from the ops' Python functions. Each fuzzed call changes some arguments of a recorded one: sizes, strides, dtypes,
+devices, `None`, freed memory, huge numbers. An op without a recorded call gets random arguments.
 
---sanitize builds the kernels for AddressSanitizer and UndefinedBehaviorSanitizer. --emulated takes the CUDA kernels
-along, emulated on the host. The calls run in processes of their own: one that dies is a failure, which is printed with
-what replays it, and the next one goes on after it.
+--sanitize builds the kernels for AddressSanitizer and UndefinedBehaviorSanitizer. --emulated includes the CUDA kernels,
+emulated on the host. The calls run in a child process. If it dies, the failure is printed with the command that replays
+it, and a new process continues with the next call.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
-# Python is not built for sanitizers: leaks are its own business. GCC's fake stack does not align 64-byte vectors.
+# Python is not built for sanitizers, so its leaks are ignored. GCC's fake stack does not align 64-byte vectors.
 ASAN = "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1:max_allocation_size_mb=512"
 FAMILIES = ("_reference", "_triton", "_emulated")
-# Python's implementations are slow, and cannot overrun memory.
+# Implementations in Python are slow, and cannot overrun memory.
 SLOW = ("_reference", "_triton")
 MOST_ELEMENTS = 2**18
 SECONDS_A_CALL = 1
-# So that what is too large fails at once.
+# So that huge allocations fail at once.
 MEMORY = 4 * 2**30
 MOST_FAILURES = 25
-# The call that is made: its number and its op.
+# The current call: its number and its op.
 PROGRESS = struct.Struct("q80s")
 
 INTEGERS = (-(2**63), -(2**31), -64, -1, 0, 1, 2, 7, 64, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 64, 2**63 - 1)
@@ -63,17 +63,17 @@ DTYPES = (
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a recorded tensor was like."""
+    """Sizes and dtype of a recorded tensor."""
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
 
 
-# ---- calls that succeed ------------------------------------------------------------------------------------------
+# ---- recorded calls ----------------------------------------------------------------------------------------------
 
 
 def record() -> dict[str, list[tuple[Any, ...]]]:
-    """Return the arguments of calls that succeed, by op, with a `Kind` in place of each tensor."""
+    """Return the arguments of successful calls, by op, with a `Kind` in place of each tensor."""
     found: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)
     call = torch._ops.OpOverload.__call__
 
@@ -97,7 +97,7 @@ def _kinds(value: Any) -> Any:
 
 
 def _work() -> None:
-    """Run small models, forward and backward, in all dtypes, and the ops by themselves."""
+    """Run small models, forward and backward, in all dtypes, and each op alone."""
     import vim
 
     torch.manual_seed(0)
@@ -122,20 +122,16 @@ def _work() -> None:
     (y.sum() + r.sum()).backward()
 
 
-# ---- arguments that nobody would pass ------------------------------------------------------------------------------
+# ---- fuzzed arguments --------------------------------------------------------------------------------------------
 
 
 class Mutator:
-    """Draws the arguments of a call; the same for the same seed.
-
-    Args:
-        seed: Decides everything.
-    """
+    """Generator of the arguments of one call, reproducible from its seed."""
 
     def __init__(self, seed: str) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(60))
-        # Most calls get few odd arguments, for only these come past the first checks.
+        # Most calls get few odd arguments, since only such calls pass the first checks.
         self.rate = self.random.choice((0.0, 0.03, 0.1, 0.3, 0.8))
         self.renamed: dict[int, int] = {}
 
@@ -143,9 +139,9 @@ class Mutator:
         return self.random.random() < self.rate
 
     def arguments(self, schema: Any, templates: list[tuple[Any, ...]]) -> list[Any]:
-        """Return arguments for an op, made from those of a call that succeeded if there are any."""
+        """Return arguments for an op, based on a recorded call if there is one."""
         template = self.random.choice(templates) if templates else (None,) * len(schema.arguments)
-        if self.random.random() < 0.5:  # one size for another, everywhere
+        if self.random.random() < 0.5:  # replace one size by another, everywhere
             sizes = sorted({size for kind in _flatten(template) if isinstance(kind, Kind) for size in kind.sizes})
             for size in sizes:
                 if self.random.random() < 0.3:
@@ -211,7 +207,7 @@ class Mutator:
         return [self.random.choice(SIZES) if i == place else size for i, size in enumerate(sizes)]
 
     def _strided(self, sizes: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor of these sizes, dense or with other strides, at times not at the start of its memory."""
+        """Return a tensor of these sizes, dense or strided, sometimes with a storage offset."""
         way = self.random.randrange(6) if self.random.random() < 0.5 else 0
         if way == 1 and len(sizes) > 1:
             a, b = self.random.sample(range(len(sizes)), 2)
@@ -239,7 +235,7 @@ class Mutator:
         return tensor * self.random.choice((float("nan"), float("inf"), 1e30, -1e30, 0.0))
 
     def _expanded(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of huge sizes and little memory: expanded, or without elements."""
+        """Return a tensor of huge sizes that needs little memory: expanded, or without elements."""
         huge = self.random.choice(HUGE)
         if not tensor.dim():
             return tensor.expand(huge)
@@ -275,11 +271,11 @@ def _flatten(value: Any) -> Iterator[Any]:
         yield value
 
 
-# ---- the calls ---------------------------------------------------------------------------------------------------
+# ---- calls -------------------------------------------------------------------------------------------------------
 
 
 class _TooSlow(Exception):
-    """A call that Python's implementation would take minutes for."""
+    """Signal for a call that an implementation in Python would take minutes for."""
 
 
 _timed = False
@@ -291,7 +287,7 @@ def _give_up(number: int, frame: Any) -> None:
 
 
 def run_calls(options: argparse.Namespace, library: str, progress: Path) -> None:
-    """Make the calls `options.first` to `options.calls`; `progress` holds the number of the one that is made."""
+    """Make the calls `options.first` to `options.calls`; `progress` holds the number of the current one."""
     _load(library, options.emulated)
     templates = record()
     names = {name.removeprefix("vim::").partition(".")[0] for name in _all_op_names() if name.startswith("vim::")}
@@ -332,7 +328,7 @@ def _outcome(call: Callable[[], Any]) -> str:
     except _TooSlow:
         return "took too long"
     except Exception as error:
-        # What the library or torch raises is right here, whatever it is.
+        # Any exception of the library or of torch is fine here.
         return f"{type(error).__name__}: {error}"
     finally:
         _timed = False
@@ -384,7 +380,7 @@ def _limit_memory() -> None:
 
 
 def build_sanitized() -> Path:
-    """Build the CPU's library for sanitizers, in a cache of its own."""
+    """Build the CPU library for sanitizers, in a separate cache."""
     from vim.ops.build import compilation
 
     recipe = compilation.cpu_recipe()
@@ -394,7 +390,7 @@ def build_sanitized() -> Path:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    """Return the environment of the processes that make the calls."""
+    """Return the environment of the child processes."""
     if not options.sanitize:
         return dict(os.environ)
     from vim.ops.build.compilation import find_compiler
@@ -416,7 +412,7 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _what_counts(said: str) -> str:
-    """Return what a process said last, from the words of a sanitizer on if there are any."""
+    """Return the end of a process's output, from the report of a sanitizer on if there is one."""
     lines = said.splitlines()
     first = next(
         (i for i, line in enumerate(lines) if "ERROR: AddressSanitizer" in line or "runtime error:" in line), -25
@@ -449,7 +445,7 @@ def main() -> int:
             progress.write(PROGRESS.pack(-1, b""))
             progress.flush()
             command += ["--first", str(options.first)]
-            # torch writes every exception of a kernel to the standard error stream; the end is what counts.
+            # torch writes every exception of a kernel to stderr, so only the end matters.
             with tempfile.TemporaryFile() as said:
                 stderr = None if options.only is not None else said
                 code = subprocess.run(command, env=environment(options), stderr=stderr, check=False).returncode

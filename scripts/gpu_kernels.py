@@ -1,4 +1,4 @@
-"""Each op alone: time, bytes a second, and how near that is to what the GPU can do."""
+"""Measure each op alone: time, bandwidth, and their share of the GPU's limits."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vim.ops import (
 )
 from vim.runtime.gpu import captured, time_calls
 
-# Inputs are rotated until they are larger than any cache, so that every call reads from memory.
+# Calls rotate through several sets of inputs, together larger than any cache, so that every call reads from memory.
 _BEYOND_CACHES = 256 * 2**20
-_MOST_SETS = 16
-# The reference starts kernels for every token: beyond this it would take longer than all the rest.
+_MAX_SETS = 16
+# The reference launches kernels for every token: longer sequences would take longer than everything else.
 _LONGEST_FOR_REFERENCE = 256
-# Special functions (exponentials, reciprocals) of a multiprocessor in one clock.
+# Special functions (exponentials, reciprocals) of a multiprocessor per clock.
 _SPECIAL_PER_CLOCK = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One layer's sizes; the inner width is twice `d_model`."""
+    """Sizes of one layer; the inner width is twice `d_model`."""
 
     name: str
     batch: int
@@ -46,18 +46,18 @@ class Shape:
 
     @property
     def dt_rank(self) -> int:
-        """As the models choose it."""
+        """Rank of the step size's projection, as in the models."""
         return math.ceil(self.d_model / 16)
 
     @property
     def tokens(self) -> int:
-        """Of the whole batch."""
+        """Tokens of the whole batch."""
         return self.batch * self.len
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """What one call must do: bytes that it reads or writes at the least, and special functions."""
+    """The work that a call cannot avoid: bytes read and written, and special functions."""
 
     op: str
     bytes: int
@@ -68,7 +68,7 @@ class Kernel:
 def kernel_rows(
     shapes: list[Shape], dtypes: list[torch.dtype], probe: dict[str, Any], gpu: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Measure every op on every backend that runs it here, forward and backward.
+    """Measure every op, forward and backward, on every available backend.
 
     Args:
         shapes: Sizes of layers.
@@ -93,11 +93,11 @@ def kernel_rows(
 
 
 def kernels_of(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Iterator[Kernel]:
-    """The ops of one layer with the work that each cannot avoid."""
+    """Return the ops of one layer with the work that each cannot avoid."""
     size, tokens = dtype.itemsize, shape.tokens
     inner = tokens * shape.dim
     x_dbl = tokens * (shape.dt_rank + 2 * shape.d_state) * size
-    # Of a channel-step: an exponential a state, one in softplus and its kin; half of the gate's two.
+    # Per channel-step: one exponential per state, one in softplus, and half of the gate's two.
     steps = 2 * inner * (shape.d_state + 2)
     entry_states = 2 * shape.batch * math.ceil(shape.len / 64) * shape.d_state * shape.dim * 4
     forward = (
@@ -119,7 +119,7 @@ def kernels_of(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Iterat
 
 
 def _measure(kernel: Kernel, backend: str, probe: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
-    sets = max(1, min(_MOST_SETS, math.ceil(_BEYOND_CACHES / kernel.bytes))) if backend != "reference" else 1
+    sets = max(1, min(_MAX_SETS, math.ceil(_BEYOND_CACHES / kernel.bytes))) if backend != "reference" else 1
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls = [kernel.make(backend) for _ in range(sets)]
@@ -128,7 +128,7 @@ def _measure(kernel: Kernel, backend: str, probe: dict[str, Any], gpu: dict[str,
     else:
         try:
             seconds, how = time_calls([captured(calls, stream)]) / sets, "CUDA graph"
-        except RuntimeError as error:  # a backend that asks the host something while it runs
+        except RuntimeError as error:  # a backend that synchronises with the host
             torch.cuda.synchronize()
             seconds, how = time_calls(calls), f"as called; no CUDA graph: {str(error).splitlines()[0][:120]}"
     rate = kernel.bytes / seconds / 1e9
@@ -179,7 +179,7 @@ def _conv(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Callable[..., 
 
 def _scan(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Callable[..., Any], list[Tensor]]:
     width = shape.dt_rank + 2 * shape.d_state
-    padded = -(-width // 8) * 8  # rows as x_proj makes them
+    padded = -(-width // 8) * 8  # row stride, as of x_proj's output
     leaves: list[Tensor] = []
 
     def side() -> ScanOperands:

@@ -1,4 +1,4 @@
-"""The findings of scripts/gpu_suite.sh as JSON and as Markdown."""
+"""Write the results of scripts/gpu_suite.sh as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _markdown(record: Record) -> str:
 
 
 def _tables(rows: list[Record]) -> list[str]:
-    """A table for each set of columns, in the order of their first rows."""
+    """Return one table per set of columns, in the order of their first rows."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for row in rows:
         groups.setdefault(tuple(row), []).append(row)
@@ -44,7 +44,7 @@ def _tables(rows: list[Record]) -> list[str]:
 
 
 def _models(rows: list[Record]) -> list[str]:
-    """One line a model and case; how many times as fast our native kernels are as each."""
+    """Return one line per model and case, with the time relative to the first model of the case."""
     lines = ["Above 1 in the last column: the first model of the case is that many times as fast.", ""]
     lines += ["| case | model | ms, median | images/s | peak MiB | time / first |", "|---|---|---|---|---|---|"]
     cases: dict[tuple[Any, ...], list[Record]] = {}

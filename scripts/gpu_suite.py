@@ -1,4 +1,4 @@
-"""What scripts/gpu_suite.sh runs: each section in a process of its own, so that one that dies takes no other along."""
+"""Sections of scripts/gpu_suite.sh, each in a separate process, so that a crash does not end the others."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from vim.runtime.machine import describe_machine
 ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-# Seconds that the sections after the models need.
+# Seconds reserved for the sections after the models.
 AFTER_MODELS = 110
 NO_GPU = "no GPU"
 
 MODELS = {"Ti": "tiny", "S": "small", "B": "base"}
-LARGE = {"Ti": 128, "S": 128, "B": 64}  # images of 224 pixels; of larger ones as many as have as many tokens
+LARGE = {"Ti": 128, "S": 128, "B": 64}  # images of 224 pixels; of larger ones, as many as give as many tokens
 SHAPES = [
     Shape(name="Ti 224 b64", batch=64, len=197, d_model=192),
     Shape(name="Ti 1248 b1", batch=1, len=6085, d_model=192),
@@ -47,28 +47,28 @@ REHEARSAL = Shape(name="rehearsal", batch=1, len=5, d_model=16)
 
 
 class Section:
-    """What one process finds out, written down after every step."""
+    """Results of one section, saved after every step."""
 
     def __init__(self, path: Path, deadline: float) -> None:
         self.path, self.deadline = path, deadline
         self.record: dict[str, Any] = {"rows": [], "not_run": []}
 
     def row(self, **row: Any) -> None:
-        """Keep a result."""
+        """Add a result."""
         self.record["rows"].append(row)
         self.write()
 
     def not_run(self, what: str, why: str) -> None:
-        """Keep what could not be run, or was left out."""
+        """Add a step that failed or was skipped, and the reason."""
         self.record["not_run"].append(f"{what}: {why}")
         self.write()
 
     def seconds_left(self) -> float:
-        """Until the section must have ended."""
+        """Return the seconds until the deadline of the section."""
         return self.deadline - time.time()
 
     def write(self) -> None:
-        """Put everything so far on disk."""
+        """Save all results so far."""
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
 
 
@@ -76,7 +76,7 @@ class Section:
 
 
 def build(section: Section) -> None:
-    """The libraries for the processor and, where there is nvcc, for GPUs."""
+    """Build the CPU library and, with nvcc, the CUDA library."""
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "vim.build", "--cuda"], capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).strip().splitlines()
@@ -86,7 +86,7 @@ def build(section: Section) -> None:
 
 
 def parity(section: Section) -> None:
-    """tests/gpu: every backend against the reference, and all that only a GPU can show."""
+    """Run tests/gpu: every backend against the reference, and everything else that needs a GPU."""
     if importlib.util.find_spec("pytest") is None:
         section.not_run("tests/gpu", "pytest is not installed")
         return
@@ -99,7 +99,7 @@ def parity(section: Section) -> None:
         tests.wait(max(1.0, section.seconds_left() - 10))
     except subprocess.TimeoutExpired:
         section.not_run("some of tests/gpu", "the time was over")
-        tests.send_signal(signal.SIGINT)  # pytest then reports what it has run
+        tests.send_signal(signal.SIGINT)  # pytest then reports the finished tests
         tests.wait(15)
     if not report.exists():
         section.row(step="tests/gpu", ok=False, said=["pytest wrote no report"])
@@ -118,7 +118,7 @@ def parity(section: Section) -> None:
 
 
 def kernels(section: Section) -> None:
-    """Each op alone."""
+    """Measure each op alone."""
     if not GPU:
         for kernel in kernels_of(REHEARSAL, torch.float32, "cpu"):
             kernel.make(None)()
@@ -138,7 +138,7 @@ def kernels(section: Section) -> None:
 
 
 def cases() -> Iterator[tuple[str, int, int, str, Mode]]:
-    """(model, pixels, images or 0 for many, dtype, mode), those worth most first."""
+    """Yield (model, pixels, images or 0 for many, dtype, mode), the most important first."""
     sizes = (224, 1248, 512, 1024, 1600, 2048)
     for model in MODELS:
         yield from ((model, size, 0, "bfloat16", "inference") for size in sizes)
@@ -154,7 +154,7 @@ def cases() -> Iterator[tuple[str, int, int, str, Mode]]:
 
 
 def rivals(model: str, size: int, batch: int, mode: Mode) -> list[str]:
-    """What is measured beside our native kernels."""
+    """Return the models and variants to compare with our native kernels."""
     ours, deit = (f"{kind}_{MODELS[model]}_patch16_224" for kind in ("vim", "deit"))
     specs = [ours, deit, f"{deit}:math"]
     missing = unavailable_backends("bidirectional_scan", DEVICE, torch.bfloat16) if GPU else {}
@@ -167,14 +167,14 @@ def rivals(model: str, size: int, batch: int, mode: Mode) -> list[str]:
 
 
 def models(section: Section) -> None:
-    """Whole models beside timm's, most valuable rows first."""
+    """Compare whole models with timm's, the most important cases first."""
     if not GPU:
         for mode in ("inference", "training"):
             rows, failed = measure_case(rivals("Ti", 224, 1, mode), 32, 1, "float32", mode, DEVICE, 1, 1)
             assert not failed, failed
             for row in rows:
                 section.row(step="rehearsal on the processor", **asdict(row))
-    # A slow model at a small size is a slow one at all: it is not asked again.
+    # A model that is slow at a small size is skipped from then on.
     slow: set[str] = set()
     for model, size, batch, dtype, mode in cases():
         images = batch or max(1, round(LARGE[model] * (224 / size) ** 2))
@@ -195,7 +195,7 @@ def models(section: Section) -> None:
 
 
 def training(section: Section) -> None:
-    """A hundred steps of Vim-Ti at a global batch of 1024, accumulated, in bfloat16 with TF32 for the rest."""
+    """Train Vim-Ti for a hundred steps at a global batch of 1024, accumulated, in bfloat16 with TF32 for the rest."""
     import timm
 
     size, micro, accumulate, steps = (224, 256, 4, 100) if GPU else (32, 2, 2, 2)
@@ -208,7 +208,7 @@ def training(section: Section) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=GPU)
     losses, done, start = [], 0, time.perf_counter()
     for step in range(steps):
-        if step == 5:  # what is built and tuned on the way does not count
+        if step == 5:  # the first steps build and tune, and do not count
             _wait()
             start = time.perf_counter()
         if section.seconds_left() < 8:
@@ -240,7 +240,7 @@ def training(section: Section) -> None:
 
 
 def latency(section: Section) -> None:
-    """One image: as it is, as a CUDA graph, and the time in kernels alone."""
+    """Measure one image: eagerly, as a CUDA graph, and the time in kernels alone."""
     import timm
 
     for name, size in MODELS.items():
@@ -270,7 +270,7 @@ def latency(section: Section) -> None:
 
 
 def _kernel_time(call: Callable[[], object]) -> tuple[float, int]:
-    """Seconds in kernels of one call, and how many there were."""
+    """Return the seconds in kernels of one call, and the number of kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -287,7 +287,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-# Each with the seconds it may take at most.
+# Each section with its time limit in seconds.
 SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
     "build": (build, 200.0),
     "parity": (parity, 190.0),
@@ -298,11 +298,11 @@ SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
 }
 
 
-# ---- all of them -------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Run the sections and write the report; 1 if something went wrong."""
+    """Run the sections and write the report; return 1 if something failed, else 0."""
     parser = argparse.ArgumentParser(prog="scripts/gpu_suite.sh", description=__doc__)
     parser.add_argument("--seconds", type=float, default=520.0, help="time for everything")
     parser.add_argument("--output", default="", help="path of the results without a suffix")
@@ -325,7 +325,7 @@ def main() -> int:
         "sections": {},
     }
     for section in options.sections:
-        # A rehearsal takes the time it takes: one processor compiles for minutes what many do in one.
+        # A rehearsal gets more time: few processors compile for minutes.
         record["sections"][section] = _run(section, start + (options.seconds if GPU else 3600), output)
         record["seconds"] = round(time.time() - start, 1)
         write_gpu_report(record, output)
@@ -336,7 +336,7 @@ def main() -> int:
 
 
 def _run(section: str, deadline: float, output: Path) -> dict[str, Any]:
-    """One section in a process of its own."""
+    """Run one section in a separate process."""
     print(f"== {section}", flush=True)
     limit = deadline
     if GPU:
@@ -346,7 +346,7 @@ def _run(section: str, deadline: float, output: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--section", section, "--deadline", str(limit), "--record", str(path)]
     start, died = time.time(), ""
     try:
-        # Sections end by themselves; one that hangs is ended a little later.
+        # Sections stop at their deadline; one that hangs is killed a little later.
         done = subprocess.run(command, cwd=ROOT, timeout=max(5.0, limit - time.time() + 20), check=False)
         died = "" if done.returncode == 0 else f"ended with {done.returncode}"
     except subprocess.TimeoutExpired:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Wheels of causal-conv1d and mamba-ssm for the Python and the torch that run this, to measure beside (docs/kernels.md).
-# Their own set-up compiles for every generation of GPUs, which takes the better part of an hour; this compiles for one.
+# Build wheels of causal-conv1d and mamba-ssm for the installed Python and torch, for comparisons (docs/kernels.md).
+# Their own set-up compiles for every generation of GPUs, which takes most of an hour; this script compiles for one.
 # Usage: scripts/mamba_ssm_wheels.sh FOLDER [ARCHITECTURE]     (90, the default, is sm_90)
-# FOLDER gets the wheels. Where it holds their source distributions already no network is needed; else they are fetched.
-# CUDA_HOME chooses the toolkit; MAX_JOBS the compilers at a time.
+# FOLDER receives the wheels. If it already holds the source distributions, no network is needed.
+# CUDA_HOME chooses the toolkit, MAX_JOBS the number of parallel compilers.
 set -euo pipefail
 folder=$(realpath -m "${1:?name a folder for the wheels}")
 architecture=${2:-90}
@@ -11,11 +11,11 @@ python=${PYTHON:-python3}
 
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
 command -v "$nvcc" >/dev/null || { echo "no nvcc: install the CUDA toolkit or set CUDA_HOME" >&2 && exit 2; }
-# What is on the path may be a link or a script: nvcc itself knows where it lies.
+# The nvcc on the path may be a link or a wrapper: ask nvcc itself for its folder.
 toolkit=$(realpath "$("$nvcc" --dryrun -c x.cu 2>&1 | sed -n 's/^#\$ _HERE_=//p')/..")
 
-# A toolkit whose nvcc leaves the other generations out, and compilers that take the sources for C++20, as torch's headers
-# from 2.12 on ask and their set-up does not.
+# Wrap the toolkit: nvcc drops the other generations, and the compilers use C++20, which torch's headers need from 2.12 on
+# and the packages' set-up does not request.
 shim=$(mktemp -d)
 trap 'rm -rf "$shim"' EXIT
 mkdir "$shim/bin"
@@ -33,7 +33,7 @@ while ((\$#)); do
   esac
   shift
 done
-# A call without sources asks for the version.
+# A call without sources only asks for the version.
 [[ " \${kept[*]} " == *.cu* ]] && kept+=(-gencode "arch=compute_$architecture,code=sm_$architecture")
 exec "$toolkit/bin/nvcc" "\${kept[@]}"
 WRAPPER
@@ -48,7 +48,7 @@ export CUDA_HOME=$shim CXX=$shim/bin/c++ CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FO
 for package in causal-conv1d mamba-ssm; do
   source=$(find "$folder" -maxdepth 1 -name "${package//-/_}-*.tar.gz" | sort | tail -1)
   if [[ -z $source ]]; then
-    # Asking a source distribution for its name runs its set-up, which need not look for a compiler.
+    # Downloading a source distribution runs its set-up, which does not need a compiler here.
     CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
       "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$folder" "$package"
     source=$(find "$folder" -maxdepth 1 -name "${package//-/_}-*.tar.gz" | sort | tail -1)

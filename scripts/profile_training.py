@@ -1,9 +1,9 @@
-"""Where the time of an optimizer step goes.
+"""Profile the parts of an optimizer step.
 
     python scripts/profile_training.py [--config FILE] [--SETTING VALUE ...]
 
-Takes 20 steps of a run, after 5 to warm up, under torch.profiler and prints the share of each part. The run folder is
-thrown away.
+Runs 20 steps under torch.profiler, after 5 steps of warm-up, and prints the share of each part. The run folder is
+deleted.
 """
 
 from __future__ import annotations

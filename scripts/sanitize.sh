@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer: every kernel over
-# awkward shapes in buffers of exact size, by one thread and by three (scripts/kernel_driver.cpp), and the pool of threads
-# under stress (scripts/pool_driver.cpp). No torch needed.
-# Usage: scripts/sanitize.sh [--time | --cuda]     (--time measures optimised kernels instead; --cuda takes the CUDA
-# kernels, emulated on the host, through their tests instead, with the installed torch; CXX chooses the compiler)
+# Run the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer, without torch.
+# scripts/kernel_driver.cpp calls every kernel with awkward shapes in buffers of exact size, on one thread and on three.
+# scripts/pool_driver.cpp stresses the thread pool.
+# Usage: scripts/sanitize.sh [--time | --cuda]
+#   --time: measure optimised kernels instead
+#   --cuda: run the tests of the CUDA kernels, emulated on the host, instead; needs torch
+# CXX chooses the compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cxx=${CXX:-g++}
 
 if [[ ${1:-} == --cuda ]]; then
-  # Python is not built for sanitizers, so their libraries must be loaded first. Leaks are Python's own business.
+  # Python is not built for sanitizers, so their libraries must be preloaded. Leaks in Python are ignored.
   export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)"
   export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
   export VIM_EMULATED_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
-  # -s, or pytest keeps to itself what a sanitizer says before it ends the process.
+  # -s, or pytest swallows the report of a sanitizer that ends the process.
   exec python -m pytest -q -s -n 0 tests/ops/test_cuda_kernels.py -k "not opcheck" "${@:2}"
 fi
 
@@ -35,7 +37,7 @@ flags_of() {
   esac
 }
 
-# build NAME FLAGS...: the driver with every instruction set, at $folder/NAME
+# build NAME FLAGS...: build the driver with all instruction sets as $folder/NAME
 build() {
   local name=$1 set objects=()
   shift
@@ -63,7 +65,7 @@ for sanitizers in address,undefined thread; do
   build driver "${flags[@]}"
   for set in $sets; do
     printf '%s: ' "$sanitizers"
-    # GCC's fake stack, which that check needs, does not align 64-byte vectors (GCC bug 110027).
+    # detect_stack_use_after_return needs GCC's fake stack, which does not align 64-byte vectors (GCC bug 110027).
     VIM_CPU_CAPABILITY=$set ASAN_OPTIONS=detect_stack_use_after_return=0 TSAN_OPTIONS=halt_on_error=1 "$folder/driver"
   done
 done

@@ -1,4 +1,4 @@
-"""Instructions in the main loops of a disassembled CUDA kernel, per channel-step."""
+"""Count the instructions in the main loops of a disassembled CUDA kernel, per channel-step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FUNCTION = re.compile(r"Function : (\S+)")
 
 
 def functions(sass: str) -> dict[str, list[tuple[int, str, str]]]:
-    """Address, opcode and operands of each instruction, by mangled name of the function."""
+    """Return address, opcode and operands of each instruction, by mangled name of the function."""
     found: dict[str, list[tuple[int, str, str]]] = {}
     current: list[tuple[int, str, str]] = []
     for line in sass.splitlines():
@@ -23,7 +23,7 @@ def functions(sass: str) -> dict[str, list[tuple[int, str, str]]]:
 
 
 def main_loops(instructions: list[tuple[int, str, str]], exponentials: int) -> list[Counter[str]]:
-    """Counts of the innermost loops with at least so many special functions; "all" counts every instruction."""
+    """Return the counts of innermost loops with enough special functions; "all" counts every instruction."""
     index = {address: i for i, (address, _, _) in enumerate(instructions)}
     loops = []
     for i, (address, opcode, operands) in enumerate(instructions):

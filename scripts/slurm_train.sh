@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several nodes under Slurm: sbatch scripts/slurm_train.sh RUN_FOLDER [options of vim.train]
-# Two minutes before the time is over the run saves itself, and the job is queued again and carries it on.
-# The run folder must be on a disk that all nodes see.
+# Two minutes before the time limit the run saves a checkpoint, and the job is queued again and resumes it.
+# The run folder must be on a file system that all nodes share.
 #SBATCH --job-name=vim
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -26,7 +26,7 @@ srun --kill-on-bad-exit=0 torchrun \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first_node:29500" \
     -m vim.train "${arguments[@]}" &
 run=$!
-# srun hands the signal on to torchrun, and torchrun to the processes, which have 30 seconds to save.
+# srun forwards the signal to torchrun, and torchrun to the processes, which have 30 seconds to save.
 trap 'stopped=yes; kill -TERM $run' TERM
 stopped=no status=0
 wait $run || status=$?

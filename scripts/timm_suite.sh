@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run timm's own model tests on our models: scripts/timm_suite.sh [PATTERN ...] [-- pytest options].
-# A pattern is of names, as a shell's; all of ours without one. The tests come with the source distribution of the
-# installed timm, which pip fetches from the package index into TIMM_SOURCE (a folder for temporary files by default).
+# A pattern selects models by name, as in a shell; the default is all of our models. The tests come from the source
+# distribution of the installed timm, which pip fetches into TIMM_SOURCE (by default a temporary folder).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 patterns=()
@@ -20,11 +20,11 @@ if [ ! -f "$tests/test_models.py" ]; then
     trap 'rm -rf "$draft"' EXIT
     if ! pip download --quiet --no-deps --no-binary timm -d "$draft" "timm==$version"; then
         echo "timm_suite: the source distribution of timm $version, which has timm's tests, could not be fetched:" \
-            "no test was run. Put it, unpacked, into $folder/timm-$version, or name its folder in TIMM_SOURCE." >&2
+            "no test was run. Unpack it to $folder/timm-$version, or set TIMM_SOURCE to its parent folder." >&2
         exit 1
     fi
     tar -xzf "$draft/timm-$version.tar.gz" -C "$draft"
-    # The installed timm is tested against, not the sources beside the tests.
+    # Test the installed timm, not the sources next to the tests.
     rm -rf "$draft/timm-$version/timm" "$folder/timm-$version"
     mv "$draft/timm-$version" "$folder/"
     rm -rf "$draft"

@@ -104,20 +104,20 @@ def set_in(name, **values):
 
 
 DAMAGES = {
-    "empty": (cut(0.0), "is truncated, damaged or no checkpoint"),
-    "a tenth": (cut(0.1), "is truncated, damaged or no checkpoint"),
-    "half": (cut(0.5), "is truncated, damaged or no checkpoint"),
-    "all but the end": (cut(0.9999), "is truncated, damaged or no checkpoint"),
+    "empty": (cut(0.0), "is truncated, damaged or not a checkpoint"),
+    "a tenth": (cut(0.1), "is truncated, damaged or not a checkpoint"),
+    "half": (cut(0.5), "is truncated, damaged or not a checkpoint"),
+    "all but the end": (cut(0.9999), "is truncated, damaged or not a checkpoint"),
     "a bit in the tensors": (flip("/data/0"), "is damaged: the checksum of"),
     "a bit in the structure": (flip("/data.pkl"), "is damaged: the checksum of"),
     "zeros at the start": (overwrite(0.0, 64), "damaged"),
     "zeros in the middle": (overwrite(0.5, 512), "damaged"),
     "zeros at the end": (overwrite(0.999, 4096), "damaged"),
     "code in it": (insert_attack, "holds objects other than plain data, and was not loaded"),
-    "a plain pickle": (replace(write_plain_pickle), "is truncated, damaged or no checkpoint"),
-    "an old format": (replace(write_legacy), "is truncated, damaged or no checkpoint"),
-    "another archive": (replace(write_zip), "is a zip file but no checkpoint of PyTorch"),
-    "text": (replace(lambda path, mark: path.write_text("hello")), "is truncated, damaged or no checkpoint"),
+    "a plain pickle": (replace(write_plain_pickle), "is truncated, damaged or not a checkpoint"),
+    "an old format": (replace(write_legacy), "is truncated, damaged or not a checkpoint"),
+    "another archive": (replace(write_zip), "is a zip file but not a PyTorch checkpoint"),
+    "text": (replace(lambda path, mark: path.write_text("hello")), "is truncated, damaged or not a checkpoint"),
     "of somebody else": (replace(lambda path, mark: torch.save({"model": {}}, path)), "was not written by vim.train"),
     "another model": (
         change(lambda contents: contents["model"].update({"head.weight": torch.zeros(3, 16)})),
@@ -227,10 +227,10 @@ MALFORMED = {
     "weights are a list": (edit_best(lambda c: c.update(model=[1], model_ema=[1])), "must be tensors by name"),
     "weights are numbers": (edit_best(lambda c: c.update(model={"a": 1}, model_ema={"a": 1})), "must be tensors"),
     "the kind of weights is a list": (edit_best(lambda c: c.update(weights=["ema"])), "'raw' or 'ema', got ['ema']"),
-    "metadata are cut short": (edit_metadata({"vimamba": '{"config":'}), "the settings in it are no JSON"),
+    "metadata are cut short": (edit_metadata({"vimamba": '{"config":'}), "its settings are not JSON"),
     "metadata are a list": (edit_metadata({"vimamba": "[]"}), "cannot be used"),
     "metadata lack settings": (edit_metadata({"vimamba": "{}"}), "cannot be used: KeyError: 'config'"),
-    "metadata are too deep": (edit_metadata({"vimamba": "[" * 100_000}), "the settings in it are no JSON"),
+    "metadata are too deep": (edit_metadata({"vimamba": "[" * 100_000}), "its settings are not JSON"),
 }
 
 

@@ -119,7 +119,7 @@ def test_a_file_that_is_no_image_is_named_and_skipped_and_the_exit_code_tells(ru
         ("{run}", "/nowhere.png", [], "there is no image or folder /nowhere.png"),
         ("{run}", "{empty}", [], "none of its files ends in .avif, .bmp, "),
         ("{empty}", "{image}", [], "there is no checkpoint"),
-        ("{image}", "{image}", [], "is truncated, damaged or no checkpoint"),
+        ("{image}", "{image}", [], "is truncated, damaged or not a checkpoint"),
         ("/nowhere", "{image}", [], "there is no run folder, checkpoint or timm model '/nowhere'"),
         ("{run}", "{image}", ["--topk", "0"], "topk must be >= 1, got 0"),
         ("{run}", "{image}", ["--device", "gpu"], "device must be"),

@@ -1,4 +1,4 @@
-"""Vision Mamba (Vim) for timm: importing this registers the models; it compiles nothing and touches no GPU."""
+"""Vision Mamba (Vim) for timm: importing this package registers the models, without compiling or touching a GPU."""
 
 from vim import ops
 from vim.layers import Block, Mamba, RMSNorm

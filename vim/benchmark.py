@@ -1,4 +1,4 @@
-"""`python -m vim.benchmark`: our models beside any of timm's, interleaved in one process."""
+"""`python -m vim.benchmark`: compare our models with any models of timm, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and measure.
 
     Args:
-        argv: The arguments, without the name of the program; `None` takes those of the process.
+        argv: The arguments, without the name of the program; `None` is `sys.argv`.
 
     Returns:
-        The exit code: 0, or 2 when what was asked for cannot be done.
+        The exit code: 0, or 2 for arguments that cannot be used.
     """
     try:
         from jsonargparse import CLI

@@ -1,4 +1,4 @@
-"""Build the native kernels ahead of their first use: `python -m vim.build [--force] [--cuda [ARCHITECTURE ...]]`."""
+"""Build the native kernels before their first use: `python -m vim.build [--force] [--cuda [ARCHITECTURE ...]]`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vim.ops.build import compilation, cuda_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build the libraries where there are none yet, and print where they are."""
+    """Build the missing libraries and print their paths; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m vim.build", description=__doc__)
-    parser.add_argument("--force", action="store_true", help="build even where there is a library already")
+    parser.add_argument("--force", action="store_true", help="build even if the library exists")
     parser.add_argument(
         "--cuda",
         nargs="*",
         metavar="ARCHITECTURE",
-        help="the CUDA kernels too, for these architectures (such as 8.0 9.0); default: those of the GPUs here, or "
-        "without any 8.0 and 9.0. GPUs newer than the last run its PTX",
+        help="also build the CUDA kernels, for these architectures (such as 8.0 9.0); default: the GPUs of this "
+        "machine, or 8.0 and 9.0 without a GPU. Newer GPUs run the PTX of the last one",
     )
     options = parser.parse_args(arguments)
     try:

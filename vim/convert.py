@@ -1,4 +1,4 @@
-"""`python -m vim.convert IN OUT`: slim weights from a training checkpoint, or the original's layout from ours."""
+"""`python -m vim.convert IN OUT`: extract the weights of a checkpoint, or write them in the original's layout."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 when what was asked for cannot be done."""
+    """Run the command line; return 0, or 2 for arguments that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m vim.convert", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", metavar="IN", help="run folder, or checkpoint of the original, of us or timm")
+    parser.add_argument("source", metavar="IN", help="run folder, or checkpoint of vim.train, the original or timm")
     parser.add_argument("out", metavar="OUT", help="file to write: .safetensors, or .pth for the original's scripts")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="trained or averaged (default: raw)")
     parser.add_argument("--model", default="", metavar="NAME", help="timm model that the weights must fit")

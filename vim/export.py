@@ -1,4 +1,4 @@
-"""`python -m vim.export MODEL OUT.onnx`: a model for any ONNX runtime, checked against PyTorch."""
+"""`python -m vim.export MODEL OUT.onnx`: export a model to ONNX, and check it against PyTorch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and export.
 
     Args:
-        argv: The arguments, without the name of the program; `None` takes those of the process.
+        argv: The arguments, without the name of the program; `None` is `sys.argv`.
 
     Returns:
-        The exit code: 0, 1 when the export failed on the way, 2 when what was asked for cannot be done.
+        The exit code: 0, 1 if the export failed, or 2 for arguments that cannot be used.
     """
     try:
         import onnx  # noqa: F401
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vim.runtime.preemption import exits_on_sigterm
 
     try:
-        with exits_on_sigterm():  # what is half written is removed then
+        with exits_on_sigterm():  # so that partial files are removed
             CLI(export_onnx, args=None if argv is None else list(argv), prog="python -m vim.export")
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error), 2)

@@ -1,4 +1,4 @@
-"""`python -m vim.predict`: name what is on an image, or on every image of a folder."""
+"""`python -m vim.predict`: classify an image, or every image below a folder."""
 
 import argparse
 import sys
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vim.inference.predictor import Prediction
 
-_DESCRIPTION = """Print the likeliest classes of an image, or of every image below a folder, with their probabilities.
+_DESCRIPTION = """Print the most likely classes of an image, or of every image below a folder, with their probabilities.
 
-The model comes from a folder that vim.train wrote, from a checkpoint in it, from a checkpoint of somebody else
-(with --model), or by name with its published weights."""
+The model is a run folder of vim.train, a checkpoint in it, a checkpoint of another program (with --model), or the
+name of a timm model with published weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments, without the name of the program; `None` takes those of the process.
+        argv: The arguments, without the name of the program; `None` is `sys.argv`.
 
     Returns:
-        The exit code: 0 when every image was classified, 1 when some could not be read, 2 when what was asked for
-        cannot be done.
+        The exit code: 0 if every image was classified, 1 if some could not be read, or 2 for arguments that cannot be
+        used.
     """
     options = _make_parser().parse_args(argv)
 
@@ -64,7 +64,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--weights",
         choices=("best", "raw", "ema"),
         default="best",
-        help="the averaged weights, the raw ones, or those that did better on held-out images (default: best)",
+        help="raw weights, averaged weights, or the better of both on held-out images (default: best)",
     )
     parser.add_argument("--model", metavar="NAME", help="timm model of a checkpoint that vim.train did not write")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
@@ -72,7 +72,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _show(prediction: "Prediction") -> int:
-    """Print a prediction; return 1 if there is none, because the file could not be read."""
+    """Print a prediction; return 1 if the file could not be read, else 0."""
     if prediction.error is not None:
         sys.stderr.write(f"vim.predict: {prediction.path} is skipped: {prediction.error}\n")
         return 1

@@ -1,4 +1,4 @@
-"""`python -m vim.train`: train a model on labelled images; without arguments a small Vim on the digits."""
+"""`python -m vim.train`: train a model on labelled images; without arguments, a small Vim on the digits."""
 
 import importlib.util
 import os
@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments, without the name of the program; `None` takes those of the process.
+        argv: The arguments, without the name of the program; `None` is `sys.argv`.
 
     Returns:
-        The exit code: 0 when the run is complete or was stopped by SIGTERM and saved, 1 when it failed on the way,
-        2 when what was asked for cannot be done, 130 when it was interrupted.
+        The exit code: 0 if the run is complete or was saved after SIGTERM, 1 if it failed, 2 for arguments that cannot
+        be used, or 130 if it was interrupted.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
-    """Read the command line, open the data and build the model, for a new run or for one that is carried on."""
+    """Read the command line, open the data and build the model, for a new run or a resumed one."""
     from vim.config.load import parse_command_line
     from vim.training.run_folder import RunFolder, choose_run_folder
     from vim.training.trainer import Trainer
@@ -57,7 +57,7 @@ def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
     def choose() -> RunFolder | None:
         if command.resume is not None:
             folder = RunFolder(command.resume)
-            folder.starts()  # to find a damaged record before the run goes on
+            folder.starts()  # to find a damaged record before the run resumes
             return folder
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             return _restarted_folder(command.output)
@@ -73,7 +73,7 @@ def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
 
 
 def _restarted_folder(output: "Path | None") -> "RunFolder":
-    """Return the folder to carry on in, where torchrun has started the processes of a run once more."""
+    """Return the folder of a run that torchrun has restarted."""
     from vim.training.run_folder import RunFolder
 
     if output is None:
@@ -82,7 +82,7 @@ def _restarted_folder(output: "Path | None") -> "RunFolder":
 
 
 def _train(trainer: "Trainer") -> int:
-    """Train, and say what to do next."""
+    """Train, print the result and the next command, and return the exit code."""
     from vim.runtime.agreement import Disagreement
     from vim.runtime.preemption import RunStopped
     from vim.runtime.terminal import write_out
@@ -90,11 +90,11 @@ def _train(trainer: "Trainer") -> int:
     from vim.training.run_lock import FolderInUse
 
     folder = shlex.quote(str(trainer.folder.path))
-    carry_on = f"python -m vim.train --resume {folder}"
+    resume = f"python -m vim.train --resume {folder}"
     is_main = trainer.processes.is_main
 
-    def how_to_carry_on() -> str:
-        return f"; carry on with: {carry_on}" if trainer.folder.last.exists() else ""
+    def resume_hint() -> str:
+        return f"; carry on with: {resume}" if trainer.folder.last.exists() else ""
 
     try:
         best = trainer.fit()
@@ -102,14 +102,14 @@ def _train(trainer: "Trainer") -> int:
         return _fail(str(error), 2) if is_main else 2
     except NonFiniteError as error:
         return _fail(str(error), 1) if is_main else 1
-    except OSError as error:  # a full disk, a folder that nobody may write to, images that are gone
-        return _fail(f"{error}{how_to_carry_on()}", 1)
+    except OSError as error:  # a full disk, a read-only folder, missing images
+        return _fail(f"{error}{resume_hint()}", 1)
     except RunStopped as stopped:
         if is_main:
-            write_out(f"{stopped}; carry on with: {carry_on}\n")
+            write_out(f"{stopped}; carry on with: {resume}\n")
         return 0
     except KeyboardInterrupt:
-        return _fail(f"interrupted after step {trainer.position.step}{how_to_carry_on()}", 130) if is_main else 130
+        return _fail(f"interrupted after step {trainer.position.step}{resume_hint()}", 130) if is_main else 130
     if not is_main:
         return 0
     weights = "averaged weights" if best["weights"] == "ema" else "weights"

@@ -1,4 +1,4 @@
-"""`python -m vim.validate`: evaluate a trained model exactly, on any data set and any number of processes."""
+"""`python -m vim.validate`: evaluate a model on every image of a data set, with any number of processes."""
 
 import argparse
 import importlib.util
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vim.inference.validation import Validation
 
-_DESCRIPTION = """Evaluate a model on every image of a data set once: loss, top-1 and top-5 accuracy, a table of the
-classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png).
+_DESCRIPTION = """Evaluate a model on every image of a data set, each once: loss, top-1 and top-5 accuracy, a table of
+the classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png).
 
-The model comes from a folder that vim.train wrote, from a checkpoint in it, from a checkpoint of somebody else
-(with --model), or by name with its published weights. A run is evaluated on its own held-out images unless something
-else is asked for. With torchrun the processes share the images:
+The model is a run folder of vim.train, a checkpoint in it, a checkpoint of another program (with --model), or the
+name of a timm model with published weights. By default a run is evaluated on its own held-out images. With torchrun
+the processes share the images:
 
   torchrun --nproc_per_node 8 -m vim.validate vim_tiny_patch16_224.in1k --path IMAGENET"""
 _NEEDED = ("rich", "matplotlib")
@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments, without the name of the program; `None` takes those of the process.
+        argv: The arguments, without the name of the program; `None` is `sys.argv`.
 
     Returns:
-        The exit code: 0 when every image was evaluated, 1 when some could not be read, 2 when what was asked for
-        cannot be done.
+        The exit code: 0 if every image was evaluated, 1 if some could not be read, or 2 for arguments that cannot be
+        used.
     """
     arguments = vars(_make_parser().parse_args(argv))
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 validation = validate(ValidateOptions(**arguments), processes)
                 if processes.is_main:
-                    _show(validation)  # first: what follows may fail, on a full disk say
+                    _show(validation)  # first, since writing may fail on a full disk
                     write_validation(validation)
                     write_out(f"files: {validation.folder}\n")
             except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
@@ -72,29 +72,29 @@ def _make_parser() -> argparse.ArgumentParser:
         "--weights",
         choices=("best", "raw", "ema"),
         default="best",
-        help="the raw weights, the averaged ones, or what the run found better; raw in files of others (default: best)",
+        help="raw weights, averaged weights, or the better of both in the run; raw in other files (default: best)",
     )
     parser.add_argument("--model", metavar="NAME", help="timm model of a checkpoint that vim.train did not write")
     parser.add_argument(
-        "--dataset", metavar="NAME", help="as data.dataset of vim.train (default: the run's, or folder)"
+        "--dataset", metavar="NAME", help="data set, as data.dataset of vim.train (default: the run's, or folder)"
     )
-    parser.add_argument("--path", metavar="FOLDER", help="where the images are (default: where the run had them)")
-    parser.add_argument("--split", metavar="NAME", help="which images (default: the held-out ones)")
+    parser.add_argument("--path", metavar="FOLDER", help="folder of the images (default: the run's)")
+    parser.add_argument("--split", metavar="NAME", help="split to evaluate (default: the held-out images)")
     parser.add_argument("--input-key", metavar="NAME", help="column of the images in a set of Hugging Face")
     parser.add_argument("--target-key", metavar="NAME", help="column of the labels in a set of Hugging Face")
     parser.add_argument("--crop-pct", type=float, metavar="SHARE", help="centre crop (default: the model's)")
-    parser.add_argument("--batch-size", type=int, metavar="IMAGES", help="images in one forward of a process")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images, for each process")
+    parser.add_argument("--batch-size", type=int, metavar="IMAGES", help="images in one forward pass of a process")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images, per process")
     parser.add_argument("--precision", choices=("float32", "tf32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for the files (default: RUN/validation, or validation-NAME)"
+        "--output", type=Path, metavar="FOLDER", help="output folder (default: RUN/validation, or validation-NAME)"
     )
     return parser
 
 
 def _show(validation: "Validation") -> None:
-    """Print the figures, and what is missing from them."""
+    """Print the results, and the number of images missing from them."""
     from vim.data.listing import describe_passed_over
     from vim.runtime.terminal import write_out
 

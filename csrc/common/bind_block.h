@@ -9,7 +9,7 @@
 namespace vim {
 namespace {
 
-// Weights of one direction; the names are those of the schema in vim/ops/bidirectional_block/register.py.
+// Weights of one direction, named as in the schema in vim/ops/bidirectional_block/register.py.
 struct BlockDirection {
   Tensor conv_weight;
   OptionalTensor conv_bias;

@@ -1,4 +1,4 @@
-// What the bindings share: PyTorch's stable ABI only, so one build serves every torch from 2.10 on.
+// Shared code of the bindings. It uses PyTorch's stable ABI only, so one build works with every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -71,8 +71,8 @@ std::tuple<Results...> call_op(const char* name, const Arguments&... arguments) 
 
 // ---- shapes ----------------------------------------------------------------------------------------------------
 
-// Only what memory safety needs: the Python side has checked the arguments with better messages. `side` is what follows
-// the name of an argument that both directions have.
+// Checks for memory safety only: the Python side checks arguments with better messages. `side` is the suffix of an
+// argument that both directions have.
 constexpr const char* kBackwardSide = " of the backward direction";
 
 // Kernels multiply the sizes of different tensors, and an empty or expanded one may have any.
@@ -82,7 +82,7 @@ inline void check_extent(std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(extent <= 0x1p52, "vim: sizes whose product is ", extent, " are too large");
 }
 
-// Sharding and offloading take the memory from under a tensor that keeps its sizes: `untyped_storage().resize_(0)`.
+// Sharding and offloading free the memory of a tensor that keeps its sizes: `untyped_storage().resize_(0)`.
 inline void check_memory(const char* name, const Tensor& x, const char* side = "") {
   if (x.numel() == 0) return;
   int64_t last = x.storage_offset(), held = 0;
@@ -93,7 +93,7 @@ inline void check_memory(const char* name, const Tensor& x, const char* side = "
                   ": it was freed or cut short");
 }
 
-// Of a tensor that kernels are about to read: its sizes, and that they lie in its memory.
+// Checks the sizes of a tensor that kernels read, and that its memory holds all elements.
 inline void check_sizes(const char* name, const Tensor& x, const Sizes& sizes, const char* side = "") {
   bool same = x.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = x.size(static_cast<int64_t>(i)) == sizes[i];
@@ -145,7 +145,7 @@ inline OptionalTensor dense(const OptionalTensor& x) {
   return x.has_value() ? OptionalTensor(dense(*x)) : std::nullopt;
 }
 
-// Rows of x, (..., dim): x itself where its rows lie at one distance from each other, else a copy.
+// Rows of x, (..., dim): x itself if its rows have a constant stride, else a copy.
 inline Tensor as_rows(const Tensor& x) {
   if (x.is_contiguous() || (x.dim() == 2 && x.stride(1) == 1)) return x;
   bool regular = x.stride(x.dim() - 1) == 1;
@@ -155,7 +155,7 @@ inline Tensor as_rows(const Tensor& x) {
   return regular ? x : torch::stable::contiguous(x);
 }
 
-// From one row to the next of what as_rows gives. The stride of an axis of size 1 says nothing.
+// Row stride of the result of as_rows. The stride of an axis of size 1 is arbitrary.
 inline int64_t row_stride(const Tensor& rows) {
   return rows.is_contiguous() ? rows.size(rows.dim() - 1) : rows.stride(rows.dim() - 2);
 }

@@ -410,8 +410,8 @@ struct Decay2 {
 };
 #endif
 
-// e^x to about 1 ulp of the result: the argument is reduced with ln 2 in two parts. AVX2 stops at the largest and the
-// smallest normal number, which is as good as infinity and 0 wherever 1 or a product is to follow.
+// e^x to about 1 ulp of the result: the argument is reduced with ln 2 in two parts. AVX2 saturates at the largest and
+// the smallest normal number, which suffices where the result is added to 1 or multiplied.
 VIM_INLINE vec exp(vec x) {
 #if defined(__AVX512F__)
   const Decay2 table;

@@ -119,7 +119,7 @@ Tensor embed_patches(const Tensor& images, const Tensor& weight, const OptionalT
         return true;
       });
     });
-    // Runs of patches between images and class tokens lie side by side in the sequence.
+    // Patches between class tokens are contiguous in the sequence.
     products.clear();
     for (int64_t i = first; i < last;) {
       const int64_t patch = i % grid.patches();

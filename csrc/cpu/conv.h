@@ -94,7 +94,7 @@ inline bool conv_forward(const Conv& conv, int64_t begin, int64_t end) {
     load_padded(conv, conv.x, b, -before, before, block, buffers.x);
     for (int64_t first = 0; first < conv.length; first += kConvTokens) {
       const int64_t count = smaller(kConvTokens, conv.length - first);
-      // A chunk keeps what lies before it from the last one: a result may have taken the place of x there.
+      // A chunk keeps its left context from the previous chunk: a result may have overwritten x there.
       float* own = buffers.x + before * kLanes;
       if (first > 0) std::memmove(buffers.x, own + (kConvTokens - before) * kLanes, row_bytes(before));
       load_padded(conv, conv.x, b, first, count + after, block, own);

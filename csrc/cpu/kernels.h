@@ -54,7 +54,7 @@ struct Product {
   const float* bias = nullptr;  // (columns,) or null; never with accumulate
   Element c_element = Element::float32;
   void* c = nullptr;
-  int64_t c_row = 0;  // the numbers of a row of c lie side by side
+  int64_t c_row = 0;  // stride of rows; the columns of c are contiguous
   bool accumulate = false;
 };
 

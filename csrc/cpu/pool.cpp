@@ -1,5 +1,5 @@
-// Whoever is there works: the caller takes parts of its job as the pool's threads do, and waits for none that has not
-// taken one. A thread that the system has put aside, or that wakes late, holds up nothing but the part it has in hand.
+// The caller works on its job like the pool's threads, and waits only for threads that have started a part. A thread
+// that is descheduled or wakes late delays nothing but the part it is working on.
 #include "pool.h"
 
 #include <pthread.h>
@@ -26,7 +26,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-// A thread looks out for so long before it sleeps: the caller for parts that others have in hand, a worker for a job.
+// Time that a thread spins before it sleeps: the caller for parts that others work on, a worker for a job.
 constexpr microseconds kCallerLooks{20}, kWorkerLooks{200};
 // A worker that has waited longer for its last job sleeps at once: its processor belongs to others between jobs.
 constexpr microseconds kCloseTogether{1000};
@@ -66,7 +66,7 @@ void pause() {
 #endif
 }
 
-// The processor that this thread is on, or one that nobody is on.
+// The processor that this thread runs on, or `unknown`.
 int processor(int unknown) {
 #if defined(__linux__)
   const int number = sched_getcpu();
@@ -78,11 +78,11 @@ int processor(int unknown) {
 
 // ---- jobs ------------------------------------------------------------------------------------------------------
 
-// Where a job lies while it runs; jobs follow each other in one slot. All fields are atomic because a thread that comes
-// late may read those of the next job. It does nothing with them: its exchange of the ticket fails.
+// The slot of a running job, which jobs reuse one after the other. All fields are atomic because a late thread may read
+// the fields of the next job. It does not use them, since its exchange of the ticket fails.
 struct alignas(64) Slot {
-  // The job's number in the upper half, the grains that nobody has taken yet in the lower one. No value comes twice, so
-  // whoever exchanges one for less has taken grains of the job whose fields it has read.
+  // The job's number in the upper half, the number of remaining grains in the lower half. Values never repeat, so a
+  // thread whose exchange succeeds has taken grains of the job whose fields it has read.
   std::atomic<uint64_t> ticket{0};
   std::atomic<bool (*)(const void*, int64_t, int64_t)> run{nullptr};
   std::atomic<const void*> context{nullptr};
@@ -223,11 +223,11 @@ class Pool {
     return found;
   }
 
-  // Where the system gives no more threads, those that are there do.
+  // If the system refuses more threads, the pool works with fewer.
   void start_workers(int64_t count) {
     if (started_.load() >= count || !may_start_.load()) return;
     const std::lock_guard<std::mutex> lock(starting_);
-    // Signals are for the program's own threads; those of a fault are for whoever makes it.
+    // Signals go to the program's threads, except for faults, which go to the thread that causes them.
     sigset_t signals, before;
     sigfillset(&signals);
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&signals, fault);
@@ -247,7 +247,7 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
-  // Until as many look as are useful. It takes no system call where nobody sleeps.
+  // Wake workers until enough are awake. It takes no system call if no worker sleeps.
   void wake_workers(const Job& job) {
     const int64_t candidates = std::min(job.threads - 1, started_.load());
     for (int64_t i = 0, awake = 1; i < candidates && awake < job.useful; ++i) {
@@ -279,7 +279,7 @@ class Pool {
       const auto start = Clock::now();
       self.state.store(State::looks);
       bool found = has_work_for(self.rank);
-      // On the caller's own processor looking out would keep it from coming back with a job.
+      // Spinning on the caller's processor would delay its next job.
       while (!found && close_together && Clock::now() - start < kWorkerLooks &&
              processor(-2) != callers_processor_.load(std::memory_order_relaxed)) {
         pause();

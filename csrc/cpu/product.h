@@ -1,8 +1,8 @@
 // c = a b + bias, or c += a b, for matrices of any strides.
 //
-// A tile of c keeps its sums in registers for a block of depth, while a panel of b, packed so that it is read in order,
-// passes the numbers of some rows of a. A sum runs over depth in order wherever tasks, tiles and blocks of depth end:
-// none of them changes a bit of it.
+// A tile of c keeps its sums in registers for a block of depth, while it reads some rows of a and a panel of b, which
+// is packed for sequential access. Sums run over depth in order, so their bits do not depend on the borders of tasks,
+// tiles and blocks.
 #pragma once
 
 #include "product_pack.h"

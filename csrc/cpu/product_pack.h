@@ -1,5 +1,5 @@
-// Operands of a product as its tiles read them: words of 32 bits, which hold one number in float32 or, where the
-// processor multiplies in bfloat16, two that follow each other along depth.
+// Operands of a product as its tiles read them, in words of 32 bits. A word holds one float32 value or, on processors
+// with bfloat16 products, two values that are neighbours along depth.
 #pragma once
 
 #include "staging.h"
@@ -28,7 +28,7 @@ VIM_INLINE vec load_rounded(const T* p, int64_t count) {
 }
 #endif
 
-// kLanes words along depth, of `count` numbers that lie side by side; zero beyond them.
+// kLanes words along depth, of `count` contiguous values; zero beyond them.
 template <bool kPairs, class T>
 VIM_INLINE vec load_along(const T* p, int64_t count) {
 #if defined(__AVX512BF16__)
@@ -43,8 +43,7 @@ VIM_INLINE vec load_along(const T* p, int64_t count) {
   return load_some(p, count);
 }
 
-// A word of each of `count` rows or columns, which lie side by side; zero beyond them. `depth` numbers are left from
-// here on, `step` apart.
+// One word of each of `count` contiguous rows or columns; zero beyond them. `depth` values remain, `step` apart.
 template <bool kPairs, class T>
 VIM_INLINE vec load_across(const T* p, int64_t count, int64_t step, int64_t depth) {
 #if defined(__AVX512BF16__)
@@ -64,7 +63,7 @@ VIM_INLINE void prefetch_across(const T* p, int64_t step) {
   if constexpr (kPairs) __builtin_prefetch(p + (kAhead + 1) * step);
 }
 
-// Numbers that lie anywhere, a vector of them.
+// A vector of values gathered with a stride.
 template <class T>
 VIM_INLINE vec gather(const T* p, int64_t count, int64_t step) {
   float lanes[kLanes] = {};
@@ -125,7 +124,7 @@ void pack_panel(const T* source, int64_t row, int64_t column, int64_t depth, int
   }
 }
 
-// Rows of a, a tile at a time: a row's words lie `column` bytes apart, those of rows in a tile `row` bytes.
+// Rows of a, a tile at a time: `column` bytes between words of a row, `row` bytes between rows of a tile.
 struct LeftTile {
   const char* data;
   int64_t row, column;
@@ -135,7 +134,7 @@ struct LeftTile {
 struct Left {
   const char* data;
   int64_t step;  // bytes from a row to the next one, or from a tile to the next one
-  bool tiled;    // the words of a tile's rows lie side by side
+  bool tiled;    // the words of a tile's rows are contiguous
 
   VIM_INLINE LeftTile at(int64_t tile, int64_t first, int64_t rows) const {
     if (tiled) return {data + tile * step, kWord, rows * kWord};
@@ -143,13 +142,13 @@ struct Left {
   }
 };
 
-// Whether tiles read a where it lies. In pairs a last number would be multiplied with what follows it.
+// Whether tiles read a in place. With pairs, an odd last value would be multiplied with the value after it.
 template <bool kPairs>
 VIM_INLINE bool reads_in_place(const Matrix& a, int64_t depth) {
   return a.column == 1 && a.element == (kPairs ? Element::bfloat16 : Element::float32) && (!kPairs || depth % 2 == 0);
 }
 
-// Whether columns of a lie side by side in memory, so that rows of a tile are packed together.
+// Whether columns of a are contiguous in memory, so that rows of a tile are packed together.
 VIM_INLINE bool is_tiled(const Matrix& a) { return a.row == 1 && a.column != 1; }
 
 // Floats from a packed row to the next one, or from a tile to the next one.

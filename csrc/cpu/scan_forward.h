@@ -10,7 +10,7 @@
 namespace vim {
 namespace VIM_ISA {
 
-// Copies dt, B and C, which lie side by side in rows, to rows of float.
+// Copies dt, B and C, which are contiguous in rows, to rows of float.
 inline bool scan_widen(const Scan& from, const Scan& to, int64_t begin, int64_t end) {
   const int64_t width = from.dt_rank + 2 * from.d_state;
   with_element(from.row_element, [&](auto* type) {

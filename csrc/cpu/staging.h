@@ -14,8 +14,8 @@ VIM_INLINE void fill_zero(float* p, int64_t n) {
   if (n > 0) std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
 }
 
-// One allocation per call of a kernel, cut into buffers that start on cache lines. Twice over the same requests: first
-// to measure, then to hand out.
+// One allocation per call of a kernel, cut into buffers that start on cache lines. Requests are made twice: the first
+// pass measures, the second returns the buffers.
 class Scratch {
  public:
   Scratch() = default;

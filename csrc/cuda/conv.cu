@@ -1,6 +1,6 @@
-// Fast kernels for what models use: four taps, neighbouring channels in memory, both directions from one read of x. A
-// thread walks along the tokens with its channels' last few in registers. Everything else takes the general kernels.
-// Sums have an order that depends on sizes alone.
+// Fast kernels for the common case: four taps, contiguous channels, both directions from one read of x. A thread moves
+// along the tokens and keeps the last few in registers. Other cases use the generic kernels. The order of sums depends
+// on sizes alone.
 #include "conv.h"
 #include "scan_math.h"
 #include "vector.h"
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) conv_fwd_general_kernel(Conv conv, b
 
 // ---- backward --------------------------------------------------------------------------------------------------
 // g is the gradient before SiLU, of a direction at a token. dx is the convolution of g in the other direction, and
-// dweight[k] sums g with what tap k has seen. g is never stored: it is made again from x where it is needed.
+// dweight[k] is the sum of g times the input of tap k. g is never stored: it is recomputed from x.
 
 constexpr int kBackwardVector = 2;
 constexpr int kBackwardChannels = kWarp * kBackwardVector;  // of a block; its warps have different pieces
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_bwd_kernel(Conv co
       if (kAfter) next_after = load(after.dout, token + 1);
       if (kBefore) {
         push(g, before_silu(dout, taps.template convolve<false>(x), conv.silu));
-        // The tokens before this piece and after it are other threads' to sum.
+        // Other threads sum the tokens before and after this piece.
         if (token + kReach < last) accumulate<kVector, false>(sums, g[kReach], x);
       }
       if (kAfter) {
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_reduce_kernel(Conv
   }
 }
 
-// g of a direction at a token, which may lie outside the sequence.
+// g of a direction at a token, which may be outside the sequence.
 template <class T>
 VIM_DEVICE float gradient_before_silu(const Conv& conv, const ConvDirection& side, int64_t b, int64_t token,
                                       int64_t channel) {

@@ -1,9 +1,9 @@
-// What kernel files know of the machine. nvcc compiles them for GPUs; g++ compiles the same files for tests, against an
-// emulation of threads, barriers, shuffles and shared memory (emulation.h). Nothing here knows torch.
+// The device interface of kernel files. nvcc compiles them for GPUs; g++ compiles the same files for tests, against an
+// emulation of threads, barriers, shuffles and shared memory (emulation.h). Nothing here depends on torch.
 //
 // Kernels use threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, the __shfl_*_sync of a full warp, and
-// what is below: no static __shared__ memory, no atomics. A block is a whole number of warps, and every thread of a
-// warp (of the block) takes part in each of its shuffles (barriers).
+// the functions below. They use neither static __shared__ memory nor atomics. A block has a whole number of warps.
+// Every thread of a warp takes part in its shuffles, and every thread of a block in its barriers.
 #pragma once
 
 #define VIM_ISA cuda
@@ -32,7 +32,7 @@ namespace VIM_ISA {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// A CUDA stream as torch hands it out.
+// A CUDA stream as torch returns it.
 using Stream = void*;
 
 // Blocks, threads of a block, and bytes of shared memory of a block.
@@ -124,8 +124,8 @@ VIM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) 
 // Ends a group of copies of this thread.
 VIM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the newest kPending groups of this thread are still on their way. Other threads see what was
-// copied after a barrier.
+// Waits until at most the newest kPending groups of this thread are pending. Other threads see the copied data after a
+// barrier.
 template <int kPending>
 VIM_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

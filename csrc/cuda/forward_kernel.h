@@ -1,19 +1,19 @@
 // The fast forward pass of a scan: up to 16 states, in registers from the first token to the last.
 //
-// A block is a few channels of one batch element; of two directions each has warps of its own, and a thread owns one or
-// two channels. Both directions start at their own ends. Up to the middle they write y as it is (`partial`); past the
-// middle each meets the tokens that the other one has been at, adds what lies there, gates and writes the result. So
-// there is one launch, no flip and no pass to merge.
+// A block computes a few channels of one batch element. Each direction has its own warps, and a thread owns one or two
+// channels. The two directions start at opposite ends of the sequence. In its first half each writes its y (`partial`).
+// In its second half it adds the y that the other direction has written, applies the gate and writes the result. This
+// needs one launch, and neither a flip nor a pass to merge.
 //
-// Tokens pass in tiles of eight through a ring of two in shared memory. dt, B and C are widened there once for all
-// channels. The step sizes of four tokens are computed before their states, so that latencies overlap.
+// Tokens are staged in tiles of eight, in a double buffer in shared memory. dt, B and C are converted to float32 there,
+// once for all channels. The step sizes of four tokens are computed before their states, so that latencies overlap.
 //
-// Step sizes are kept in units of ln 2, so that a decay is 2^(step A) without a factor. Then states, and y of one
-// direction, are log2(e) times what they should be; whatever leaves the kernel is scaled back on the way.
+// Step sizes are kept in units of ln 2, so that a decay is 2^(step A) without a factor. States and the y of one
+// direction are therefore too large by log2(e), and are scaled back when they are written.
 //
-// A long sequence of few channels is cut into chunks that run side by side. A first kernel finds the state that each
-// chunk would end in if it started from nothing, and the sum of its step sizes; the chunk's decay is exp(A sum). A
-// second one turns these into the states in which chunks are entered.
+// A long sequence of few channels is cut into chunks that run in parallel. A first kernel computes the final state of
+// each chunk for a zero initial state, and the sum of its step sizes; the chunk's decay is exp(A sum). A second kernel
+// turns these into the initial states of the chunks.
 #pragma once
 
 #include "scan_forward.h"
@@ -22,8 +22,8 @@
 namespace vim {
 namespace VIM_ISA {
 
-// A variant for measurements: so many of the sixteen decays of a step are polynomials, which moves work from the
-// special function units to the multipliers.
+// A variant for measurements: the number of decays, out of sixteen per step, that are computed by polynomials. This
+// moves work from the special function units to the multipliers.
 #if !defined(VIM_POLYNOMIAL_DECAYS)
 #define VIM_POLYNOMIAL_DECAYS 0
 #endif
@@ -53,8 +53,8 @@ struct SharedLayout {
 };
 
 enum class Phase {
-  partial,  // y of one direction, for the other one to find
-  merge,    // with what the other one has left
+  partial,  // y of one direction, for the other one to add
+  merge,    // add the y that the other direction has written
   alone,    // y of the only direction
   ends,     // no y: the state at the end and the sum of step sizes
 };
@@ -74,7 +74,7 @@ struct Walk {
   const int columns;
   int64_t channel;  // of this thread, the first one
   int live;         // of its channels: all or none
-  int own;          // where its numbers lie in a row of a tile
+  int own;          // offset of its values in a row of a tile
   T *u, *z, *delta, *raw;
   float *partial, *rows, *weights;
   T* y_at;  // its channels of the next token in the walk
@@ -152,7 +152,7 @@ struct Walk {
     }
   }
 
-  // With any rank the weights of a thread's own channels lie in shared memory; nobody else reads them.
+  // For a generic rank the weights of a thread's channels are in shared memory; other threads do not read them.
   VIM_DEVICE float* weight_row(int c) const {
     return weights + (c * walkers.threads + walkers.thread) * weight_stride(layout);
   }
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(kMaxThreads) scan_forward_kernel(const __grid_
   } else {
     const int middle = range.bottom + range.units() / 2 * kUnit;
     const bool reverse = side.reverse;
-    // Numbers are picked, not ranges: those would lie in memory.
+    // Choose between numbers, not between ranges, which the compiler would put into local memory.
     walk.template walk<Phase::partial>({reverse ? middle : range.bottom, reverse ? range.top : middle, reverse});
     __syncthreads();
     walk.template walk<Phase::merge>({reverse ? range.bottom : middle, reverse ? middle : range.top, reverse});

@@ -1,6 +1,6 @@
-// Scans of any kind: any number of states, B and C per token, per group or constant, any strides. One thread is one
-// channel of one batch element; it reads what it needs where it lies, goes through both directions, and through the
-// states sixteen at a time. It is the plain form of the kernels that are fast (scan_forward.cu, scan_backward.cu).
+// Generic scans: any number of states, B and C per token, per group or constant, any strides. One thread computes one
+// channel of one batch element, reading its operands directly from global memory. It loops over the directions and over
+// groups of sixteen states. scan_forward.cu and scan_backward.cu are the fast kernels for common shapes.
 #pragma once
 
 #include "scan_math.h"

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_fwd_kernel(Norm norm) {
 // Threads of a block of the backward pass: one warp where dweight is summed in the block's row of the partials.
 constexpr int backward_threads(int items) { return items > 0 ? kWarps * kWarp : kWarp; }
 
-// total = dr + (s - n mean(s n)) / rms with n = r / rms and s = dy weight; dweight sums dy n. The lanes of kept rows
-// sum it in registers, those of wider rows in the block's row of the partials.
+// total = dr + (s - n mean(s n)) / rms with n = r / rms and s = dy weight; dweight sums dy n. For rows that stay in
+// registers the lanes sum it in registers, for wider rows in the block's row of the partials.
 template <class T, int kWidth, int kItems>
 __global__ void __launch_bounds__(backward_threads(kItems)) norm_bwd_kernel(Norm norm) {
   const int64_t dim = norm.dim, groups = gridDim.x, group = blockIdx.x;

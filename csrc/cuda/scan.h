@@ -14,7 +14,7 @@ void scan_forward(const Scan& scan, float* workspace, Stream stream);
 
 // ---- backward --------------------------------------------------------------------------------------------------
 
-// Sizes of what the passes of a backward hand to each other, in floats; the fields below point at them.
+// Sizes of the buffers between the passes of the backward, in floats; the fields below point at the buffers.
 struct ScanBackwardSizes {
   int64_t blocks = 0;   // blocks of channels, each of which sums its own dB and dC
   int64_t steps = 0;    // (directions, batch, length, dim): gradients of delta before softplus

@@ -1,14 +1,15 @@
 // The fast backward pass of a scan: up to 16 states, saved states at most 64 tokens apart; the mathematics are at the
 // top of generic_backward.cu.
 //
-// A block is 32 channels of one batch element in one direction. It takes the chunks between saved states against scan
-// order. What depends on token and channel alone (step sizes, inputs, gradients that arrive) is put into shared memory
-// first, by threads that are channels. Then four lanes are a channel, each with four of its states: they run through
-// the chunk and leave the state at every eighth token, and go back through it in eights, whose states and decays they
-// rebuild in registers.
+// A block computes 32 channels of one batch element in one direction, and processes the chunks between saved states in
+// reverse scan order. First, one thread per channel writes the values that depend on token and channel alone (step
+// sizes, inputs, incoming gradients) to shared memory. Then four lanes share a channel, each with four of its states.
+// They scan the chunk forward and save the state at every eighth token. Going back, they recompute the states and
+// decays of eight tokens at a time in registers.
 //
-// dB and dC are summed over the eight channels of a warp by a butterfly that leaves one of eight sums in each lane,
-// then over the warps in shared memory: one partial for each block of channels, added up by scan_reduce.cu.
+// dB and dC are summed over the eight channels of a warp by a butterfly, which leaves one of eight sums in each lane,
+// and then over the warps in shared memory. The result is one partial sum per block of channels; scan_reduce.cu adds
+// them.
 #include "scan_math.h"
 #include "workspace.h"
 

@@ -1,4 +1,4 @@
-// The arithmetic of one step of a scan, and what of it weights decide beforehand.
+// The arithmetic of one step of a scan.
 #pragma once
 
 #include "device.h"

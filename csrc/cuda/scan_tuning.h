@@ -1,4 +1,4 @@
-// How the fast scans are cut, by shape. Nothing here changes a result, only the order of no sum: any choice is right.
+// Tuning of the fast scans by shape. It affects speed only: results and summation order never change.
 #pragma once
 
 #include "device.h"

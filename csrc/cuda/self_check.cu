@@ -1,4 +1,4 @@
-// Whether this library's kernels can run at all: asked once, before the first of them is used.
+// A check that this library's kernels can run, called once before the first use.
 #include "device.h"
 
 namespace vim {
@@ -9,7 +9,7 @@ __global__ void problem_kernel() {}
 }  // namespace cuda
 }  // namespace vim
 
-// Why no kernel of this library can run on the current device; null where they can. The code was made for other
+// Returns the reason why kernels cannot run on the current device, or null. The code may be built for other
 // architectures, or by a toolkit newer than the driver.
 extern "C" __attribute__((visibility("default"))) const char* vim_cuda_problem() {
 #if defined(__CUDACC__)

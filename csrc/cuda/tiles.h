@@ -1,5 +1,5 @@
-// Tiles of tokens in shared memory, for a group of threads that walks along a sequence in either direction. Tiles hold
-// tokens in the order of the walk, so that a walker's addresses do not depend on its direction.
+// Tiles of tokens in shared memory, for a group of threads that scans a sequence in either direction. Tiles hold tokens
+// in scan order, so that addresses do not depend on the direction.
 #pragma once
 
 #include "scan_math.h"
@@ -13,7 +13,7 @@ constexpr int kStates = 16;
 
 // A run of tokens, from a multiple of kUnit to another or to the end of the sequence.
 struct Range {
-  int bottom, top;  // top is a multiple of kUnit and may lie beyond the end
+  int bottom, top;  // top is a multiple of kUnit and may exceed the length
   bool reverse;
 
   VIM_DEVICE int units() const { return (top - bottom) / kUnit; }
@@ -21,7 +21,7 @@ struct Range {
   VIM_DEVICE int token(int place) const { return reverse ? top - 1 - place : bottom + place; }
 };
 
-// The threads of one direction, and the channels they care for.
+// The threads of one direction, and their channels.
 struct Walkers {
   int thread, threads, group;
   int64_t b, channel, end;  // of the channels of the group
@@ -30,7 +30,7 @@ struct Walkers {
   VIM_DEVICE void sync() const { sync_group(group, threads); }
 };
 
-// A tile lies in shared memory warp by warp, each with kTile rows of its own channels.
+// Layout of a tile in shared memory: for each warp, kTile rows of its channels.
 template <int kChannels>
 struct TileLayout {
   static constexpr int kRow = kWarp * kChannels;
@@ -40,8 +40,8 @@ struct TileLayout {
   VIM_DEVICE static int own(int thread) { return offset(0, thread * kChannels); }
 };
 
-// Brings an activation's tiles into shared memory, one after the other. Zeros stand for tokens outside the sequence and
-// for channels beyond the last. Where `vectors` says that it may, a thread copies 16 bytes at a time.
+// Copies an activation's tiles to shared memory, one after the other. Tokens outside the sequence and channels beyond
+// the last are zero. With `vectors`, a thread copies 16 bytes at a time.
 template <class T, int kChannels>
 class TileStream {
  public:
@@ -107,8 +107,8 @@ struct RowLayout {
   VIM_INLINE int size() const { return padded + 2 * kStates; }
 };
 
-// Brings dt, B and C of tiles into shared memory as they are. Where `vectors` says that it may, four numbers at a time;
-// dt, B and C then have one distance between tokens.
+// Copies dt, B and C of tiles to shared memory without conversion. With `vectors`, it copies four values at a time, and
+// dt, B and C must have the same token stride.
 template <class T, int kRank>
 class RowStream {
  public:
@@ -191,7 +191,7 @@ class RowStream {
   const T* at_[kAhead];
 };
 
-// Four numbers that lie together
+// Four contiguous values
 VIM_DEVICE float4 widen(const float* x) { return *reinterpret_cast<const float4*>(x); }
 
 template <class T>
@@ -225,7 +225,7 @@ VIM_DEVICE void load_channels(const T* row, float (&out)[kChannels]) {
   }
 }
 
-// Writes a thread's channels, which lie side by side.
+// Writes a thread's channels, which are contiguous.
 template <int kChannels>
 VIM_DEVICE void store_channels(float* target, const float (&x)[kChannels]) {
   if constexpr (kChannels == 2) {

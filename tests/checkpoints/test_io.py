@@ -113,7 +113,7 @@ def test_an_interrupted_writer_leaves_no_file(tmp_path):
 def test_a_truncated_checkpoint_is_refused(checkpoint, share):
     data = checkpoint.read_bytes()
     checkpoint.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(CheckpointError, match=r"a\.pth is truncated, damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"a\.pth is truncated, damaged or not a checkpoint"):
         load_checkpoint(checkpoint)
 
 
@@ -178,7 +178,7 @@ def test_weights_give_back_what_was_saved_and_refuse_damage(tmp_path):
     assert metadata == {"model": "vim"}
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="is truncated or no safetensors file"):
+    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
         load_weights(path)
     with pytest.raises(FileNotFoundError):
         load_weights(tmp_path / "nowhere.safetensors")

@@ -20,8 +20,8 @@ from vim.data.sources import open_image_sets
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(decoding, "_said", set())
+def nothing_warned(monkeypatch):
+    monkeypatch.setattr(decoding, "_warned", set())
 
 
 def photograph(path, orientation, size=(16, 8)):
@@ -114,12 +114,12 @@ def test_an_image_of_16_bits_keeps_its_upper_8():
             to_color_mode(Image.fromarray(pixels.astype(kind)), "L")
 
 
-def test_12_bits_in_16_are_said_once_and_kept_if_the_setting_says_so(caplog):
+def test_12_bits_in_16_are_warned_once_and_kept_if_the_setting_says_so(caplog):
     ramp = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))
     for _ in range(2):
         assert len(np.unique(to_color_mode(ramp, "L"))) == 16
     (record,) = caplog.records
-    assert "no brighter than 4,095, of which data.bits = 16 leaves 16 grey levels" in record.message
+    assert "is 4,095, so data.bits = 16 leaves 16 grey levels" in record.message
     assert "set --data.bits 12" in record.message
     assert len(np.unique(to_color_mode(ramp, "L", 12))) == 256
     assert len(caplog.records) == 1
@@ -127,7 +127,7 @@ def test_12_bits_in_16_are_said_once_and_kept_if_the_setting_says_so(caplog):
         np.asarray(to_color_mode(Image.fromarray(np.full((2, 2), 5000, np.uint16)), "L", 12)).tolist()
         == [[255] * 2] * 2
     )
-    assert "has pixels of 5,000, and data.bits = 12 cuts them to white" in caplog.text
+    assert "has pixels of 5,000, and data.bits = 12 clips them to white" in caplog.text
 
 
 def png_of_16_bits(pixels):
@@ -144,13 +144,13 @@ def png_of_16_bits(pixels):
 
 
 @pytest.mark.parametrize(("brightest", "said"), [(4095, 1), (65_535, 0), (0, 0)])
-def test_few_levels_of_a_colour_image_of_16_bits_are_said_once(caplog, brightest, said):
+def test_few_levels_of_a_colour_image_of_16_bits_are_warned_once(caplog, brightest, said):
     pixels = np.zeros((4, 4, 3), np.uint16)
     pixels[1, 2, 0] = brightest
     for _ in range(2):
         image = read_image(png_of_16_bits(pixels))
         assert (image.mode, np.asarray(image).max()) == ("RGB", brightest >> 8)
-    assert caplog.text.count("is so dark that 16 of 256 levels are left of it") == said
+    assert caplog.text.count("is so dark that 16 of 256 levels are left") == said
     assert len(caplog.records) == said
 
 

@@ -58,16 +58,18 @@ def test_the_setting_opens_it(folder):
 
 
 def test_without_the_files_the_install_line_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz, which is not there: apt-get install dataset-f"):
+    with pytest.raises(
+        ValueError, match=r"train-images-idx3-ubyte.gz, which does not exist: apt-get install dataset-f"
+    ):
         load_fashion_mnist(tmp_path, (28, 28), 1)
 
 
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"no gzip file", "is damaged or no gzip file"),
-        (gzip.compress(idx(2051, (20, 28, 28), bytes(20 * 784)))[:60], "is damaged or no gzip file"),
-        (gzip.compress(idx(2051, (20, 28, 28), bytes(20 * 784)))[:-8] + b"\0" * 8, "is damaged or no gzip file"),
+        (b"no gzip file", "is damaged or not a gzip file"),
+        (gzip.compress(idx(2051, (20, 28, 28), bytes(20 * 784)))[:60], "is damaged or not a gzip file"),
+        (gzip.compress(idx(2051, (20, 28, 28), bytes(20 * 784)))[:-8] + b"\0" * 8, "is damaged or not a gzip file"),
         (gzip.compress(b"\0\0\x08\x03"), "it ends in its header"),
         (gzip.compress(idx(2049, (20, 28, 28), bytes(20 * 784))), "got magic number 2049"),
         (gzip.compress(idx(2051, (20, 32, 32), bytes(20 * 1024))), r"entries of shape \(32, 32\)"),

@@ -46,7 +46,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     os.symlink(store / "0.jpg", root / "dog" / "9.jpg")
     listing = list_files(root, IMAGE_EXTENSIONS)
     assert listing.paths == ["cat/0.jpg", "cat/deep/1.jpg", "dog/0.jpg", "dog/9.jpg"]
-    assert listing.passed_over == {"link to nothing": 1}
+    assert listing.passed_over == {"broken link": 1}
 
 
 def test_a_folder_that_cannot_be_read_is_an_error_and_no_smaller_data_set(tmp_path, monkeypatch):
@@ -98,7 +98,9 @@ def test_a_folder_that_is_alone_is_a_class_if_it_is_known_as_one():
 
 
 def test_an_image_without_a_folder_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"a folder a class in val, and 2 images lie in it directly, such as 0.jpg"):
+    with pytest.raises(
+        ValueError, match=r"one folder per class in val: 2 of 2 images are not in such a folder, .* such as 0.jpg"
+    ):
         label_by_folder(["0.jpg", "1.jpg"], "val")
-    with pytest.raises(ValueError, match=r"in val, and 1 images lie beside its folders, such as 1.jpg: their class"):
+    with pytest.raises(ValueError, match=r"in val: 1 of 2 images are not in such a folder, .* such as 1.jpg"):
         label_by_folder(["cat/0.jpg", "1.jpg"], "val")

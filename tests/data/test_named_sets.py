@@ -55,7 +55,7 @@ def test_cifar_is_read_through_timm_in_the_channels_of_the_model(tmp_path, monke
 
 
 def test_a_data_set_that_is_not_there_is_not_fetched(tmp_path, no_network):
-    with pytest.raises(ValueError, match=r"'torch/cifar10' .* cannot be opened: .*; with --data.download true it is f"):
+    with pytest.raises(ValueError, match=r"'torch/cifar10' .* cannot be opened: .*; to download it, set"):
         open_image_sets(config("torch/cifar10", tmp_path))
 
 
@@ -95,5 +95,5 @@ def test_a_folder_of_parquet_files_is_read_by_datasets(tmp_path, no_network):
 
 
 def test_a_set_of_hugging_face_that_is_not_here_is_not_fetched(tmp_path, no_network):
-    with pytest.raises(ValueError, match=r"'hfds/nobody/nothing' .* cannot be opened: .*with --data.download true"):
+    with pytest.raises(ValueError, match=r"'hfds/nobody/nothing' .* cannot be opened: .*set --data.download true"):
         open_image_sets(config("hfds/nobody/nothing", tmp_path))

@@ -63,7 +63,7 @@ def test_a_held_out_split_without_folders_is_refused_by_name(tmp_path):
     (tmp_path / "val").mkdir()
     for index in range(3):
         shutil.copy(tmp_path / "train" / "ant" / "0.jpg", tmp_path / "val" / f"ILSVRC2012_val_{index:08d}.JPEG")
-    words = r"a folder a class in .*val, and 3 images lie in it directly, such as ILSVRC2012_val_00000000.JPEG"
+    words = r"one folder per class in .*val: 3 of 3 images are not in .* such as ILSVRC2012_val_00000000.JPEG"
     with pytest.raises(ValueError, match=words):
         open_image_sets(folder_config(tmp_path))
 
@@ -97,7 +97,7 @@ def test_the_file_to_try_a_model_on_can_be_read_and_named(tmp_path):
 
 def test_one_class_is_not_enough(tmp_path):
     write_image_folder(tmp_path, ["ant"], {"train": 2, "val": 2})
-    with pytest.raises(ValueError, match="at least two classes, a folder each, in the split 'train', found 1"):
+    with pytest.raises(ValueError, match="at least two classes, one folder each, in the split 'train', found 1"):
         open_image_sets(folder_config(tmp_path))
 
 
@@ -134,7 +134,7 @@ def test_an_unknown_data_set_is_refused(tmp_path):
         open_image_sets(tiny_config(data__dataset="digit"))
     with pytest.raises(
         ValueError,
-        match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found.* with --data.download true it is",
+        match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found.*set --data.download true",
     ):
         open_image_sets(tiny_config(data__dataset="torch/mnist", data__path=str(tmp_path)))
 

@@ -223,8 +223,8 @@ def test_initialisation():
         ({"dt_rank": 0}, "dt_rank must be an integer >= 1, got 0"),
         ({"dt_rank": "full"}, "dt_rank must be an integer >= 1, got 'full'"),
         ({"expand": 0.01}, "d_inner must be an integer >= 1, got 0"),
-        ({"directions": "v3"}, "directions must be 'none', 'v1' or 'v2', got 'v3'"),
-        ({"merge": "max"}, "merge must be 'mean' or 'sum', got 'max'"),
+        ({"directions": "v3"}, r"directions must be one of \['none', 'v1', 'v2'\], got 'v3'"),
+        ({"merge": "max"}, r"merge must be one of \['mean', 'sum'\], got 'max'"),
         ({"dt_min": 0.2}, "dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got 0.2 and 0.1"),
     ],
 )

@@ -247,9 +247,9 @@ def test_what_was_taken_is_said(caplog):
 
 def test_several_models_in_a_checkpoint_are_refused():
     state = small().state_dict()
-    with pytest.raises(ValueError, match=r"several state dicts \(net, teacher\); save the one that is meant"):
+    with pytest.raises(ValueError, match=r"several state dicts \(net, teacher\); save the one to load"):
         select_weights({"net": state, "teacher": state})
-    with pytest.raises(ValueError, match=r"several models \(student\.\*, teacher\.\*\); save the one that is meant"):
+    with pytest.raises(ValueError, match=r"several models \(student\.\*, teacher\.\*\); save the one to load"):
         small().load_state_dict({**prefixed("student.", state), **prefixed("teacher.", state)})
 
 
@@ -264,7 +264,9 @@ def test_a_model_with_counters_of_its_own_gets_them_back():
 
 def test_a_whole_model_is_refused_with_what_to_save_instead(tmp_path):
     torch.save(small(), tmp_path / "model.pth")
-    with pytest.raises(RuntimeError, match=r"holds a whole model, .*; where it was written, save its state dict"):
+    with pytest.raises(
+        RuntimeError, match=r"holds a whole model, .*; in the program that wrote it, save the state dict"
+    ):
         read_checkpoint(tmp_path / "model.pth")
 
 
@@ -302,14 +304,14 @@ READING = {
     "a foreign class": (lambda p: file_with(p, {"args": fractions.Fraction(1, 2)}), r"it needs fractions\.Fraction"),
     "a whole model": (lambda p: file_with(p, torch.nn.Linear(1, 1)), "it holds a whole model"),
     "a list": (lambda p: file_with(p, [ONE]), "must hold a dict, got list"),
-    "an empty file": (lambda p: written(p, "a.pth", b""), "damaged or no checkpoint of PyTorch"),
-    "text": (lambda p: written(p, "a.pth", b"hello there"), "damaged or no checkpoint of PyTorch"),
-    "a web page": (lambda p: written(p, "a.pth", b"<!DOCTYPE html>"), "damaged or no checkpoint of PyTorch"),
+    "an empty file": (lambda p: written(p, "a.pth", b""), "damaged or not a PyTorch checkpoint"),
+    "text": (lambda p: written(p, "a.pth", b"hello there"), "damaged or not a PyTorch checkpoint"),
+    "a web page": (lambda p: written(p, "a.pth", b"<!DOCTYPE html>"), "damaged or not a PyTorch checkpoint"),
     "half a file": (
         lambda p: written(p, "a.pth", file_with(p, {"a": torch.zeros(5000)}).read_bytes()[:9000]),
-        "damaged or no checkpoint of PyTorch",
+        "damaged or not a PyTorch checkpoint",
     ),
-    "half a safetensors file": (lambda p: written(p, "a.safetensors", b"\x10" * 20), "truncated or no safetensors"),
+    "half a safetensors file": (lambda p: written(p, "a.safetensors", b"\x10" * 20), "truncated or not a safetensors"),
 }
 SELECTING = {
     "nothing": ({}, {}, "the checkpoint has no tensors"),

@@ -155,7 +155,7 @@ def test_a_run_starts_from_a_checkpoint_and_resumes_without_it(run, tmp_path):
     ("damage", "message"),
     [
         ("missing", "there is no checkpoint"),
-        ("cut", "is damaged or no checkpoint of PyTorch|is truncated"),
+        ("cut", "is damaged or not a PyTorch checkpoint|is truncated"),
         ("flipped", "is damaged: the checksum of"),
         ("name", r"does not fit .*it lacks 'layers.0.mixer.D'"),
         ("extra", r"does not fit .*it has 'layers.0.mixer.E', which the model lacks"),

@@ -1,1 +1,1 @@
-"""Files of weights: `io` writes and reads ours, `upstream` reads those the original released."""
+"""Checkpoints: `io` reads and writes files, `upstream` translates the original's arguments."""

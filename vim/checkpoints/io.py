@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole or not there, and that run no code when they are read.
+"""Checkpoint files: written atomically, read without running code.
 
-A file is written aside, synced to the disk and moved into place, so whoever reads the name finds the old file or the
-new one. It is read with torch's `weights_only` loader, after its checksums: a damaged file is refused, not half read.
+A file is written under a temporary name, synced to the disk and renamed, so a reader finds the old file or the new one.
+Reading verifies the checksums, and then uses torch's `weights_only` loader.
 """
 
 import os
@@ -26,37 +26,37 @@ FORMAT_VERSION = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and says why, in one line."""
+    """A checkpoint that cannot be used; the message names the file and the reason in one line."""
 
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under its name, whole and synced, when the block ends without an error.
+    """Open a file that replaces `path` atomically, synced to the disk, when the block ends without an error.
 
     Args:
-        path: The file to make or replace; its folder must exist.
+        path: The file to create or replace; its folder must exist.
 
     Yields:
-        A binary file to write to. After an error the file at `path` is what it was before.
+        A binary file to write to. After an error the file at `path` is unchanged.
 
     Raises:
         OSError: The folder is missing or not writable, or the disk is full.
     """
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(target)
+        temporary.replace(target)
         _sync_folder(target.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file in UTF-8, atomically; bytes of names that are not text are escaped, as `\\udce9`."""
+    """Write a text file in UTF-8, atomically; bytes of file names that are not UTF-8 are escaped, as `\\udce9`."""
     with atomic_writer(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
@@ -65,8 +65,8 @@ def save_checkpoint(path: str | os.PathLike[str], contents: Mapping[str, Any]) -
     """Write a checkpoint, atomically.
 
     Args:
-        path: The file to make or replace.
-        contents: Tensors, numbers, strings, and dicts, lists and tuples of them: what `weights_only` reads back.
+        path: The file to create or replace.
+        contents: Tensors, numbers, strings, and dicts, lists and tuples of them, as `weights_only` can load.
 
     Raises:
         OSError: The folder is missing or not writable, or the disk is full.
@@ -75,24 +75,24 @@ def save_checkpoint(path: str | os.PathLike[str], contents: Mapping[str, Any]) -
         with atomic_writer(path) as file:
             torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **contents}, file)
     except RuntimeError as error:
-        cause = error.__context__  # torch says "unexpected pos" of a disk that is full
+        cause = error.__context__  # torch reports a full disk as "unexpected pos"
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of `save_checkpoint`, with its tensors on the CPU.
+    """Read a checkpoint written by `save_checkpoint`.
 
     Args:
         path: The file to read.
 
     Returns:
-        What was saved.
+        The contents, with tensors on the CPU.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is truncated or damaged, holds more than plain data, or was not written by us.
+        CheckpointError: The file is truncated or damaged, holds more than plain data, or is of another program.
     """
     file = Path(path)
     if not file.is_file():
@@ -101,15 +101,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is truncated, damaged or no checkpoint: {error}") from error
+        raise CheckpointError(f"{file} is truncated, damaged or not a checkpoint: {error}") from error
     if damaged is not None:
-        raise CheckpointError(f"{file} is damaged: the checksum of {damaged!r} in it is wrong")
+        raise CheckpointError(f"{file} is damaged: the checksum of its entry {damaged!r} is wrong")
     try:
         contents = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{file} holds objects other than plain data, and was not loaded") from error
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is a zip file but no checkpoint of PyTorch") from error
+        raise CheckpointError(f"{file} is a zip file but not a PyTorch checkpoint") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{file} was not written by vim.train: it has no format mark {FORMAT!r}")
     if contents.get("format_version") != FORMAT_VERSION:
@@ -120,12 +120,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as safetensors, atomically, as `timm.create_model(checkpoint_path=...)` takes them.
+    """Write weights as safetensors, atomically; `timm.create_model(checkpoint_path=...)` loads them.
 
     Args:
-        path: The file to make or replace; its name should end in `.safetensors`.
+        path: The file to create or replace; its name should end in `.safetensors`.
         weights: A state dict.
-        metadata: Strings that travel in the header of the file.
+        metadata: Strings for the header of the file.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_writer(path) as file:
@@ -143,7 +143,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is truncated or no safetensors file.
+        CheckpointError: The file is truncated or not a safetensors file.
     """
     file = Path(path)
     if not file.is_file():
@@ -153,19 +153,19 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             metadata = dict(header.metadata() or {})
         return load_file(file), metadata
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Copy weights into a module, all of them.
+    """Copy weights into a module; names and shapes must match exactly.
 
     Args:
-        module: The module that receives them.
+        module: The module that receives the weights.
         weights: A state dict of the same architecture.
-        source: The file they come from, for error messages.
+        source: File of the weights, for error messages.
 
     Raises:
-        CheckpointError: A weight is missing, left over or of another shape; the message names the first.
+        CheckpointError: A weight is missing, unexpected or of another shape; the message names the first.
     """
     own = module.state_dict()
     odd = next((name for name, tensor in weights.items() if not isinstance(tensor, Tensor)), None)
@@ -188,7 +188,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | os
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of every random generator that training draws from: Python, NumPy, torch and its GPUs."""
+    """Return the state of the global random generators: Python, NumPy, torch and its GPUs."""
     numpy_state: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = numpy_state
     state: dict[str, Any] = {
@@ -202,10 +202,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every random generator back into a state that `rng_state` returned.
-
-    The state of a GPU is left out where the number of GPUs is another.
-    """
+    """Restore a state that `rng_state` returned; states of GPUs only if their number is the same."""
     random.setstate(state["python"])
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
@@ -216,7 +213,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync a folder, so that a renamed file survives a power cut; Windows has no such call."""
+    """Sync a folder, so that a renamed file survives a power failure; Windows does not support it."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

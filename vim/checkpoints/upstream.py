@@ -1,15 +1,14 @@
-"""The original's constructor arguments in ours: the one place that knows its values.
+"""Translation of the original's constructor arguments into arguments of this library.
 
-`vim.layers.arguments` has the names, for messages.
-
-Facts on the original: hustvl/Vim at dd0358a. Unknown names raise; the original swallows some of them.
+The facts are of hustvl/Vim at dd0358a. Unknown names raise here; the original ignores some of them.
+`vim.layers.arguments` has the names alone, for error messages.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# The original's defaults, which its registered models and checkpoints rely on.
+# Defaults of the original, on which its registered models and checkpoints rely.
 _MODEL_DEFAULTS: dict[str, Any] = {
     "img_size": 224,
     "patch_size": 16,
@@ -68,20 +67,20 @@ _MIXER_DEFAULTS: dict[str, Any] = {
     "if_divide_out": False,
     "init_layer_scale": None,
 }
-# Spellings of one argument through the original's history.
+# Other spellings of an argument in the history of the original.
 _SYNONYMS = {"if_devide_out": "if_divide_out", "in_chans": "channels"}
 _POOLS = {"none": "last", "mean": "avg", "max": "max", "all": ""}
 
 
 def translate_mixer_args(**upstream: Any) -> dict[str, Any]:
-    """Arguments of the original's mixer as arguments of `vim.Mamba`.
+    """Translate arguments of the original's mixer into arguments of `vim.Mamba`.
 
-    What is not given gets the original's default ("none" for the directions). `d_model` passes through.
-    `use_fast_path` and `layer_idx` have no counterpart and no effect on what is computed here.
+    Missing arguments take the original's defaults ("none" for the directions). `d_model` is passed through.
+    `use_fast_path` and `layer_idx` have no counterpart and are ignored.
 
     Raises:
-        TypeError: A name that the original does not have.
-        ValueError: A value that the original does not have.
+        TypeError: The original does not have an argument.
+        ValueError: The original does not allow a value.
     """
     passed = {name: upstream.pop(name) for name in ("d_model",) if name in upstream}
     args = _with_defaults("mixer", _MIXER_DEFAULTS, upstream)
@@ -99,16 +98,16 @@ def translate_mixer_args(**upstream: Any) -> dict[str, Any]:
 
 
 def translate_model_args(**upstream: Any) -> dict[str, Any]:
-    """Arguments of the original's model as arguments of `vim.VisionMamba`.
+    """Translate arguments of the original's model into arguments of `vim.VisionMamba`.
 
-    What is not given gets the original's default. `fused_add_norm` and `residual_in_fp32` choose between ways to
-    compute the same and have no effect here. `if_random_cls_token_position` and `if_random_token_rank`, which the
-    original takes in its forward call, are accepted too.
+    Missing arguments take the original's defaults. `fused_add_norm` and `residual_in_fp32` do not change the result and
+    are ignored. `if_random_cls_token_position` and `if_random_token_rank`, arguments of the original's forward call,
+    are accepted too.
 
     Raises:
-        TypeError: A name that the original does not have.
-        ValueError: A value that the original does not have, or a combination at which it fails: maximum pooling with a
-            class token, or rotary tables of another side than the grid's.
+        TypeError: The original does not have an argument.
+        ValueError: The original does not allow a value, or fails with a combination: maximum pooling with a class
+            token, or rotary tables whose side differs from the grid's.
     """
     args = _with_defaults("model", _MODEL_DEFAULTS, upstream)
     if args["initializer_cfg"] is not None:
@@ -167,7 +166,7 @@ def _directions(bimamba_type: str) -> str:
 
 
 def _merge(bimamba_type: str, if_divide_out: bool) -> str:
-    # The original never halves the sum of a "v1" mixer, whatever it is told.
+    # The original never averages the directions of a "v1" mixer, even with if_divide_out=True.
     return "mean" if if_divide_out and bimamba_type == "v2" else "sum"
 
 
@@ -194,7 +193,7 @@ def _cls_position(args: dict[str, Any]) -> str:
 
 
 def _ssm_cfg(ssm_cfg: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments that go to every mixer; those that only `vim.Mamba` has must keep their defaults."""
+    """Translate the arguments of all mixers; those that `vim.VisionMamba` lacks must have their defaults."""
     supported = ("d_conv", "expand", "dt_rank", "conv_bias", "bias")
     translated = {}
     for name, value in (ssm_cfg or {}).items():
@@ -208,7 +207,7 @@ def _ssm_cfg(ssm_cfg: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_rotary_side(args: dict[str, Any]) -> None:
-    """The original builds rotary tables of ft_seq_len cells a side, and fails where that is not the grid's side."""
+    """Raise unless `ft_seq_len`, the side of the original's rotary tables, is the side of the grid."""
     if not args["if_rope"] or args["ft_seq_len"] is None:
         return
     height, width = ((args["img_size"],) * 2) if isinstance(args["img_size"], int) else args["img_size"]

@@ -1,1 +1,1 @@
-"""The settings of a training run: `schema` says what they are, `load` reads and writes them."""
+"""Settings of a training run: `schema` defines them, `load` reads and writes them."""

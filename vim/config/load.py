@@ -1,7 +1,7 @@
 """Settings from the command line, from YAML files and from plain dicts, and back again.
 
-Only `parse_command_line` needs jsonargparse, and imports it when called: reading the settings that a checkpoint
-carries works with the library's own dependencies.
+Only `parse_command_line` needs jsonargparse, and imports it when called. The settings in a checkpoint can therefore be
+read without it.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ Each run writes its settings, figures and weights into a folder of its own under
 _RUN_OPTIONS = {
     "config": "YAML file with settings, such as one of configs/.",
     "output": "Folder of this run; it must be new or empty. Default: runs/RECIPE-TIME.",
-    "resume": "Folder of a run that stopped early, to be carried on from its last checkpoint.",
+    "resume": "Folder of a run that stopped early; it resumes from its last checkpoint.",
 }
-_NO_SETTING = frozenset(_RUN_OPTIONS) | {"help", "print_config"}
+_OTHER_OPTIONS = frozenset(_RUN_OPTIONS) | {"help", "print_config"}
 
-# What a run that is carried on may change: where and how it computes, not what it computes.
+# Settings that a resumed run may change: they do not affect the result.
 _RESUME_MAY_CHANGE = frozenset(
     {"device", "eval_batch_size", "max_skipped_steps", "data.path", "data.workers", "data.pin_memory"}
     | {"compile", "model.grad_checkpointing", "save.steps", "save.minutes", "log.trackers", "log.steps"}
@@ -44,14 +44,14 @@ _RESUME_MAY_CHANGE = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """What the command line asks for."""
+    """The parsed command line of `python -m vim.train`."""
 
     config: TrainConfig
     """The settings, resolved."""
     output: Path | None
     """Folder of a new run; `None` leaves the choice to the trainer."""
     resume: Path | None
-    """Folder of the run to carry on."""
+    """Folder of the run to resume; `None` starts a new run."""
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -60,21 +60,21 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def config_from_dict(data: Mapping[str, Any], source: str = "the settings") -> TrainConfig:
-    """Build the settings from nested dicts; what is left out takes its default.
+    """Build the settings from nested dicts; missing settings take their defaults.
 
     Args:
-        data: Nested settings as `config_to_dict` writes them.
-        source: Where they come from, in words, for error messages.
+        data: Nested settings as returned by `config_to_dict`.
+        source: Origin of the settings, for error messages.
 
     Raises:
-        ValueError: An unknown setting (the message names the nearest known one) or a value out of range.
-        TypeError: A value of a wrong type.
+        ValueError: A setting is unknown (the message names the nearest one), or its value is out of range.
+        TypeError: A value has a wrong type.
     """
     return _build(TrainConfig, data, source, "")
 
 
 def dump_config(config: TrainConfig) -> str:
-    """Return the settings as YAML that `--config` reads back to the same settings."""
+    """Return the settings as YAML for `--config`."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
@@ -90,9 +90,9 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         argv: The arguments, without the name of the program.
 
     Raises:
-        ValueError: An unknown setting, a value that does not fit, or a file that cannot be read; in one line.
-        TypeError: A value of a wrong type.
-        SystemExit: `--help` or `--print_config` was asked for, and has been answered.
+        ValueError: A setting is unknown, a value is out of range, or a file cannot be read; the message is one line.
+        TypeError: A value has a wrong type.
+        SystemExit: `--help` or `--print_config` was given and has been printed.
     """
     arguments = list(argv)
     _check_names((token[2:].split("=")[0] for token in arguments if token.startswith("--") and token != "--"), "")
@@ -119,7 +119,7 @@ def parse_command_line(argv: Sequence[str]) -> Command:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[TrainConfig, Path | None, Path | None]:
-    """Run jsonargparse and build the settings from what it read."""
+    """Run jsonargparse and build the settings from its result."""
     from argparse import ArgumentError
 
     try:
@@ -134,7 +134,7 @@ def _parse(arguments: Sequence[str]) -> tuple[TrainConfig, Path | None, Path | N
 
 
 def _check_text(config: TrainConfig) -> None:
-    """Raise for a value whose bytes are not text: the YAML file of the run could not hold it."""
+    """Raise for a value that is not UTF-8, which the YAML file of the run cannot hold."""
     for name, value in flatten(config_to_dict(config)).items():
         shown = str(value).encode("utf-8", "backslashreplace").decode("utf-8")
         if shown != str(value):
@@ -142,13 +142,13 @@ def _check_text(config: TrainConfig) -> None:
 
 
 def _make_parser() -> "ArgumentParser":
-    """Make the parser: an option a setting, with its type, default and docstring from the schema."""
+    """Make the parser: one option per setting, with type, default and docstring from the schema."""
     from argparse import RawDescriptionHelpFormatter
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-        """Types and defaults of jsonargparse, and the description as it was written."""
+        """jsonargparse's types and defaults in the help, and the description without reflowing."""
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -178,7 +178,7 @@ def _make_parser() -> "ArgumentParser":
 
 
 def _build(kind: Any, data: Any, source: str, prefix: str) -> Any:
-    """Make a dataclass of the schema from a dict, and those inside it."""
+    """Build a dataclass of the schema, and the dataclasses nested in it, from a dict."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{prefix.rstrip('.') or source} must hold settings by name, got {data!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -208,26 +208,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_names(names: Iterable[str], source: str) -> None:
-    """Raise for the first name that is no setting; `model.args` holds what the model likes."""
+    """Raise for the first name that is not a setting; any name is allowed under `model.args`."""
     known = setting_names()
     groups = {name.split(".")[0] for name in known if "." in name}
     for name in names:
-        if name in known or name in _NO_SETTING or name.startswith("model.args."):
+        if name in known or name in _OTHER_OPTIONS or name.startswith("model.args."):
             continue
         if name in groups:
-            raise ValueError(f"{name} must hold settings by name, such as {name}.{_first_of(name, known)}")
+            raise ValueError(f"{name} must hold settings by name, such as {name}.{_first_in_group(name, known)}")
         place = f" in {source}" if source else ""
         near = _nearest(name, known)
         hint = f"did you mean {near}?" if near else f"`{PROG} --help` lists them"
         raise ValueError(f"unknown setting {name}{place}: {hint}")
 
 
-def _first_of(group: str, known: Sequence[str]) -> str:
+def _first_in_group(group: str, known: Sequence[str]) -> str:
     return next(name for name in known if name.startswith(f"{group}.")).split(".", 1)[1]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str | None:
-    """Return the setting that was probably meant: the same last word elsewhere, or the closest spelling."""
+    """Return the setting that was probably meant: the same last word in another group, or the closest spelling."""
     leaf = name.rsplit(".", 1)[-1]
     options = [*known, *_RUN_OPTIONS]
     same_leaf = [option for option in options if option.rsplit(".", 1)[-1] == leaf]
@@ -240,10 +240,10 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
-    """Check that a run which is carried on with other settings computes the same.
+    """Check that a resumed run changes only settings that do not affect the result.
 
     Raises:
-        ValueError: It does not; the message names the first setting that must stay, and both values.
+        ValueError: Another setting changed; the message names the first one and both values.
     """
     old, new = flatten(config_to_dict(before)), flatten(config_to_dict(after))
     for name, value in new.items():
@@ -254,26 +254,26 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
 
 
 def _option_values(arguments: Sequence[str], name: str) -> list[str]:
-    """Return the values given to an option, in order, written as `--name VALUE` or `--name=VALUE`."""
+    """Return the values of an option in order, from `--name VALUE` and `--name=VALUE`."""
     values = [token.split("=", 1)[1] for token in arguments if token.startswith(f"--{name}=")]
     return values + [value for token, value in pairwise(arguments) if token == f"--{name}"]
 
 
 def flatten(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings by dotted name, such as `optim.lr`; a group that is not a dict keeps its own name."""
-    return dict(_walk(data, ""))
+    """Return nested settings by dotted name, such as `optim.lr`; `model.args` stays one dict."""
+    return dict(_dotted_items(data, ""))
 
 
-def _walk(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _dotted_items(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in data.items():
         if isinstance(value, Mapping) and f"{prefix}{name}" != "model.args":
-            yield from _walk(value, f"{prefix}{name}.")
+            yield from _dotted_items(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with tuples as lists, all the way down."""
+    """Return the value with all tuples replaced by lists, recursively."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -282,7 +282,7 @@ def _plain(value: Any) -> Any:
 
 
 def _one_line(message: str) -> str:
-    """Return an error of jsonargparse or of the YAML reader in one line, in the words of our own errors."""
+    """Return an error of jsonargparse or of the YAML reader in one line, worded like our own errors."""
     line = " ".join(message.split())
     line = re.sub(r"<class '([\w.]+)'>", r"\1", line)
     line = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", line)

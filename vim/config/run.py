@@ -1,4 +1,4 @@
-"""Settings of how a run saves, logs, grows its images and learns from a teacher. Part of the schema."""
+"""Settings for progressive resolution, distillation, checkpoints and logging; part of the schema."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +14,11 @@ class ProgressiveConfig:
     """Progressive resolution: smaller images in the first epochs."""
 
     start_size: int | None = None
-    """Shorter side of the images in the first epoch; `null` shows them in full size from the start."""
+    """Shorter side of the images in the first epoch; `null` turns progressive resolution off."""
     epochs: int | None = None
-    """Epochs in which the side grows to the full size, which those after them have; `null` is all but the last."""
+    """Number of epochs in which the side grows to the full size; `null` is all but the last."""
     multiple: int = 16
-    """Sides on the way are multiples of this; take the patch size."""
+    """Smaller sides are multiples of this; use the patch size."""
 
     def __post_init__(self) -> None:
         for name in ("start_size", "epochs"):
@@ -32,18 +32,18 @@ class ProgressiveConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """Distillation: learning from the answers of a teacher, besides the labels."""
+    """Distillation: a loss on the outputs of a teacher, added to the loss on the labels."""
 
     teacher: str | None = None
-    """Run folder, checkpoint file, or name of a timm model with published weights; `null` is no teacher."""
+    """Run folder, checkpoint file, or timm model with published weights; `null` turns distillation off."""
     teacher_model: str | None = None
-    """The timm model that the checkpoint file of somebody else belongs to."""
+    """The timm model of a checkpoint file that another program wrote."""
     mode: DistillMode = "soft"
-    """Follow the teacher's probabilities (`soft`) or its first guess (`hard`)."""
+    """Target: the teacher's probabilities (`soft`) or its top class (`hard`)."""
     weight: float = 0.5
-    """Share of the teacher in the loss; the labels have the rest."""
+    """Weight of the teacher in the loss; the labels get the rest."""
     temperature: float = 1.0
-    """Temperature of both softmaxes, in the mode `soft`."""
+    """Temperature of both softmaxes in mode `soft`."""
 
     def __post_init__(self) -> None:
         check_choice("distill.mode", self.mode, DistillMode)
@@ -55,12 +55,12 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveConfig:
-    """Checkpoints within an epoch; one is written after every epoch in any case."""
+    """Checkpoints within an epoch, besides the one after every epoch."""
 
     steps: int | None = None
-    """Write one every so many optimizer steps; `null` counts none."""
+    """Write a checkpoint every N optimizer steps; `null` turns this off."""
     minutes: float | None = 10.0
-    """Write one when the last is so many minutes old; `null` looks at no clock."""
+    """Write a checkpoint when the last one is this many minutes old; `null` turns this off."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "minutes"):
@@ -70,12 +70,12 @@ class SaveConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
-    """Figures for programs that draw them; `summary.csv` and `curves.png` are written in any case."""
+    """Experiment trackers, besides `summary.csv` and `curves.png`."""
 
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Any of `tensorboard`, `wandb` and `mlflow`, which must be installed."""
     steps: int = 50
-    """Hand them figures every so many optimizer steps, besides those of every epoch."""
+    """Log metrics to the trackers every N optimizer steps, and after every epoch."""
 
     def __post_init__(self) -> None:
         for name in self.trackers:

@@ -1,7 +1,7 @@
 """Every setting of a training run, as frozen dataclasses; the defaults are the `digits` recipe.
 
-A setting is checked where it is made: a value out of range is a `ValueError` that names the setting as the command
-line spells it (`optim.lr`) and the value it got. The docstring under a field is its help text on the command line.
+Settings are checked when an instance is made. A value out of range is a `ValueError` that names the value and the
+setting as on the command line (`optim.lr`). The docstring under a field is its help text on the command line.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
 BestBy = Literal["raw", "ema", "better"]
 
-# What Pillow reads without further packages, by the endings in use.
+# Endings of the formats that Pillow reads without further packages.
 IMAGE_EXTENSIONS = (
     *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
@@ -38,7 +38,7 @@ IMAGE_EXTENSIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Model: what `timm.create_model` is called with."""
+    """Model: arguments of `timm.create_model`."""
 
     name: str = "vim_tiny_patch16_224"
     """A model that timm knows, such as `vim_tiny_patch16_224`."""
@@ -47,27 +47,27 @@ class ModelConfig:
     in_chans: int = 1
     """Channels of the input: 1 for grey, 3 for colour."""
     num_classes: int | None = None
-    """Number of classes; `null` takes what the data has."""
+    """Number of classes; `null` takes the number in the data."""
     drop_rate: float = 0.0
     """Dropout before the classifier."""
     drop_path_rate: float = 0.0
-    """Stochastic depth of the last block; the blocks before it get less."""
+    """Stochastic depth of the last block; earlier blocks get less."""
     grad_checkpointing: bool = False
-    """Keep fewer activations and compute them again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     pretrained: bool = False
     """Start from the published weights of `model.name`, unless `model.checkpoint` names others."""
     checkpoint: str | None = None
-    """Start from the weights in this file (`.pth` of the original's or ours, `.safetensors`) or run folder."""
+    """Start from the weights in this run folder or file (`.safetensors`, or `.pth` of this library or the original)."""
     pretrained_weights: StartingWeights = "best"
-    """Which weights to start from: `raw`, `ema` (their average), or `best`, which is what a run of ours found better on
-    held-out images and `raw` for any other file."""
+    """Weights to start from: `raw`, `ema` (their average) or `best`. In a run of this library `best` is the better of
+    both on held-out images; in other files it is `raw`."""
     pretrained_resampling: Resampling = "exact"
-    """How to resample the position embedding of another grid: `exact`, or `reference`, which does what the original's
-    fine-tuning does and moves the patches before the middle class token by one."""
+    """How to resample the position embedding to another grid: `exact`, or `reference`. The latter repeats the
+    original's fine-tuning, which shifts the patches before the middle class token by one."""
     args: dict[str, Any] = field(
         default_factory=lambda: {"patch_size": 8, "embed_dim": 64, "depth": 4},
     )
-    """Further arguments of the model, such as `{depth: 12}`; one at a time with `--model.args.depth 12`."""
+    """Further arguments of the model, such as `{depth: 12}`; set a single one with `--model.args.depth 12`."""
 
     def __post_init__(self) -> None:
         check("model.name", self.name, "the name of a timm model", bool)
@@ -92,18 +92,18 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Data: which images, and how an image becomes a tensor at evaluation."""
+    """Data: the data set, and the preprocessing at evaluation."""
 
     dataset: str = "digits"
-    """`digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random images), `folder` (a
-    folder or tar file a split, in it a folder a class), `wds/` (shards of WebDataset), or a data set of torchvision or
-    Hugging Face, such as `torch/cifar10` and `hfds/NAME`."""
+    """`digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random images), `folder`
+    (one folder or tar file per split, with one folder per class), `wds/` (WebDataset shards), or a data set of
+    torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`."""
     path: str | None = None
-    """Where the images are; for `folder`, a folder with one sub-folder a split."""
+    """Folder of the images; for `folder`, a folder with one sub-folder per split."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
-    """Endings of image files, in either case; files with another one are passed over, and counted at the start."""
+    """Endings of image files, in either case; other files are ignored, and counted at the start."""
     download: bool = False
-    """Fetch a data set of torchvision or Hugging Face that is not in `data.path` yet."""
+    """Download a data set of torchvision or Hugging Face if it is missing."""
     input_key: str | None = None
     """Column of the images in a data set of Hugging Face; `null` is `image`."""
     target_key: str | None = None
@@ -113,19 +113,19 @@ class DataConfig:
     val_split: str = "val"
     """Name of the held-out split."""
     crop_pct: float = 1.0
-    """Side of the centre crop over the side that the image is resized to, at evaluation."""
+    """Side of the centre crop at evaluation, relative to the side of the resized image."""
     interpolation: Interpolation = "bicubic"
     """Resampling at evaluation."""
     mean: tuple[float, ...] = (0.309,)
-    """Mean of a channel, for pixels between 0 and 1; one value, or one a channel."""
+    """Mean of the channels, for pixels between 0 and 1; one value, or one per channel."""
     std: tuple[float, ...] = (0.35,)
-    """Standard deviation of a channel, for pixels between 0 and 1; one value, or one a channel."""
+    """Standard deviation of the channels, for pixels between 0 and 1; one value, or one per channel."""
     bits: int = 16
-    """Bits in use of a grey image with 16 bits a pixel, such as 12; the upper 8 of them are kept."""
+    """Bits in use of a 16-bit grey image, such as 12; the upper 8 of them are kept."""
     workers: int = 0
     """Processes that read images; 0 reads in the training process."""
     pin_memory: bool = False
-    """Read into page-locked memory, which a GPU copies from faster."""
+    """Read into page-locked memory, for faster copies to a GPU."""
     synthetic_images: int = 512
     """Number of training images of the `synthetic` set; a quarter as many are held out."""
 
@@ -139,7 +139,7 @@ class DataConfig:
             )
         if self.dataset in ("digits", "synthetic") and self.path:
             raise ValueError(
-                f"data.path must be null when data.dataset is {self.dataset!r}, which reads no files, got "
+                f"data.path must be null when data.dataset is {self.dataset!r}, which does not read files, got "
                 f"{self.path!r}: for a folder of images add --data.dataset folder"
             )
         check(
@@ -164,9 +164,9 @@ class AugmentConfig:
     """Augmentation of the training images."""
 
     scale: tuple[float, float] = (0.7, 1.0)
-    """Share of the image's area that a random crop keeps, lowest and highest."""
+    """Smallest and largest area of a random crop, relative to the image."""
     ratio: tuple[float, float] = (0.8, 1.25)
-    """Aspect ratio of a random crop, lowest and highest."""
+    """Smallest and largest aspect ratio of a random crop."""
     interpolation: Interpolation = "bilinear"
     """Resampling of a random crop."""
     hflip: float = 0.0
@@ -174,19 +174,19 @@ class AugmentConfig:
     vflip: float = 0.0
     """Probability of an up-down flip."""
     color_jitter: float | None = None
-    """Strength of colour jitter; timm leaves it out when `augment.auto_augment` is on."""
+    """Strength of colour jitter; timm ignores it when `augment.auto_augment` is on."""
     auto_augment: str | None = None
     """A policy of timm, such as `rand-m9-mstd0.5-inc1`."""
     repeats: int = 0
-    """Repeated augmentation: show an image this many times an epoch, of fewer images; 0 or 1 turns it off."""
+    """Repeated augmentation: each image appears this often in an epoch of the same length; 0 or 1 turns it off."""
     repeats_rounding: int | None = None
-    """With repeated augmentation, cut the images that an epoch shows to a multiple of this; 256 is the original's."""
+    """With repeated augmentation, truncate an epoch to a multiple of this; the original uses 256."""
     erase_prob: float = 0.0
     """Probability of erasing a random rectangle."""
     erase_mode: EraseMode = "pixel"
-    """What an erased rectangle holds: `const` (zero), `rand` (one random colour) or `pixel` (noise)."""
+    """Fill of an erased rectangle: `const` (zero), `rand` (one random colour) or `pixel` (noise)."""
     erase_count: int = 1
-    """Most rectangles to erase in an image."""
+    """Largest number of rectangles to erase in an image."""
     mixup: float = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: float = 0.0
@@ -196,7 +196,7 @@ class AugmentConfig:
     mix_switch_prob: float = 0.5
     """Probability of CutMix rather than mixup, when both are on."""
     mix_mode: MixMode = "batch"
-    """Draw the mixing weight once a `batch`, `pair` or image (`elem`)."""
+    """Draw the mixing weight once per `batch`, `pair` or image (`elem`)."""
 
     def __post_init__(self) -> None:
         check_range("augment.scale", self.scale, upper=1.0)
@@ -216,7 +216,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or CutMix is on."""
+        """True if mixup or CutMix is on."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
@@ -225,7 +225,7 @@ class LossConfig:
     """Loss: cross-entropy."""
 
     label_smoothing: float = 0.1
-    """Share of the target spread evenly over all classes."""
+    """Part of the target probability that is spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         check("loss.label_smoothing", self.label_smoothing, ">= 0 and < 1", lambda v: 0 <= v < 1)
@@ -233,34 +233,34 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Optimizer: what `timm.optim.create_optimizer_v2` is called with."""
+    """Optimizer: arguments of `timm.optim.create_optimizer_v2`."""
 
     name: str = "adamw"
     """An optimizer that timm knows."""
     lr: float = 2e-3
     """Peak learning rate, for a global batch of `optim.lr_batch_size`."""
     lr_batch_size: int | None = None
-    """The rate used is `lr * batch_size / lr_batch_size`; `null` takes `lr` as it is."""
+    """The rate used is `lr * batch_size / lr_batch_size`; `null` uses `lr` without scaling."""
     weight_decay: float = 0.05
-    """Weight decay; never on biases, norms and what the model's `no_weight_decay()` names."""
+    """Weight decay; never on biases, norms and the parameters in the model's `no_weight_decay()`."""
     no_weight_decay: tuple[str, ...] = ("*.A_log", "*.A_b_log")
-    """More parameters without weight decay, as patterns of their names."""
+    """Patterns of the names of further parameters without weight decay."""
     eps: float = 1e-8
-    """Added to the denominator of the update, where the optimizer has one."""
+    """Added to the denominator of the update, if the optimizer has one."""
     betas: tuple[float, float] | None = None
-    """Decay of the moments; `null` takes the optimizer's own."""
+    """Decay of the moments; `null` takes the optimizer's default."""
     momentum: float = 0.9
-    """Momentum, where the optimizer has one."""
+    """Momentum, if the optimizer has one."""
     clip_grad: float | None = 1.0
-    """Largest gradient, as `optim.clip_mode` measures it; `null` turns clipping off."""
+    """Gradient clipping threshold, see `optim.clip_mode`; `null` turns clipping off."""
     clip_mode: ClipMode = "norm"
     """Clip the global `norm`, each `value`, or each unit's norm relative to its weights (`agc`)."""
     layer_decay: float | None = None
-    """Each block learns at this share of the rate of the block after it; `null` gives all the same rate."""
+    """Learning rate of a block relative to the next block; `null` gives all blocks the same rate."""
     trainable: tuple[str, ...] = ("*",)
-    """Parameters that learn, as patterns of their names; the rest is frozen. `["head.*"]` is a linear probe."""
+    """Patterns of the names of trainable parameters; the rest is frozen. `["head.*"]` is a linear probe."""
     unfreeze_after: int | None = None
-    """Epochs after which the frozen rest learns, too; `null` keeps it frozen."""
+    """Epochs after which the frozen parameters are trained too; `null` keeps them frozen."""
 
     def __post_init__(self) -> None:
         check("optim.name", self.name, "the name of an optimizer", bool)
@@ -284,12 +284,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate over time: what `timm.scheduler.create_scheduler_v2` is called with."""
+    """Learning rate schedule: arguments of `timm.scheduler.create_scheduler_v2`."""
 
     name: ScheduleName = "cosine"
     """`cosine` from the peak to `schedule.min_lr`, or `constant`; both after the warm-up."""
     unit: ScheduleUnit = "step"
-    """Change the rate every optimizer `step` or every `epoch`."""
+    """Update the rate every optimizer `step` or every `epoch`."""
     warmup_epochs: int = 2
     """Epochs of linear warm-up; they are part of `epochs`, and the cosine counts from the start."""
     warmup_lr: float = 1e-6
@@ -297,7 +297,7 @@ class ScheduleConfig:
     min_lr: float = 1e-5
     """Rate at the end of the cosine; not scaled by the batch size."""
     lag_epochs: int = 0
-    """Epochs that the schedule is late by, as in the original's scripts, where it is 1; needs unit `epoch`."""
+    """Delay of the schedule in epochs, which is 1 in the original's scripts; needs unit `epoch`."""
 
     def __post_init__(self) -> None:
         check_choice("schedule.name", self.name, ScheduleName)
@@ -313,42 +313,43 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSplit:
-    """What one process does of an optimizer step."""
+    """The part of one process in an optimizer step."""
 
     micro_batch_size: int
-    """Images in one forward and backward."""
+    """Images in one forward and backward pass."""
     accumulation_steps: int
-    """Forward and backward passes."""
+    """Number of forward and backward passes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """A training run, whole."""
+    """All settings of a training run."""
 
     recipe: str = "digits"
-    """Name of the recipe; the run folder is called after it."""
+    """Name of the recipe; the run folder is named after it."""
     epochs: int = 15
     """Passes over the training images."""
     batch_size: int = 64
     """Images in one optimizer step, over all processes."""
     micro_batch_size: int = 64
-    """Most images in one forward and backward of a process; gradients add up until `batch_size` is reached."""
+    """Largest number of images in a forward pass of a process; gradients accumulate up to `batch_size`."""
     eval_batch_size: int | None = None
-    """Images in one forward of a process at evaluation; `null` takes `micro_batch_size`."""
+    """Images in one forward pass of a process at evaluation; `null` takes `micro_batch_size`."""
     precision: Precision = "float32"
     """`float32`, `tf32` (float32 with faster matrix products), or autocast to `bfloat16` or `float16`."""
     compile: bool = False
-    """Train the model compiled by `torch.compile`; the first steps then take minutes."""
+    """Train with `torch.compile`; the first steps then take minutes."""
     ema_decay: float | None = 0.98
-    """Decay of the averaged weights, per optimizer step; `null` keeps no average."""
+    """Decay of the averaged weights (EMA), per optimizer step; `null` turns averaging off."""
     best_by: BestBy = "better"
-    """Judge an epoch by its `raw` weights, as the original does, by the averaged ones (`ema`), or by the `better`."""
+    """Select the best epoch by its `raw` weights, as the original does, by the averaged ones (`ema`), or by the
+    `better` of both."""
     max_skipped_steps: int = 20
-    """Stop after so many steps in a row whose loss or gradient is not finite; none of them is taken."""
+    """Stop after this many consecutive steps with a loss or gradient that is not finite; such steps are skipped."""
     seed: int = 0
-    """Seed of every random choice."""
+    """Seed of all random draws."""
     device: str = "auto"
-    """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:1`, `mps`."""
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -380,15 +381,15 @@ class TrainConfig:
             )
         if self.augment.mixes and self.micro_batch_size % 2:
             raise ValueError(
-                "micro_batch_size must be even when augment.mixup or augment.cutmix is on, which pair images, got "
+                "micro_batch_size must be even when augment.mixup or augment.cutmix is on, since they pair images, got "
                 f"{self.micro_batch_size}"
             )
         if self.best_by == "ema" and self.ema_decay is None:
             raise ValueError("best_by must be 'raw' or 'better' when ema_decay is null, got 'ema'")
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
-                f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {self.schedule.warmup_epochs}: a run "
-                "of few epochs needs --schedule.warmup_epochs 0"
+                f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {self.schedule.warmup_epochs}: for a "
+                "short run set --schedule.warmup_epochs 0"
             )
         start = self.progressive.start_size
         if start is not None and start > min(self.model.image_shape):
@@ -406,9 +407,9 @@ class TrainConfig:
             )
 
     def split_batch(self, processes: int) -> BatchSplit:
-        """Return what one of several processes does of an optimizer step.
+        """Return the part of one process in an optimizer step.
 
-        Its micro-batches are of `micro_batch_size` images, or of the next smaller number that divides its share.
+        Its micro-batches have `micro_batch_size` images, or the next smaller number that divides its share.
 
         Raises:
             ValueError: The processes cannot share `batch_size` images evenly.

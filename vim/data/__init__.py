@@ -1,1 +1,1 @@
-"""Images and labels for training: data sets that need no files, timm's readers, and the loaders over both."""
+"""Images and labels: data sets in memory and in files, timm's readers, and loaders."""

@@ -1,4 +1,4 @@
-"""Tar files whose members are read in any order: the headers are read once, and then each file by its place."""
+"""Random access to the members of tar files: headers are read once, then each file by its offset."""
 
 import io
 import tarfile
@@ -17,10 +17,10 @@ class Member(NamedTuple):
     offset: int
     size: int
     name: str
-    """Its path in the archive, with `/` between the parts; a tar file inside is a folder in it."""
+    """Path in the archive, with `/` between the parts; a nested tar file counts as a folder."""
 
     def read(self, archive: IO[bytes], most: int | None = None) -> bytes:
-        """Return the contents, or the first `most` bytes of them, from the open tar file."""
+        """Return the contents, or their first `most` bytes, from the open tar file."""
         archive.seek(self.offset)
         return archive.read(self.size if most is None else min(self.size, most))
 
@@ -31,26 +31,26 @@ class Member(NamedTuple):
 
 
 def list_members(archive: Path, passed_over: Counter[str]) -> Iterator[Member]:
-    """Yield the files of a tar file, those in tar files inside it among them; hidden ones are left out.
+    """Yield the files of a tar file and of tar files inside it, except hidden ones.
 
     Args:
         archive: The tar file.
-        passed_over: Counts what is neither a file nor a folder.
+        passed_over: Counts members that are neither files nor folders.
 
     Raises:
-        ValueError: It is damaged, compressed or not a tar file.
+        ValueError: The file is damaged, compressed or not a tar file.
     """
     try:
         with open(archive, "rb") as file:
             yield from _members(archive, file, 0, "", passed_over)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
-            f"data.path has a file that is damaged, compressed or no tar file, {archive}: {error}"
+            f"data.path has a file that is damaged, compressed or not a tar file, {archive}: {error}"
         ) from error
 
 
 def _members(archive: Path, file: IO[bytes], start: int, prefix: str, passed_over: Counter[str]) -> Iterator[Member]:
-    """Yield the files of the tar file that begins at a place of another one."""
+    """Yield the files of the tar file that begins at the offset `start`."""
     file.seek(start)
     places: dict[str, tuple[int, int]] = {}
     inner: list[tuple[int, str]] = []

@@ -1,4 +1,4 @@
-"""From the path of an image to its class: the first folder, where that is beyond doubt."""
+"""Labels from paths: the class of an image is the first folder of its path."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,29 +6,27 @@ from vim.data.listing import natural_key, printable
 
 
 def label_by_folder(paths: Sequence[str], place: str, known: Collection[str] = ()) -> tuple[list[int], tuple[str, ...]]:
-    """Label images by the first folder of their paths; folders further in do not count.
+    """Label images by the first folder of their paths; deeper folders do not count.
 
-    A folder around all classes is not a class: as long as all images are in one folder that holds folders only, the
-    folders in it are looked at instead.
+    A single folder around all others is not a class, so it is skipped as long as it holds nothing but folders.
 
     Args:
         paths: Paths below the folder of a split, with `/` between their parts.
         place: That folder or archive, for messages.
-        known: Names that are classes, even of a folder that is alone.
+        known: Names of classes that are never skipped.
 
     Returns:
         The label of each image, and the names of the classes in natural order.
 
     Raises:
-        ValueError: An image is in no folder; the message names it.
+        ValueError: An image is not in a folder; the message names it.
     """
     folders = [path.split("/")[:-1] for path in paths]
     loose = [path for path, parts in zip(paths, folders, strict=True) if not parts]
     if loose:
-        kept = "images lie in it directly" if len(loose) == len(paths) else "images lie beside its folders"
         raise ValueError(
-            f"data.path must have a folder a class in {place}, and {len(loose):,} {kept}, such as "
-            f"{printable(loose[0])}: their class cannot be told"
+            f"data.path must have one folder per class in {place}: {len(loose):,} of {len(paths):,} images are not in "
+            f"such a folder, so their class is unknown, such as {printable(loose[0])}"
         )
     depth = 0
     while len({parts[depth] for parts in folders}) == 1:

@@ -1,4 +1,4 @@
-"""Which images a split holds, without reading them: to show it, to compare it, and to write it down."""
+"""Records of the images in a split, made without reading them: to show, compare and save."""
 
 import dataclasses
 import zlib
@@ -11,25 +11,25 @@ from vim.data.image_files import ImageFiles
 from vim.data.listing import printable
 from vim.data.sources import ImageSet, ImageSets
 
-_SHOWN = 3  # names in a message
+_MAX_NAMES = 3  # in a message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SplitContents:
-    """The images of a split."""
+    """The images of a split: their number, classes, labels and names."""
 
     count: int
-    """How many there are."""
+    """Number of images."""
     class_names: Sequence[str]
     """Name of each class, in the order of the labels."""
     labels: Sequence[int] | None
-    """Label of each image; `None` where the images must be read to know it."""
+    """Label of each image; `None` if the images must be read to know it."""
     keys: Sequence[str] | None
-    """Name of each image, which stays when the data moves; `None` where images have none."""
+    """Name of each image, which does not change when the data moves; `None` if images have no names."""
 
     @classmethod
     def of(cls, dataset: ImageSet, class_names: Sequence[str]) -> "SplitContents":
-        """Return what a data set holds."""
+        """Return the contents of a data set."""
         if isinstance(dataset, ImageFiles):
             labels, keys = dataset.source.labels(), dataset.source.keys()
         else:
@@ -38,7 +38,7 @@ class SplitContents:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "SplitContents":
-        """Return what `to_dict` has made a dict of."""
+        """Return the contents from the output of `to_dict`."""
         return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,14 +46,14 @@ class SplitContents:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def class_counts(self) -> list[int] | None:
-        """Return the number of images of each class, or `None` where the labels are unknown."""
+        """Return the number of images of each class, or `None` if the labels are unknown."""
         if self.labels is None:
             return None
         counts = Counter(self.labels)
         return [counts[label] for label in range(len(self.class_names))]
 
     def checksums(self) -> list[str]:
-        """Return for each class the number of its images, with a checksum of their names and places in the order."""
+        """Return for each class the number of its images, with a checksum of their names and positions."""
         counts = self.class_counts()
         if counts is None or self.labels is None:
             return []
@@ -65,7 +65,7 @@ class SplitContents:
         return [f"{count} images (checksum {total:08x})" for count, total in zip(counts, sums, strict=True)]
 
     def named(self) -> Counter[str] | None:
-        """Return the images by their names and classes, or `None` where they have none."""
+        """Return the images counted by name and class, or `None` if names or labels are unknown."""
         if self.keys is None or self.labels is None:
             return None
         names = self.class_names
@@ -75,7 +75,7 @@ class SplitContents:
         )
 
     def changes_since(self, before: "SplitContents") -> Iterator[str]:
-        """Yield in words how the images differ from an earlier record."""
+        """Yield the differences from an earlier record, in words."""
         old, new = before.named(), self.named()
         if old is not None and new is not None:
             for found, words in ((new - old, "new"), (old - new, "gone")):
@@ -92,7 +92,7 @@ class SplitContents:
 
 
 def contents_of(sets: ImageSets) -> dict[str, SplitContents]:
-    """Return what both splits of a data set hold, by words for the split."""
+    """Return the contents of both splits of a data set, by name of the split."""
     return {
         "training": SplitContents.of(sets.train, sets.class_names),
         "held-out": SplitContents.of(sets.val, sets.class_names),
@@ -100,12 +100,12 @@ def contents_of(sets: ImageSets) -> dict[str, SplitContents]:
 
 
 def passed_over(*datasets: ImageSet) -> Counter[str]:
-    """Return how many files data sets have besides their images, by kind."""
+    """Return the number of other files in the data sets, by kind."""
     return sum((data.source.passed_over for data in datasets if isinstance(data, ImageFiles)), Counter[str]())
 
 
 def class_changes(before: Sequence[str], after: Sequence[str]) -> str | None:
-    """Return in words how classes differ from earlier ones, whose labels a model has learned; `None` if they do not."""
+    """Return in words how the classes changed since a model learned them, or `None` if they did not."""
     if tuple(before) == tuple(after):
         return None
     gone, new = [name for name in before if name not in after], [name for name in after if name not in before]
@@ -118,6 +118,6 @@ def class_changes(before: Sequence[str], after: Sequence[str]) -> str | None:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Return the first names as text."""
-    shown = [printable(name) for name in islice(names, _SHOWN + 1)]
-    return ", ".join([*shown[:_SHOWN], *(["..."] if len(shown) > _SHOWN else [])])
+    """Return the first few names as text."""
+    shown = [printable(name) for name in islice(names, _MAX_NAMES + 1)]
+    return ", ".join([*shown[:_MAX_NAMES], *(["..."] if len(shown) > _MAX_NAMES else [])])

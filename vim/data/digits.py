@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: 1,797 grey images of 8 x 8 pixels, no download."""
+"""Handwritten digits that come with scikit-learn: 1,797 grey images of 8 x 8 pixels, without a download."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ _SPLIT_SEED = 0
 
 
 def load_digits(image_shape: tuple[int, int], in_chans: int) -> tuple[TensorImages, TensorImages]:
-    """Read the digits, enlarged, split once and for all into 1,437 to train on and 360 held out.
+    """Read the digits, enlarged, in a fixed split: 1,437 for training and 360 held out.
 
-    Both parts hold each digit in the same proportion.
+    The split is stratified by digit.
 
     Args:
         image_shape: Height and width to enlarge the 8 x 8 pixels to.

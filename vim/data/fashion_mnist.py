@@ -40,7 +40,7 @@ def load_fashion_mnist(
     """Read the training and the test images.
 
     Args:
-        folder: Holds `train-images-idx3-ubyte.gz` and the other three; `None` is where Debian's package puts them.
+        folder: Holds `train-images-idx3-ubyte.gz` and the other three files; `None` is the folder of Debian's package.
         image_shape: Height and width to resize the 28 x 28 pixels to.
         in_chans: Channels of the images; every channel holds the same grey values.
 
@@ -48,7 +48,7 @@ def load_fashion_mnist(
         The training images and the test images.
 
     Raises:
-        ValueError: The files are not there (the message says how to install them), damaged or of another kind.
+        ValueError: The files are missing (the message says how to install them), damaged or of another kind.
     """
     place = DEBIAN_FOLDER if folder is None else folder
     return _load_part(place, "train", image_shape, in_chans), _load_part(place, "t10k", image_shape, in_chans)
@@ -66,24 +66,24 @@ def _load_part(folder: Path, part: str, image_shape: tuple[int, int], in_chans: 
 
 
 def _read_idx(path: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Read a compressed idx file of unsigned bytes, (count, *shape), no more of it than its header promises."""
+    """Read a compressed idx file of unsigned bytes, (count, *shape), up to the size in its header."""
     if not path.is_file():
         raise ValueError(
-            f"data.dataset 'fashion_mnist' needs {path}, which is not there: {_INSTALL}, or name the folder of the "
+            f"data.dataset 'fashion_mnist' needs {path}, which does not exist: {_INSTALL}, or name the folder of the "
             "four files with --data.path"
         )
     try:
         with gzip.open(path) as file:
             return _read_array(file, path, magic, shape)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no gzip file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a gzip file: {error}") from error
 
 
 def _read_array(file: gzip.GzipFile, path: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
     axes = 1 + len(shape)
     header = file.read(4 * (1 + axes))
     if len(header) < 4 * (1 + axes):
-        raise ValueError(f"{path} is no idx file: it ends in its header")
+        raise ValueError(f"{path} is not an idx file: it ends in its header")
     found_magic, count, *found_shape = struct.unpack(f">{1 + axes}I", header)
     if found_magic != magic or tuple(found_shape) != shape or count > _MOST_IMAGES:
         raise ValueError(

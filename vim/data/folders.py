@@ -1,4 +1,4 @@
-"""Images in folders or tar files with a folder a class."""
+"""Images in folders or tar files with one folder per class."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -19,13 +19,13 @@ _SYNONYMS = {
 def open_folder(
     root: str, split: str, extensions: Sequence[str] = IMAGE_EXTENSIONS, known: Collection[str] = ()
 ) -> tuple[ImageSource, tuple[str, ...]]:
-    """Open the images of a split: a folder, or a tar file, with a folder a class.
+    """Open the images of a split: a folder or a tar file, with one folder per class.
 
     Args:
         root: The folder with the splits.
         split: The split.
         extensions: Endings of images, in either case.
-        known: Names that are classes, even of a folder that is alone; see `label_by_folder`.
+        known: Names of classes that are never skipped, see `label_by_folder`.
 
     Returns:
         The images and the names of their classes, in the order of their labels.
@@ -67,10 +67,10 @@ def _open_archive(
 
 
 def find_split(root: Path, split: str) -> Path:
-    """Return the sub-folder or tar file of a split, which may go by another usual name (`validation` for `val`).
+    """Return the sub-folder or tar file of a split, under one of its usual names (`validation` for `val`).
 
     Raises:
-        ValueError: There is none; the message lists the names that were tried.
+        ValueError: It does not exist; the message lists the names that were tried.
     """
     if not root.is_dir():
         raise ValueError(f"data.path must be a folder of images, and {str(root)!r} is not a folder")
@@ -86,6 +86,6 @@ def find_split(root: Path, split: str) -> Path:
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """Return the names that a split may go by, its own first."""
+    """Return the usual names of a split, its own first."""
     names = next((names for names in _SYNONYMS.values() if split in names), ())
     return tuple(dict.fromkeys((split, *names)))

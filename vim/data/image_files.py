@@ -1,4 +1,4 @@
-"""Images that are files, read and augmented one by one; one that cannot be read is replaced or left out."""
+"""Images in files, read and augmented one by one; an unreadable image is replaced or skipped."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from vim.data.order import Place
 from vim.data.randomness import Draw, generator_for, seeded
 from vim.data.unreadable import Batch, Unreadable
 
-# So many images in a row that cannot be read mean that the disk is gone, and not that files are damaged.
-_MOST_IN_A_ROW = 10
+# So many unreadable images in a row mean that the disk is gone, not that single files are damaged.
+_MAX_CONSECUTIVE_FAILURES = 10
 
 
 class ImageSource(Protocol):
-    """Images of a split, and their labels."""
+    """Images of a split and their labels."""
 
     passed_over: Counter[str]
-    """How many files there are besides, by the kind that they are of."""
+    """Number of other files, by kind."""
 
     def __len__(self) -> int: ...
 
@@ -37,11 +37,11 @@ class ImageSource(Protocol):
         ...
 
     def labels(self) -> Sequence[int] | None:
-        """Return the label of each image, or `None` where the images must be read to know it."""
+        """Return the label of each image, or `None` if the images must be read to know it."""
         ...
 
     def keys(self) -> Sequence[str] | None:
-        """Return a name for each image that stays when the data moves to another folder, or `None` without names."""
+        """Return a name for each image that does not change when the data moves, or `None` without names."""
         ...
 
 
@@ -49,10 +49,10 @@ class FileSource:
     """Images in files.
 
     Args:
-        root: The folder that they are in.
-        paths: Their paths in it, with `/` between the parts.
-        labels: Label of each.
-        passed_over: How many files there are besides, by kind.
+        root: Folder of the images.
+        paths: Paths of the images in it, with `/` between the parts.
+        labels: Label of each image.
+        passed_over: Number of other files, by kind.
     """
 
     def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int], passed_over: Counter[str]) -> None:
@@ -74,7 +74,7 @@ class FileSource:
         return self._labels
 
     def keys(self) -> Sequence[str]:
-        """Return the path of each file in the folder of the split."""
+        """Return the path of each file below the folder of the split."""
         return self._paths
 
 
@@ -83,8 +83,8 @@ class MemberSource:
 
     Args:
         members: The images.
-        labels: Label of each.
-        passed_over: How many files there are besides, by kind.
+        labels: Label of each image.
+        passed_over: Number of other files, by kind.
     """
 
     def __init__(self, members: Sequence[Member], labels: Sequence[int], passed_over: Counter[str]) -> None:
@@ -98,7 +98,7 @@ class MemberSource:
         return read_image(self._members[index].open()), self._labels[index]
 
     def name(self, index: int) -> str:
-        """Return the path of the tar file with the name of the image in it."""
+        """Return the path of the tar file, with the name of the image in it."""
         return f"{self._members[index].archive}:{self._members[index].name}"
 
     def labels(self) -> Sequence[int]:
@@ -106,7 +106,7 @@ class MemberSource:
         return self._labels
 
     def keys(self) -> Sequence[str]:
-        """Return the name of each image's tar file with its own."""
+        """Return the name of the tar file and of the image in it, for each image."""
         return [f"{member.archive.name}:{member.name}" for member in self._members]
 
 
@@ -114,8 +114,8 @@ class ReaderSource:
     """Images of a reader of timm.
 
     Args:
-        reader: Gives a file and a label by index.
-        labels: Label of each image, where they are known.
+        reader: Sequence of (file, label).
+        labels: Label of each image, if known.
     """
 
     def __init__(self, reader: Any, labels: Sequence[int] | None = None) -> None:
@@ -136,18 +136,18 @@ class ReaderSource:
         return str(self.reader.filename(index, absolute=True))
 
     def labels(self) -> Sequence[int] | None:
-        """Return the label of each image, where they are known."""
+        """Return the label of each image, or `None` if they are unknown."""
         return self._labels
 
     def keys(self) -> None:
-        """Return `None`: the files may be in a cache, under names that mean nothing."""
+        """Return `None`: the files may be in a cache, under arbitrary names."""
 
 
 class TorchvisionSource:
     """Images of a data set of torchvision that has no transform.
 
     Args:
-        dataset: Gives an image and a label by index.
+        dataset: Sequence of (image, label).
         title: Name of the data set.
     """
 
@@ -165,11 +165,11 @@ class TorchvisionSource:
         return upright(image), label
 
     def name(self, index: int) -> str:
-        """Return the data set's name with the number of the image in it."""
+        """Return the name of the data set, with the number of the image."""
         return f"{self._title}[{index}]"
 
     def labels(self) -> Sequence[int] | None:
-        """Return the label of each image, where the data set has them in an attribute of the usual name."""
+        """Return the label of each image from the attribute `targets`, or `None` if the data set lacks it."""
         labels = getattr(self.dataset, "targets", None)
         return None if labels is None or len(labels) != len(self) else [int(label) for label in labels]
 
@@ -178,11 +178,11 @@ class TorchvisionSource:
 
 
 class Relabelled:
-    """Images with other labels.
+    """Images of another source with new labels.
 
     Args:
         source: The images.
-        labels: Our label for each of theirs.
+        labels: New label for each label of the source.
     """
 
     def __init__(self, source: ImageSource, labels: Sequence[int]) -> None:
@@ -194,39 +194,40 @@ class Relabelled:
         return len(self.source)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image, decoded and upright, and our label of it."""
+        """Return an image, decoded and upright, and its new label."""
         image, label = self.source.read(index)
-        return image, self._ours(label)
+        return image, self._new_label(label)
 
     def name(self, index: int) -> str:
         """Return the name of an image."""
         return self.source.name(index)
 
     def labels(self) -> Sequence[int] | None:
-        """Return our label of each image, where theirs are known."""
+        """Return the new label of each image, or `None` if the source does not know its labels."""
         labels = self.source.labels()
-        return None if labels is None else [self._ours(label) for label in labels]
+        return None if labels is None else [self._new_label(label) for label in labels]
 
     def keys(self) -> Sequence[str] | None:
-        """Return the names of the source."""
+        """Return the keys of the source."""
         return self.source.keys()
 
-    def _ours(self, label: int) -> int:
+    def _new_label(self, label: int) -> int:
         return self._labels[label] if 0 <= label < len(self._labels) else -1
 
 
 class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     """A data set of image files, read a batch at a time.
 
-    The loader over it hands out `Place`s and collates nothing: a batch arrives whole, with what was unreadable.
+    It is indexed with a list of `Place`s and returns a whole batch with its unreadable images; the loader collates
+    nothing.
 
     Args:
-        source: Where the images come from.
+        source: The images.
         num_classes: Labels must be less than this.
         color_mode: The mode of PIL that images are converted to.
-        bits: Bits in use of a grey image with 16 bits a pixel.
+        bits: Bits in use of a 16-bit grey image.
         seed: Seed of the run, for the augmentation.
-        replace: Show another image, drawn at random, for one that cannot be read; else leave it out of its batch.
+        replace: Replace an unreadable image by a random one; otherwise skip it.
     """
 
     def __init__(
@@ -234,7 +235,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.source = source
         self.transform: Callable[[Image.Image], Tensor] | None = None
-        """From an image to (channels, height, width), uint8; drawn from the global random generators."""
+        """Maps an image to (channels, height, width), uint8; it draws from the global random generators."""
         self._num_classes, self._color_mode, self._bits = num_classes, color_mode, bits
         self._seed, self._replace = seed, replace
 
@@ -253,7 +254,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         return images, torch.tensor([label for _, label in found], dtype=torch.int64), unreadable
 
     def _read_at(self, place: Place, unreadable: list[Unreadable]) -> tuple[Tensor, int] | None:
-        """Return the augmented image of a place and its label, or another one's, or none."""
+        """Return the augmented image at a place and its label; for an unreadable one a replacement, or `None`."""
         tried: list[Unreadable] = []
         index, other = place.image, generator_for(Draw.REPLACEMENT, self._seed, place.epoch, place.position)
         while True:
@@ -267,7 +268,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
                 return self._transformed(image, place), label
             if not self._replace:
                 return None
-            if len(tried) == _MOST_IN_A_ROW:
+            if len(tried) == _MAX_CONSECUTIVE_FAILURES:
                 raise RuntimeError(
                     f"{len(tried)} images in a row, drawn at random, could not be read; the last was {tried[-1].name}: "
                     f"{tried[-1].reason}"
@@ -277,7 +278,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     def _read(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.source.read(index)
         if not 0 <= label < self._num_classes:
-            raise ValueError(f"its label is {label}, which is none of the {self._num_classes} classes")
+            raise ValueError(f"its label must be from 0 to {self._num_classes - 1}, got {label}")
         return to_color_mode(image, self._color_mode, self._bits), int(label)
 
     def _transformed(self, image: Image.Image, place: Place) -> Tensor:

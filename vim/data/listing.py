@@ -1,4 +1,4 @@
-"""Which files below a folder are images, by their names; the rest is counted, so that nobody misses it silently."""
+"""List the image files below a folder by their names, and count the other files by kind."""
 
 import os
 import re
@@ -11,16 +11,16 @@ from typing import Any
 
 @dataclass(slots=True)
 class Listing:
-    """The images below a folder, in natural order, and what is not one of them."""
+    """The images below a folder, in natural order, and the number of other files."""
 
     paths: list[str] = field(default_factory=list)
     """Paths relative to the folder, with `/` between their parts."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """How many other files there are of each kind: an ending, or words."""
+    """Number of other files by kind: an ending, or a description."""
 
 
 def list_files(folder: Path, extensions: Sequence[str]) -> Listing:
-    """Find the images below a folder, through links, with hidden files and folders left out.
+    """List the images below a folder; follow links, and ignore hidden files and folders.
 
     Args:
         folder: The folder.
@@ -30,27 +30,27 @@ def list_files(folder: Path, extensions: Sequence[str]) -> Listing:
         OSError: A folder cannot be read.
     """
     listing = Listing()
-    _walk(str(folder), "", frozenset(), endings_of(extensions), listing)
+    _list_into(listing, str(folder), "", frozenset(), endings_of(extensions))
     listing.paths.sort(key=natural_key)
     return listing
 
 
-def _walk(
-    folder: str, prefix: str, above: frozenset[tuple[int, int]], endings: tuple[str, ...], listing: Listing
+def _list_into(
+    listing: Listing, folder: str, prefix: str, parents: frozenset[tuple[int, int]], endings: tuple[str, ...]
 ) -> None:
     status = os.stat(folder)
-    place = (status.st_dev, status.st_ino)
-    if place in above:  # a link to a folder that it is in
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:  # a link to one of its parents
         return
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_hidden(entry.name):
                 continue
             if entry.is_dir():
-                _walk(entry.path, f"{prefix}{entry.name}/", above | {place}, endings, listing)
+                _list_into(listing, entry.path, f"{prefix}{entry.name}/", parents | {identity}, endings)
             elif not entry.is_file():
                 dangling = entry.is_symlink() and not os.path.exists(entry.path)
-                listing.passed_over["link to nothing" if dangling else "no regular file"] += 1
+                listing.passed_over["broken link" if dangling else "special file"] += 1
             elif entry.name.lower().endswith(endings):
                 listing.paths.append(prefix + entry.name)
             else:
@@ -63,32 +63,29 @@ def endings_of(extensions: Sequence[str]) -> tuple[str, ...]:
 
 
 def ending_of(name: str) -> str:
-    """Return the ending of a file's name, in lower case, or words where it has none."""
+    """Return the ending of a file's name, in lower case, or a description if it has none."""
     return os.path.splitext(name)[1].lower() or "without an ending"
 
 
 def is_hidden(name: str) -> bool:
-    """Return True for the name of a file or folder that programs keep for themselves.
-
-    Such are `.ipynb_checkpoints`, `.DS_Store`, and the `._0.jpg` that macOS puts beside `0.jpg`.
-    """
+    """Return True for names of hidden files, such as `.DS_Store` and the `._0.jpg` that macOS adds to `0.jpg`."""
     return name.startswith(".")
 
 
 def natural_key(name: str) -> Any:
-    """Return a key to sort names by, in which `a2` comes before `a10`, and case decides between equals."""
+    """Return a sort key that orders `a2` before `a10`; case breaks ties."""
     parts: list[Any] = re.split(r"(\d+)", name.lower())
     parts[1::2] = map(int, parts[1::2])
     return parts, name
 
 
 def printable(name: str) -> str:
-    """Return a name with the bytes escaped that are not text, as in the names of files from old archives."""
+    """Return a name with bytes that are not UTF-8 escaped; names of files from old archives have them."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def describe_passed_over(passed_over: Counter[str]) -> str:
-    """Return what was passed over in words, such as `12 files passed over (9 .heic, 3 .txt)`; empty if nothing was."""
+    """Return the counts in words, such as `12 files passed over (9 .heic, 3 .txt)`, or an empty string for none."""
     total = passed_over.total()
     if not total:
         return ""

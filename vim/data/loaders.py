@@ -26,21 +26,21 @@ from vim.data.unreadable import ReadableBatches, UnreadableLog
 class Loaders:
     """Loaders that yield normalised images (batch, in_chans, height, width) and labels (batch,) on the device.
 
-    Order and augmentation of the training images are functions of the seed and of the place in the run. No loader
-    reads or changes the global random generators.
+    Order and augmentation of the training images are functions of the seed and of the position in the run. Loaders
+    neither read nor change the global random generators.
     """
 
     train: "TrainBatches"
     """The micro-batches of this process, in whole optimizer steps."""
     val: PrefetchLoader
-    """The share of this process in the held-out images, each once; all of them with one process."""
+    """The share of this process in the held-out images, each once."""
     sets: ImageSets
     train_unreadable: UnreadableLog
-    """What could not be read in training, on this process; other images stood in."""
+    """Unreadable training images of this process, which were replaced by others."""
     val_unreadable: UnreadableLog
-    """What could not be read at evaluation, on this process, and is missing from `val`."""
+    """Unreadable held-out images of this process, which are missing from `val`."""
     order: TrainOrder
-    """Which images are in which micro-batch."""
+    """Order of the training images."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -48,11 +48,11 @@ class Loaders:
         return self.sets.class_names
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration over `train` shows, and where in it to begin.
+        """Choose the epoch of the next iteration over `train`, and the micro-batch it begins with.
 
         Args:
             epoch: Epochs before this one.
-            first_batch: Micro-batches of this process to leave out, unread: those before the run was interrupted.
+            first_batch: Micro-batches of this process to skip, without reading them.
         """
         self.order.set_epoch(epoch, first_batch)
 
@@ -62,13 +62,13 @@ def build_loaders(config: TrainConfig, device: torch.device, rank: int = 0, worl
 
     Args:
         config: The settings of the run.
-        device: Where the batches go.
+        device: Device of the batches.
         rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
-        ValueError: The data set cannot be used (see `open_image_sets`), it has fewer training images than one
-            optimizer step takes, or a step cannot be shared evenly by the processes.
+        ValueError: The data set cannot be used (see `open_image_sets`), it has too few training images for one
+            optimizer step, or the processes cannot share a step evenly.
         ModuleNotFoundError: The data set needs a package that is not installed.
     """
     sets = open_image_sets(config)
@@ -96,12 +96,12 @@ def build_loaders(config: TrainConfig, device: torch.device, rank: int = 0, worl
 def build_eval_loader(
     dataset: ImageSet, config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> tuple[PrefetchLoader, UnreadableLog]:
-    """Make a loader that yields the share of a process in held-out images, each once, and the log of the unreadable.
+    """Make a loader over the held-out images of a process, each once, and the log of its unreadable images.
 
     Args:
         dataset: The images.
-        config: The settings, of which those of the model's input, of the data and `eval_batch_size` are read.
-        device: Where the batches go.
+        config: The settings: the model's input, the data and `eval_batch_size` are used.
+        device: Device of the batches.
         rank: Number of this process.
         world_size: Number of processes.
     """
@@ -129,7 +129,7 @@ def _prefetch(
         pin_memory=config.data.pin_memory and device.type == "cuda",
         persistent_workers=config.data.workers > 0,
         collate_fn=_keep_batch,
-        generator=torch.Generator(),  # else each iterator would draw from the global one
+        generator=torch.Generator(),  # else each iterator draws from the global generator
     )
     batches: Any = ReadableBatches(loader, unreadable)
     return PrefetchLoader(
@@ -142,7 +142,7 @@ def _prefetch(
 
 
 def _keep_batch(batch: Any) -> Any:
-    """Collate nothing: the data sets hand out whole batches."""
+    """Return the batch unchanged: the data sets return whole batches."""
     return batch
 
 
@@ -151,9 +151,9 @@ class TrainBatches:
 
     Args:
         batches: Yields images and labels on the device, in the order of `order`.
-        order: Which micro-batch is where in the run.
+        order: Order of the training images.
         config: The settings of the run.
-        device: Where the batches are.
+        device: Device of the batches.
     """
 
     def __init__(self, batches: PrefetchLoader, order: TrainOrder, config: TrainConfig, device: torch.device) -> None:
@@ -164,7 +164,7 @@ class TrainBatches:
         )
 
     def __len__(self) -> int:
-        """Micro-batches of this process in a whole epoch."""
+        """Return the micro-batches of this process in a whole epoch."""
         return len(self._order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -177,7 +177,7 @@ class TrainBatches:
 
 
 def _train_transform(config: TrainConfig) -> Any:
-    """Return timm's training transform, to uint8: the prefetcher normalises and erases on the device."""
+    """Return timm's training transform, with uint8 output: images are normalised and erased on the device."""
     augment, preprocessing = config.augment, Preprocessing.from_config(config)
     if augment.auto_augment and preprocessing.color_mode == "RGBA":
         raise ValueError(
@@ -204,7 +204,7 @@ def _train_transform(config: TrainConfig) -> Any:
 
 
 def _allow_posterizing_to_black(transform: Any) -> None:
-    """Let timm's policies keep no bit of an image, which they draw now and then, and Pillow 13 refuses."""
+    """Let timm's policies keep 0 bits of an image, which they draw now and then and which Pillow 13 refuses."""
     for step in transform.transforms:
         of_policies = [operation for policy in getattr(step, "policy", ()) for operation in policy]
         for operation in [*getattr(step, "ops", ()), *of_policies]:

@@ -1,4 +1,4 @@
-"""Which images are in which batch: a function of the seed, the epoch and the position, on any number of processes."""
+"""Order of the images: a function of the seed, the epoch and the position, for any number of processes."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,39 +11,39 @@ from vim.data.randomness import Draw, generator_for
 
 
 class Place(NamedTuple):
-    """An image at its place in a run; its augmentation is a function of the first two."""
+    """An image and its position in a run; the augmentation is a function of epoch and position."""
 
     epoch: int
     position: int
-    """Number of images that the epoch shows before this one, on all processes."""
+    """Number of images before this one in the epoch, over all processes."""
     image: int
-    """Which image of the data set it is."""
+    """Index of the image in the data set."""
 
 
 class TrainOrder(Sampler[list[Place]]):
     """The micro-batches of one process.
 
-    An epoch shows the images in one random order. Each optimizer step takes the next `batch_size` of them and deals
-    them out like cards to its micro-batches, of which there are `batch_size / micro_batch_size` on all processes
-    together. The micro-batches are therefore the same whether one process accumulates them or many share them.
+    An epoch has one random order. Each optimizer step takes the next `batch_size` images and deals them out, one by
+    one, to `batch_size / micro_batch_size` micro-batches over all processes. The micro-batches are therefore the same
+    if one process accumulates them or many share them.
 
-    With repeated augmentation an image is shown `repeats` times in a row, so that its copies are in one step, or in two
-    that follow each other, and in different micro-batches if a step has as many; an epoch shows as many images as
-    without, of fewer. (Hoffer et al. 2020, arXiv:1901.09335; the sampler of DeiT, which the original uses, gives the
-    same micro-batches to its GPUs.)
+    With repeated augmentation an image appears `repeats` times in a row. Its copies are in one step or in two
+    consecutive ones, and in different micro-batches if a step has enough of them. The length of an epoch does not
+    change, so it has fewer distinct images. (Hoffer et al. 2020, arXiv:1901.09335. The sampler of DeiT, which the
+    original uses, makes the same micro-batches.)
 
     Args:
         num_images: Images in the training set.
         batch_size: Images in one optimizer step on all processes.
         micro_batch_size: Images in one forward pass of one process.
         seed: Seed of the run.
-        repeats: How often an image is shown in an epoch; 0 and 1 are the same.
-        rounding: Cut what an epoch shows to a multiple of this, if there are as many images; `None` does not.
+        repeats: Number of times that an image appears in an epoch; 0 and 1 are the same.
+        rounding: Truncate an epoch to a multiple of this, if there are that many images; `None` does not.
         rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
-        ValueError: An epoch has no whole step, or a step cannot be shared evenly.
+        ValueError: An epoch is shorter than one step, or the processes cannot share a step evenly.
     """
 
     def __init__(
@@ -66,47 +66,47 @@ class TrainOrder(Sampler[list[Place]]):
         self._num_images, self._batch_size, self._seed = num_images, batch_size, seed
         self._repeats = max(1, repeats)
         self._rank, self._world_size = rank, world_size
-        self._hands = batch_size // micro_batch_size
-        self._accumulation = self._hands // world_size
+        self._micro_batches = batch_size // micro_batch_size  # of a step, on all processes
+        self._accumulation = self._micro_batches // world_size
         shown = num_images - (num_images % rounding if rounding and num_images >= rounding else 0)
         self.steps = shown // batch_size
-        """Optimizer steps in an epoch; images beyond the last whole one wait for another epoch's order."""
+        """Optimizer steps in an epoch; images after the last whole step are not used in it."""
         if self.steps == 0:
             raise ValueError(f"batch_size must be <= the {shown} training images that an epoch shows, got {batch_size}")
         self.epoch = 0
         self._first_batch = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and where in it the next iteration begins.
+        """Choose the epoch of the next iteration, and the micro-batch it begins with.
 
         Args:
             epoch: Epochs before this one.
-            first_batch: Micro-batches of this process that were seen before and are left out.
+            first_batch: Micro-batches of this process to skip.
         """
         self.epoch, self._first_batch = epoch, first_batch
 
     @property
     def first_batch(self) -> int:
-        """Where the next iteration begins."""
+        """Micro-batch of this process that the next iteration begins with."""
         return self._first_batch
 
     def __len__(self) -> int:
-        """Micro-batches of this process in a whole epoch."""
+        """Return the micro-batches of this process in a whole epoch."""
         return self.steps * self._accumulation
 
     def __iter__(self) -> Iterator[list[Place]]:
         epoch, order = self.epoch, self._order()
         for batch in range(self._first_batch, len(self)):
-            start = self.number(batch) // self._hands * self._batch_size
-            hand = self.number(batch) % self._hands
-            positions = range(start + hand, start + self._batch_size, self._hands)
+            step, offset = divmod(self.number(batch), self._micro_batches)
+            start = step * self._batch_size
+            positions = range(start + offset, start + self._batch_size, self._micro_batches)
             indices = order[positions.start : positions.stop : positions.step].tolist()
             yield [Place(epoch, *place) for place in zip(positions, indices, strict=True)]
 
     def number(self, batch: int) -> int:
-        """Return the number of a micro-batch of this process among those of all processes in the epoch."""
+        """Return the global number in the epoch of a micro-batch of this process."""
         step, turn = divmod(batch, self._accumulation)
-        return step * self._hands + turn * self._world_size + self._rank
+        return step * self._micro_batches + turn * self._world_size + self._rank
 
     def _order(self) -> Tensor:
         """Return the index of the image at each position of the epoch."""
@@ -116,7 +116,7 @@ class TrainOrder(Sampler[list[Place]]):
 
 
 class EvalOrder(Sampler[list[Place]]):
-    """Every held-out image once: process `rank` reads every `world_size`-th, and nothing is padded.
+    """Batches of held-out images, each image once: process `rank` reads every `world_size`-th, without padding.
 
     Args:
         num_images: Images in the held-out set.

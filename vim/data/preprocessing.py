@@ -1,4 +1,4 @@
-"""How an image file becomes the input of a model at evaluation."""
+"""Preprocessing at evaluation: from an image to the input of a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class Preprocessing:
     std: tuple[float, ...]
     """Standard deviation of each channel, for pixels between 0 and 1."""
     crop_pct: float
-    """Side of the crop over the side that the image is resized to."""
+    """Side of the crop, relative to the side of the resized image."""
     interpolation: str
     """Resampling, by its name in PIL."""
     bits: int = 16
-    """Bits in use of a grey image with 16 bits a pixel."""
+    """Bits in use of a 16-bit grey image."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "Preprocessing":
@@ -50,7 +50,7 @@ class Preprocessing:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "Preprocessing":
-        """Return the preprocessing that the published weights of a timm model were evaluated with."""
+        """Return the preprocessing of a timm model's published weights."""
         data = resolve_model_data_config(model)
         in_chans, height, width = data["input_size"]
         return cls(
@@ -72,7 +72,7 @@ class Preprocessing:
         """The mode of PIL that an image is converted to.
 
         Raises:
-            ValueError: No image has this number of channels.
+            ValueError: Images cannot have this number of channels.
         """
         if self.in_chans not in _COLOR_MODES:
             raise ValueError(
@@ -86,10 +86,10 @@ class Preprocessing:
         return (self.in_chans, *self.image_shape)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Return the function from an image to an input, (in_chans, height, width), float32.
+        """Return a function that maps an image to an input, (in_chans, height, width), float32.
 
         Raises:
-            ValueError: No image has this number of channels.
+            ValueError: Images cannot have this number of channels.
         """
         mode, bits = self.color_mode, self.bits
         resize_and_normalise: Any = create_transform(
@@ -104,10 +104,10 @@ class Preprocessing:
 
 
 def per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    """Return one value a channel, from one value for all or one for each.
+    """Return one value per channel; a single value is used for all channels.
 
     Raises:
-        ValueError: There are other than 1 or `in_chans` values.
+        ValueError: The number of values is neither 1 nor `in_chans`.
     """
     if len(values) not in (1, in_chans):
         raise ValueError(f"values must be one number or one for each of in_chans = {in_chans} channels, got {values}")

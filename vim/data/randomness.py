@@ -1,4 +1,4 @@
-"""Random draws that depend on where in a run they happen, and on nothing that was drawn before."""
+"""Random draws that depend on the position in a run, and not on earlier draws."""
 
 import enum
 import random
@@ -10,7 +10,7 @@ import torch
 
 
 class Draw(enum.IntEnum):
-    """What a draw is for; it begins each key, so that no two of them see the same numbers."""
+    """Purpose of a draw; it is part of the key, so that different purposes draw different numbers."""
 
     ORDER = 1
     CROP = 2
@@ -21,25 +21,25 @@ class Draw(enum.IntEnum):
 
 
 def generator_for(purpose: Draw, *key: int) -> torch.Generator:
-    """Return a generator on the CPU whose draws are a function of the purpose and of these non-negative integers."""
-    return torch.Generator().manual_seed(_words(purpose, *key)[0])
+    """Return a CPU generator whose draws are a function of the purpose and of these non-negative integers."""
+    return torch.Generator().manual_seed(_seeds(purpose, *key)[0])
 
 
 @contextmanager
 def seeded(purpose: Draw, *key: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's global generators, and put their states back afterwards.
+    """Seed the global generators of Python, NumPy and torch within the block, and restore their states after it.
 
-    What is drawn inside is a function of the arguments alone, and what is drawn outside does not notice.
+    Draws in the block are a function of the arguments alone. Draws outside are not affected.
 
     Args:
-        purpose: What is drawn inside.
+        purpose: Purpose of the draws in the block.
         key: Non-negative integers, such as the run's seed, the epoch and the position in it.
         device: Also seed the generator of this GPU.
     """
     generators = [torch.default_generator, *_generators_of(device)]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     states = [generator.get_state() for generator in generators]
-    for_torch, for_numpy, for_python = _words(purpose, *key)
+    for_torch, for_numpy, for_python = _seeds(purpose, *key)
     random.seed(for_python)
     np.random.seed(for_numpy % 2**32)
     for generator in generators:
@@ -53,8 +53,8 @@ def seeded(purpose: Draw, *key: int, device: torch.device | None = None) -> Iter
             generator.set_state(state)
 
 
-def _words(*key: int) -> list[int]:
-    """Return three numbers of 63 bits that look unrelated for keys that differ."""
+def _seeds(*key: int) -> list[int]:
+    """Hash the key into three 63-bit seeds."""
     return [int(word) >> 1 for word in np.random.SeedSequence(key).generate_state(3, np.uint64)]
 
 

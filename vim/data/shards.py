@@ -1,8 +1,8 @@
-"""WebDataset's shards on a disk, read in any order: an image and its label are neighbours in a tar file.
+"""Random access to WebDataset shards on a disk: tar files in which an image and its label are neighbours.
 
-The `webdataset` package reads shards as a stream, whose order depends on the number of processes and which cannot be
-entered in the middle. Here the headers are read once, and then every image by its place in its shard, so that an epoch
-is shuffled as a whole, an evaluation is exact and a run that was interrupted goes on where it was.
+The `webdataset` package reads shards as a stream. The order then depends on the number of processes, and reading cannot
+begin in the middle. Here the headers are read once, and every image by its offset. Shuffling covers the whole epoch,
+evaluation is exact, and an interrupted run resumes at its position.
 """
 
 import json
@@ -25,10 +25,10 @@ _CLASS_NAMES = "classnames.txt"
 def open_shards(
     root: str, split: str, extensions: Sequence[str] = IMAGE_EXTENSIONS
 ) -> tuple[MemberSource, tuple[str, ...] | None]:
-    """Open the images of a split in WebDataset's shards, for reading in any order.
+    """Open the images of a split in WebDataset shards, for random access.
 
-    A sample is the files of one key, `KEY.jpg` with `KEY.cls` (a number) or `KEY.json` (an object with a number under
-    `label`). A `classnames.txt` beside the shards, a name a line, names the classes.
+    A sample is an image `KEY.jpg` with `KEY.cls` (a number) or `KEY.json` (an object with a number under `label`). A
+    file `classnames.txt` in the folder of the shards names the classes, one per line.
 
     Args:
         root: The folder with the shards.
@@ -36,10 +36,10 @@ def open_shards(
         extensions: Endings of images, in either case.
 
     Returns:
-        The images, and the names of their classes if the shards tell.
+        The images, and the names of their classes, or `None` without names.
 
     Raises:
-        ValueError: There are no shards, a file is no tar file, or there is no labelled image.
+        ValueError: There are no shards, a file is not a tar file, or there are no labelled images.
     """
     shards = find_shards(Path(root).expanduser(), split_names(split))
     passed_over: Counter[str] = Counter()
@@ -55,14 +55,14 @@ def open_shards(
 
 
 def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
-    """Return the shards of a split in the order of their names: `SPLIT/*.tar`, `SPLIT-*.tar`, `*-SPLIT-*.tar`.
+    """Return the shards of a split, sorted by name: `SPLIT/*.tar`, `SPLIT-*.tar`, `*-SPLIT-*.tar`.
 
     Args:
         root: The folder with the shards.
         splits: Names of the split, the preferred one first.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are no shards.
     """
     if not root.is_dir():
         raise ValueError(f"data.path must be a folder of shards, and {str(root)!r} is not a folder")
@@ -78,7 +78,7 @@ def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
 
 
 def _samples(shard: Path, endings: tuple[str, ...], passed_over: Counter[str]) -> list[tuple[Member, int]]:
-    """Return the labelled images of a shard, and count its other samples."""
+    """Return the labelled images of a shard, and count the other samples in `passed_over`."""
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     others: dict[str, str] = {}
@@ -101,14 +101,14 @@ def _samples(shard: Path, endings: tuple[str, ...], passed_over: Counter[str]) -
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Return the key of a sample and the ending of one of its files: what follows the first dot of the name."""
+    """Split the name of a file at its first dot into the key of the sample and the ending."""
     folder, slash, base = name.rpartition("/")
     stem, dot, ending = base.partition(".")
     return folder + slash + stem, dot + ending.lower()
 
 
 def _read_label(data: bytes, ending: str) -> int | None:
-    """Return the number in a label file, or `None` if it has none."""
+    """Return the number in a label file, or `None` if there is none."""
     try:
         if ending == _LABEL:
             return int(data.decode("utf-8-sig"))
@@ -120,10 +120,10 @@ def _read_label(data: bytes, ending: str) -> int | None:
 
 
 def _class_names(shard: Path) -> tuple[str, ...] | None:
-    """Return the names in `classnames.txt` beside a shard, or in the folder above.
+    """Return the names in the file `classnames.txt` of a shard's folder, or of its parent folder.
 
     Raises:
-        ValueError: The file is not UTF-8, or has a name twice.
+        ValueError: The file is not UTF-8, or a name occurs twice.
     """
     for folder in (shard.parent, shard.parent.parent):
         file = folder / _CLASS_NAMES

@@ -38,11 +38,11 @@ def open_image_sets(config: TrainConfig) -> ImageSets:
         config: The settings of the run.
 
     Returns:
-        The two splits; images that are files come without a transform yet.
+        The two splits; images in files have no transform yet.
 
     Raises:
-        ValueError: The data set is unknown, its folders are missing or empty, or its classes disagree with each other
-            or with `model.num_classes`.
+        ValueError: The data set is unknown, its folders are missing or empty, or the classes of the splits and
+            `model.num_classes` disagree.
         ModuleNotFoundError: The data set needs a package that is not installed.
     """
     if config.data.dataset in _IN_MEMORY:
@@ -67,12 +67,12 @@ def open_eval_set(
     """Open one split, to evaluate a model on it.
 
     Args:
-        config: The settings, of which those of the data and of the model's input are read.
+        config: The settings: the data and the model's input are used.
         split: The split.
-        class_names: Names of the model's classes, which its labels are matched with; `None` takes those of the data.
+        class_names: Names of the model's classes, which define the labels; `None` takes the classes of the data.
 
     Returns:
-        The images, without a transform if they are files, and the names of the classes.
+        The images (in files: without a transform), and the names of the classes.
 
     Raises:
         ValueError: The data set is unknown, its folders are missing or empty, or it has a class that the model lacks.
@@ -120,7 +120,7 @@ _IN_MEMORY: dict[str, Callable[[TrainConfig], _InMemory]] = {
 def _open_split(
     config: TrainConfig, split: str, known: tuple[str, ...] = ()
 ) -> tuple[ImageSource, tuple[str, ...] | None]:
-    """Return the images of a split, and the names of their classes in the order of their labels, if they have any."""
+    """Return the images of a split, and the names of their classes in the order of their labels, or `None`."""
     data = config.data
     if data.dataset == "folder":
         return open_folder(cast(str, data.path), split, data.extensions, known)
@@ -140,15 +140,15 @@ def _files(source: ImageSource, class_names: tuple[str, ...], config: TrainConfi
 
 
 def _class_names(names: tuple[str, ...] | None, config: TrainConfig) -> tuple[str, ...]:
-    """Return the names of the classes, which are numbers where the data has no names."""
+    """Return the names of the classes; they are numbers if the data has no names."""
     data, num_classes = config.data, config.model.num_classes
     if names is None and num_classes is None:
-        raise ValueError(f"model.num_classes must be set: data.dataset {data.dataset!r} does not say how many it has")
+        raise ValueError(f"model.num_classes must be set: data.dataset {data.dataset!r} does not name its classes")
     if names is None:
         return tuple(map(str, range(cast(int, num_classes))))
     if len(names) < 2:
         raise ValueError(
-            f"data.path {data.path!r} must have at least two classes, a folder each, in the split "
+            f"data.path {data.path!r} must have at least two classes, one folder each, in the split "
             f"{data.train_split!r}, found {len(names)}: {', '.join(names)}"
         )
     return names
@@ -157,7 +157,7 @@ def _class_names(names: tuple[str, ...] | None, config: TrainConfig) -> tuple[st
 def _relabel(
     source: ImageSource, names: tuple[str, ...] | None, class_names: tuple[str, ...], config: TrainConfig
 ) -> ImageSource:
-    """Return the images with the labels that their classes have in `class_names`."""
+    """Return the images with labels that index into `class_names`."""
     if names is None or names == class_names:
         return source
     unknown = [name for name in names if name not in class_names]
@@ -179,7 +179,7 @@ def _check_classes(class_names: tuple[str, ...], config: TrainConfig) -> None:
 
 
 def _augmented(train: TensorImages, config: TrainConfig) -> TensorImages:
-    """Give training images the augmentation that works on a batch in memory, and refuse what does not."""
+    """Return training images with augmentation in memory; raise for settings that it does not support."""
     augment = config.augment
     for name in ("auto_augment", "color_jitter"):
         value = getattr(augment, name)
@@ -199,11 +199,11 @@ def _augmented(train: TensorImages, config: TrainConfig) -> TensorImages:
 
 
 def first_readable_file(dataset: ImageSet, tries: int = 10) -> Path | None:
-    """Return the first image with a file of its own that can be read and whose name is text, or `None`.
+    """Return the first readable image file whose name is UTF-8, or `None` if images are not files.
 
     Args:
         dataset: The images.
-        tries: How many to look at.
+        tries: Number of images to try.
     """
     source = dataset.source if isinstance(dataset, ImageFiles) else None
     while isinstance(source, Relabelled):

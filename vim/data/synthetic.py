@@ -1,4 +1,4 @@
-"""Random images with labels, for measuring speed and for tests; nothing is read from a disk."""
+"""Random images with labels, for benchmarks and tests."""
 
 import torch
 
@@ -8,7 +8,7 @@ from vim.data.tensors import TensorImages
 def make_synthetic(
     num_images: int, image_shape: tuple[int, int], in_chans: int, num_classes: int, seed: int
 ) -> tuple[TensorImages, TensorImages]:
-    """Make images of noise around one random pattern a class, so that a model can learn them.
+    """Make images that mix noise with one random pattern per class, so that a model can learn them.
 
     Args:
         num_images: Number of training images; a quarter as many are held out.

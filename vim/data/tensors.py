@@ -17,12 +17,12 @@ from vim.data.unreadable import Batch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomCropFlip:
-    """A random crop of each image, resized back to the whole, and random flips; one call for a whole batch.
+    """A random crop of each image, resized to the full size, and random flips; one call for a whole batch.
 
-    What is random is decided by numbers that the caller has drawn, `draws_per_image` for each image.
+    The caller passes the random numbers, `draws_per_image` for each image.
 
-    The crop is drawn as `torchvision.transforms.RandomResizedCrop` draws it (area uniform, aspect ratio uniform in its
-    logarithm, place uniform), except that a side longer than the image is cut to the image instead of drawn again.
+    Crops have the distribution of `torchvision.transforms.RandomResizedCrop`: uniform area, log-uniform aspect ratio,
+    uniform position. The exception is a side longer than the image, which is clamped instead of drawn again.
     """
 
     draws_per_image: ClassVar[int] = 6
@@ -77,7 +77,7 @@ class RandomCropFlip:
 
 
 def _between(bounds: tuple[float, float], draws: Tensor) -> Tensor:
-    """Return the draws, uniform in [0, 1), stretched to lie between the bounds."""
+    """Map draws from [0, 1) to the interval between the bounds."""
     return bounds[0] + (bounds[1] - bounds[0]) * draws
 
 
@@ -89,12 +89,12 @@ def _signs(draws: Tensor, probability: float) -> Tensor:
 class TensorImages(Dataset[tuple[Tensor, Tensor]]):
     """Images in memory with their labels.
 
-    The loader over it hands out `Place`s and collates nothing: a batch is indexed at once and arrives whole.
+    It is indexed with a list of `Place`s and returns a whole batch; the loader collates nothing.
 
     Args:
         images: (images, channels, height, width), uint8.
         labels: (images,), int64.
-        augment: Applied to each batch that is read; `None` hands the images out as they are.
+        augment: Applied to each batch; `None` returns the images unchanged.
         seed: Seed of the augmentation.
 
     Raises:
@@ -128,7 +128,7 @@ class TensorImages(Dataset[tuple[Tensor, Tensor]]):
         return images, labels, []
 
     def _draws_of(self, epoch: int) -> Tensor:
-        """Return the draws of an epoch, a row a position, of which there are as many as images at most."""
+        """Return the draws of an epoch, one row per position; an epoch has at most as many positions as images."""
         if self._draws is None or self._draws[0] != epoch:
             generator = generator_for(Draw.CROP, self._seed, epoch)
             self._draws = epoch, torch.rand(len(self), RandomCropFlip.draws_per_image, generator=generator)

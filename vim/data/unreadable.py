@@ -1,4 +1,4 @@
-"""Images that cannot be read: named in the log, counted, and never the end of a run by themselves."""
+"""Unreadable images: they are counted and logged, and do not stop a run."""
 
 import logging
 from collections.abc import Iterator
@@ -18,24 +18,24 @@ class Unreadable(NamedTuple):
 
 
 Batch = tuple[Tensor, Tensor, list[Unreadable]]
-"""Images (batch, channels, height, width) between 0 and 255, labels (batch,), and what could not be read for it."""
+"""Images (batch, channels, height, width) between 0 and 255, labels (batch,), and the unreadable images."""
 
 
 class UnreadableLog:
-    """Counts the images that could not be read, and names each once in the log.
+    """Counter of unreadable images that also logs the name of each image once.
 
     Args:
-        consequence: What becomes of such an image, in words.
+        consequence: Words for the log: the image "cannot be read and is ...".
     """
 
     def __init__(self, consequence: str) -> None:
         self.reasons: dict[str, str] = {}
-        """Why, by the name of the image; those of the whole run."""
+        """Reason by name of the image, over the whole run."""
         self._consequence = consequence
         self._count = 0
 
     def add(self, found: list[Unreadable]) -> None:
-        """Count these images, and name those that are new."""
+        """Count these images, and log the new ones."""
         self._count += len(found)
         for name, reason in found:
             if name not in self.reasons:
@@ -43,17 +43,17 @@ class UnreadableLog:
                 _logger.warning("%s cannot be read and is %s: %s", name, self._consequence, reason)
 
     def take(self) -> int:
-        """Return how often an image could not be read since the last call."""
+        """Return the number of failed reads since the last call."""
         count, self._count = self._count, 0
         return count
 
 
 class ReadableBatches:
-    """The batches of a loader as (images, labels), with what could not be read written down.
+    """The batches of a loader as (images, labels); unreadable images go to a log.
 
     Args:
         loader: Yields `Batch`.
-        log: Where to write it down.
+        log: Receives the unreadable images.
     """
 
     def __init__(self, loader: "DataLoader[Any]", log: UnreadableLog) -> None:
@@ -61,7 +61,7 @@ class ReadableBatches:
         self.dataset, self.batch_sampler = loader.dataset, loader.batch_sampler
 
     def __len__(self) -> int:
-        """Batches that the loader has, with those of which nothing can be read."""
+        """Return the number of batches of the loader, including batches without a readable image."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,1 +1,1 @@
-"""Trained models: load, evaluate, predict, convert, export."""
+"""Trained models: load, evaluate, predict, convert and export."""

@@ -1,4 +1,4 @@
-"""Slim weights from training checkpoints, and the original's layout from ours."""
+"""Extract weights from training checkpoints, also in the original's layout."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ROPE_TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_
 
 
 class Match(NamedTuple):
-    """How a state dict compares with a model.
+    """Comparison of a state dict with a model, by names of tensors.
 
     Attributes:
         model: Name of the model.
-        same: Names of tensors that both have, with one shape.
-        reshaped: Names of tensors of another shape in the model.
-        missing: Names that only the model has.
-        left_over: Names that only the state dict has.
+        same: Tensors of both, with the same shape.
+        reshaped: Tensors of both, with different shapes.
+        missing: Tensors that only the model has.
+        left_over: Tensors that only the state dict has.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Match(NamedTuple):
     left_over: list[str]
 
     def __str__(self) -> str:
-        """One line for the user."""
+        """Return a summary in one line."""
         parts = [f"{len(self.same)} tensors match {self.model}"]
         for what, names in (("of another shape", self.reshaped), ("missing", self.missing), ("extra", self.left_over)):
             if names:
@@ -47,11 +47,11 @@ class Match(NamedTuple):
 
 
 def convert(source: str, out: str, weights: Literal["raw", "ema"] = "raw", model: str = "") -> None:
-    """Write the weights of a training checkpoint to a file of their own, and print what was matched.
+    """Write the weights of a training checkpoint to a separate file, and print a summary.
 
     Args:
         source: A run folder, a checkpoint of the original, of vim.train or of timm, or a safetensors file.
-        out: File to write: .safetensors for timm and us, .pth for the original's scripts.
+        out: File to write: .safetensors for timm and this library, .pth for the original's scripts.
         weights: raw, or ema for the moving average.
         model: The timm model that the weights must fit; the nearest registered one if it is not given.
     """
@@ -59,15 +59,15 @@ def convert(source: str, out: str, weights: Literal["raw", "ema"] = "raw", model
 
 
 def convert_checkpoint(source: Path, out: Path, weights: Weights = "raw", model: str = "") -> str:
-    """Write the weights of a checkpoint to a file of their own; see `convert`.
+    """Write the weights of a checkpoint to a separate file; see `convert`.
 
     Returns:
-        What was matched and written, in one line.
+        A summary in one line.
 
     Raises:
         FileNotFoundError: `source`, or the folder of `out`, does not exist.
         RuntimeError: `source` cannot be read safely.
-        ValueError: It holds another model's weights, or an argument is wrong.
+        ValueError: `source` holds the weights of another model, or an argument is wrong.
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"out must end in .safetensors or .pth, got {str(out)!r}")
@@ -91,10 +91,10 @@ def convert_checkpoint(source: Path, out: Path, weights: Weights = "raw", model:
 
 
 def nearest_model(state_dict: dict[str, Tensor]) -> str:
-    """Name of the registered model that a state dict is likeliest to be of.
+    """Return the name of the registered model that fits a state dict best.
 
     Raises:
-        ValueError: It is not of Vision Mamba, or none of the registered widths.
+        ValueError: It is not of Vision Mamba, or its width is not registered.
     """
     proj = state_dict.get("patch_embed.proj.weight")
     if proj is None or not any(re.match(r"layers\.\d+\.mixer\.in_proj\.", name) for name in state_dict):
@@ -109,7 +109,7 @@ def nearest_model(state_dict: dict[str, Tensor]) -> str:
 
 
 def compare(state_dict: dict[str, Tensor], name: str) -> Match:
-    """Compare a state dict with the registered model `name`, whose head gets as many outputs."""
+    """Compare a state dict with the registered model `name`, built with the same number of classes."""
     head = state_dict.get("head.weight")
     with torch.device("meta"):
         own = timm.create_model(name, num_classes=head.shape[0] if head is not None and head.ndim else 0).state_dict()
@@ -124,11 +124,11 @@ def compare(state_dict: dict[str, Tensor], name: str) -> Match:
 
 
 def _write_for_the_original(out: Path, checkpoint: dict[str, Any], chosen: dict[str, Tensor], weights: Weights) -> None:
-    """Write the entries that the original's scripts read: "model", and "model_ema" where there is an average."""
+    """Write the entries that the original's scripts read: "model", and "model_ema" if there is an average."""
     entries = {"model": chosen}
     if weights == "raw" and any(isinstance(checkpoint.get(name), dict) for name in ("model_ema", "state_dict_ema")):
         entries["model_ema"] = select_weights(checkpoint, "ema")
-    # Copies, since tensors of a memory-mapped file would carry the whole of it along.
+    # Copies, since saving a view of a memory-mapped file would write the whole file.
     contents = {name: {key: t.clone() for key, t in state.items()} for name, state in entries.items()}
     with atomic_writer(out) as file:
         torch.save(contents, file)

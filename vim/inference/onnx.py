@@ -1,4 +1,4 @@
-"""Models as ONNX files."""
+"""Export models to ONNX."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def export_onnx(
     pretrained: bool = False,
     dtype: str = "float32",
 ) -> None:
-    """Export a model with any batch size, check it in onnxruntime and print what came out.
+    """Export a model with a dynamic batch size, check it in onnxruntime and print the result.
 
     Args:
         model: A run folder of vim.train, a checkpoint in it, or a name that timm knows, such as vim_tiny_patch16_224.
         out: File to write, ending in .onnx.
         img_size: Side of the square images of a named model, in pixels; 224 if not given.
-        num_classes: Outputs of its head; 1000 if not given.
-        in_chans: Channels of its images; 3 if not given.
-        checkpoint_path: Weights to load.
-        pretrained: Take the published weights.
-        dtype: float32 or float16. States stay float32.
+        num_classes: Outputs of the head of a named model; 1000 if not given.
+        in_chans: Channels of the images of a named model; 3 if not given.
+        checkpoint_path: File of weights for a named model.
+        pretrained: Use the published weights of a named model.
+        dtype: float32 or float16. States stay in float32.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
@@ -57,16 +57,16 @@ def export_onnx(
 
 
 def _trained(source: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int, int]]:
-    """A model that vim.train wrote, the channels of its images and their size."""
+    """Load a model of vim.train; return it with the channels and the size of its images."""
     for name, value in named.items():
         if value is not None:
-            raise ValueError(f"{name} must be left out for {source}, which says itself what it is, got {value!r}")
+            raise ValueError(f"{name} must be left out for {source}, which defines its own model, got {value!r}")
     trained = load_trained_model(source)
     return trained.model, trained.preprocessing.in_chans, trained.preprocessing.image_shape
 
 
 def _named(name: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int, int]]:
-    """A model of timm, the channels of its images and their size."""
+    """Create a model of timm; return it with the channels and the size of its images."""
     settings = {"img_size": 224, "in_chans": 3} | {key: value for key, value in named.items() if value is not None}
     check_model_name(name)
     network = create_named(name, **settings)
@@ -74,14 +74,14 @@ def _named(name: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int,
 
 
 def write_onnx(model: nn.Module, path: Path, in_chans: int, image_shape: tuple[int, int], tolerance: float) -> float:
-    """Write `model` to `path`, with a dynamic batch, once onnxruntime has confirmed it.
+    """Write `model` to `path`, with a dynamic batch size, after checking it in onnxruntime.
 
     Args:
-        model: In eval mode, on the CPU.
-        path: File to write; it appears only when the check has passed.
+        model: The model, in eval mode, on the CPU.
+        path: File to write, if the check passes.
         in_chans: Channels of the images.
         image_shape: Height and width of the images, in pixels.
-        tolerance: Largest difference that is accepted, relative to the largest logit.
+        tolerance: Largest accepted difference, relative to the largest logit.
 
     Returns:
         The largest difference from PyTorch, relative to the largest logit, over two batch sizes.
@@ -124,7 +124,7 @@ def _difference(model: nn.Module, path: Path, images: torch.Tensor) -> float:
 
 
 def describe_onnx(path: Path) -> str:
-    """Size, opset and number of nodes, in words."""
+    """Return size, opset and number of nodes, in words."""
     import onnx
 
     proto = onnx.load(path)

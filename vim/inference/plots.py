@@ -10,7 +10,7 @@ from vim.checkpoints.io import atomic_writer
 from vim.data.listing import printable
 
 _TRAIN, _RAW, _EMA, _GREY = "#8a8f98", "#1f6fb4", "#d1495b", "#5b6068"
-_MOST_NAMED = 30  # classes, of which names and numbers fit into a confusion matrix
+_MAX_NAMED_CLASSES = 30  # more names and numbers do not fit into a confusion matrix
 _KINDS = (("train", "training, augmented", _TRAIN), ("val", "held out", _RAW), ("ema", "held out, EMA", _EMA))
 
 
@@ -18,9 +18,9 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     """Draw loss, accuracy and learning rate over the epochs into a PNG file.
 
     Args:
-        history: One row an epoch, as in `summary.csv`.
-        path: The file to make or replace.
-        title: Printed over the curves.
+        history: One row per epoch, as in `summary.csv`.
+        path: The file to create or replace.
+        title: Title of the figure.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -64,7 +64,7 @@ def _draw_lines(axes: Any, history: Sequence[Mapping[str, Any]], title: str, lin
 
 
 def _mark_best(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
-    """Mark the epoch of the best held-out accuracy, of either weights."""
+    """Mark the epoch of the best held-out accuracy, of raw or averaged weights."""
     points = [
         (row[name], row["epoch"], color)
         for name, color in (("val_top1", _RAW), ("ema_top1", _EMA))
@@ -79,12 +79,12 @@ def _mark_best(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix into a PNG file: the share of each class that got each guess.
+    """Draw a confusion matrix into a PNG file, in percent of each class.
 
     Args:
         confusion: Images by class (rows) and guess (columns), (classes, classes).
-        class_names: Name of each class; written where there is room for them.
-        path: The file to make or replace.
+        class_names: Name of each class; shown for up to 30 classes.
+        path: The file to create or replace.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -93,7 +93,7 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
     from matplotlib.figure import Figure
 
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    named = len(class_names) <= _MOST_NAMED
+    named = len(class_names) <= _MAX_NAMED_CLASSES
     side = max(4.5, 1.5 + 0.45 * len(class_names)) if named else 8.0
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Classify images with a trained model: what `python -m vim.predict` runs."""
+"""Classify images with a trained model; the library side of `python -m vim.predict`."""
 
 import dataclasses
 import re
@@ -23,24 +23,24 @@ _BATCH_SIZE = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """The guesses for one image, or why there are none."""
+    """The guesses for one image, or the error that prevented them."""
 
     path: Path
     guesses: tuple[tuple[str, float], ...] = ()
-    """Names of the likeliest classes with their probabilities, the likeliest first."""
+    """Names of the most likely classes with their probabilities, the most likely first."""
     error: str | None = None
-    """Why the file could not be read."""
+    """Reason why the file could not be read."""
 
 
 class Predictor:
     """A model with its preprocessing and the names of its classes.
 
     Args:
-        model: Gives logits (batch, classes).
-        preprocessing: From an image to its input.
+        model: Maps images to logits, (batch, classes).
+        preprocessing: Maps an image to the model's input.
         class_names: Name of each class.
-        device: Where to run the model.
-        extensions: Endings of the images that it was trained on.
+        device: Device of the model.
+        extensions: Endings of the images that the model was trained on.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Predictor:
 
         Args:
             paths: The files.
-            topk: How many classes to name for each.
+            topk: Number of classes to return for each file.
 
         Raises:
             ValueError: `topk` is less than 1.
@@ -93,7 +93,7 @@ class Predictor:
             yield from self._predict_batch(paths[start : start + _BATCH_SIZE], min(topk, len(self.class_names)))
 
     def _predict_batch(self, paths: Sequence[Path], topk: int) -> Iterator[Prediction]:
-        inputs: dict[Path, Tensor] = {}  # of their size in the model: whole photographs would take gigabytes
+        inputs: dict[Path, Tensor] = {}  # resized at once: 64 whole photographs would take gigabytes
         errors: dict[Path, str] = {}
         for path in paths:
             try:
@@ -117,23 +117,23 @@ def load_predictor(
 
     Args:
         source: The folder, file or name.
-        weights: `raw`, `ema` (the averaged ones), or `best`, see `load_trained_model`.
-        model_name: The timm model that a checkpoint of somebody else belongs to.
-        device: Where to run the model; `None` is the CPU.
+        weights: `raw`, `ema` (the averaged weights) or `best`, see `load_trained_model`.
+        model_name: The timm model of a checkpoint that another program wrote.
+        device: Device of the model; `None` is the CPU.
 
     Raises:
-        ValueError: The source is none of these, or a file does not say which model it belongs to.
+        ValueError: The source does not exist, or a file does not name its model.
         FileNotFoundError: The run folder has no checkpoint yet.
         CheckpointError: The file is damaged, or does not fit the model.
     """
     trained = load_trained_model(source, weights, model_name)
-    place = torch.device("cpu") if device is None else device
     extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
-    return Predictor(trained.model, trained.preprocessing, _names_of(trained), place, extensions)
+    names = _names_of(trained)
+    return Predictor(trained.model, trained.preprocessing, names, device or torch.device("cpu"), extensions)
 
 
 def _names_of(trained: TrainedModel) -> list[str]:
-    """Return a name for each class, in words where they are known."""
+    """Return a name for each class: a description if there is one, else its number."""
     if trained.class_names is not None:
         return describe_classes(trained.class_names)
     model: Any = trained.model
@@ -144,12 +144,12 @@ def _names_of(trained: TrainedModel) -> list[str]:
 def list_images(
     path: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS, passed_over: Counter[str] | None = None
 ) -> list[Path]:
-    """Return the file itself, or every image below a folder in the order of their names, as training finds them.
+    """Return the file itself, or the images below a folder in natural order, as training lists them.
 
     Args:
         path: A file or a folder.
         extensions: Endings of images, in either case.
-        passed_over: Counts the other files by their endings.
+        passed_over: Counts other files, by kind.
 
     Raises:
         FileNotFoundError: There is no such file or folder, or the folder has no images.
@@ -168,7 +168,7 @@ def list_images(
 
 
 def describe_classes(class_names: Sequence[str]) -> list[str]:
-    """Return the names, with words beside them where all are the folders of ImageNet (`n01440764 tench, ...`)."""
+    """Return the names, with descriptions if all of them are folders of ImageNet (`n01440764 tench, ...`)."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
         return list(class_names)
     descriptions: Any = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)

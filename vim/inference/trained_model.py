@@ -1,4 +1,4 @@
-"""Load a trained model with what it takes to use it: from a run folder, a checkpoint file or a registered name."""
+"""Load a trained model with its preprocessing: from a run folder, a checkpoint file or a registered name."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ from vim.models.starting_weights import METADATA_KEY
 
 Weights = Literal["best", "raw", "ema"]
 
-# What contents of a wrong kind or value lead to, in files whose checksums are right.
-_DAMAGED = (
+# Exceptions caused by malformed contents in a file whose checksums are right.
+_MALFORMED = (
     ValueError,
     TypeError,
     LookupError,
@@ -36,18 +36,18 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedModel:
-    """A model with its preprocessing and what else is known of it."""
+    """A model with its preprocessing, classes and settings."""
 
     model: nn.Module
-    """Gives logits (batch, classes); on the CPU."""
+    """Maps images to logits, (batch, classes); on the CPU."""
     preprocessing: Preprocessing
-    """From an image to its input."""
+    """Maps an image to the model's input."""
     class_names: tuple[str, ...] | None
-    """Name of each class; `None` where the file does not say."""
+    """Name of each class; `None` if the file does not name them."""
     config: TrainConfig | None
-    """The settings of its run; `None` for weights of somebody else."""
+    """The settings of the run; `None` for weights of another program."""
     weights: Weights
-    """Which weights it has: `raw`, `ema`, or `best` where the file holds one set of them."""
+    """Kind of the weights: `raw`, `ema`, or `best` if the file holds one set."""
     path: Path | None
     """The file; `None` for published weights."""
 
@@ -57,12 +57,12 @@ def load_trained_model(source: str, weights: Weights = "best", model_name: str |
 
     Args:
         source: A run folder, a checkpoint file, or the name of a timm model with published weights.
-        weights: `raw`, `ema` (the averaged ones), or `best`: in a run of ours whichever was better on the held-out
-            images, elsewhere the raw ones.
-        model_name: The timm model that a checkpoint of somebody else belongs to.
+        weights: `raw`, `ema` (the averaged weights) or `best`. In a run of this library `best` is the better of both on
+            held-out images; in other files it is `raw`.
+        model_name: The timm model of a checkpoint that another program wrote.
 
     Raises:
-        ValueError: The source is none of these, or a file does not say which model it belongs to.
+        ValueError: The source does not exist, or a file does not name its model.
         FileNotFoundError: The run folder has no checkpoint yet.
         CheckpointError: The file is damaged, or does not fit the model.
     """
@@ -79,14 +79,14 @@ def load_trained_model(source: str, weights: Weights = "best", model_name: str |
 
 
 def weights_metadata(config: TrainConfig, class_names: Sequence[str]) -> dict[str, str]:
-    """Return the header of a safetensors file that `load_trained_model` can use on its own."""
+    """Return the metadata with which `load_trained_model` can load a safetensors file."""
     return {METADATA_KEY: json.dumps({"config": config_to_dict(config), "class_names": list(class_names)})}
 
 
 def _ours(about: Any, state: Any, path: Path, weights: Weights) -> TrainedModel:
-    """Build the model of a run of ours, whose settings and class names are in `about`.
+    """Build the model of one of our runs from its settings and class names in `about`.
 
-    Nothing is fetched, whatever the file says: only a command line may ask for that, with `--model NAME`.
+    The file cannot trigger a download: only a command line may ask for one, with `--model NAME`.
     """
     try:
         config = config_from_dict(about["config"], str(path))
@@ -97,7 +97,7 @@ def _ours(about: Any, state: Any, path: Path, weights: Weights) -> TrainedModel:
         load_into(model, _tensors(state), path)
     except CheckpointError:
         raise
-    except _DAMAGED as error:
+    except _MALFORMED as error:
         reason = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
         raise CheckpointError(f"{path} cannot be used: {reason}{' '.join(str(error).split())}") from error
     return TrainedModel(
@@ -148,7 +148,7 @@ def _our_weights(path: Path, weights: Weights) -> TrainedModel:
     try:
         about = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be used: the settings in it are no JSON ({error})") from error
+        raise CheckpointError(f"{path} cannot be used: its settings are not JSON ({error})") from error
     return _ours(about, state, path, weights)
 
 
@@ -171,7 +171,7 @@ def _foreign_file(path: Path, model_name: str, weights: Weights) -> TrainedModel
 
 
 def _with_classes_of(state: dict[str, Tensor], model: VisionMamba, model_name: str) -> Any:
-    """Return a model with as many classes as a state dict."""
+    """Return the model, built again if the state dict has another number of classes."""
     head = state.get("head.weight")
     if head is None or head.ndim != 2 or head.shape[0] == model.num_classes:
         return model

@@ -1,4 +1,4 @@
-"""The parts of the models."""
+"""Layers of the models."""
 
 from vim.layers.block import Block
 from vim.layers.mixer import Mamba

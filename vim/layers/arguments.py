@@ -1,10 +1,10 @@
-"""Arguments that nobody takes, and what the original's are called here."""
+"""Refusal of unknown arguments, with the names that the original's arguments have here."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-# Names of hustvl/Vim that are other ones here; `None` for what has no counterpart.
+# Arguments of hustvl/Vim and their names here; `None` has no counterpart.
 ORIGINAL_NAMES: dict[str, str | None] = {
     "bimamba_type": "directions",
     "channels": "in_chans",
@@ -39,15 +39,15 @@ ORIGINAL_NAMES: dict[str, str | None] = {
 
 
 def refuse_arguments(owner: str, names: Collection[str], translator: str) -> None:
-    """Refuse arguments that `owner` does not take, with hints at those of the original.
+    """Raise for arguments that `owner` does not take; name the counterparts of the original's arguments.
 
     Args:
         owner: Name of the class.
-        names: Names of the arguments.
+        names: Names of the unknown arguments.
         translator: Function of `vim.checkpoints.upstream` that translates the original's arguments.
 
     Raises:
-        TypeError: There is a name.
+        TypeError: `names` is not empty.
     """
     if not names:
         return

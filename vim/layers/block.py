@@ -1,4 +1,4 @@
-"""One layer of the model: residual addition, norm, mixer."""
+"""The block of the model: residual addition, norm, mixer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vim.ops import run_bidirectional_block
 
 
 class Block(nn.Module):
-    """Add the residual, normalise, mix. There is no MLP and no second norm.
+    """Residual addition, norm and mixer, without an MLP or a second norm.
 
-    The mixer's output is added to the residual by the next block (or the final norm), so that addition and norm are
-    one pass; stochastic depth therefore acts on what the block receives.
+    The next block (or the final norm) adds the mixer's output to the residual, so that addition and norm are one pass.
+    Stochastic depth therefore acts on the input of a block.
 
-    Where norm and mixer are plain and nobody watches them, `vim.ops.bidirectional_block` runs in their place.
+    If norm and mixer are plain modules without hooks, `vim.ops.bidirectional_block` runs instead of them.
 
     Args:
-        mixer: Module from (batch, len, dim) to the same.
-        norm: Module from (x, residual) to (normalised sum, sum).
-        drop_path: Probability that a sample skips what the block before has added.
+        mixer: Module that maps (batch, len, dim) to the same shape.
+        norm: Module that maps (x, residual) to (normalised sum, sum).
+        drop_path: Probability that a sample skips the output of the previous block.
 
     Raises:
         TypeError: The norm takes no residual.
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
     @staticmethod
     def make_drop_path(rate: float) -> nn.Module:
-        """Return stochastic depth, or nothing at a rate of 0."""
+        """Return stochastic depth, or `nn.Identity` at a rate of 0."""
         return DropPath(rate) if rate > 0.0 else nn.Identity()
 
     def forward(
@@ -49,8 +49,8 @@ class Block(nn.Module):
         """Return the mixer's output and the residual for the next block, (batch, len, dim) each.
 
         Args:
-            hidden_states: (batch, len, dim), or both that a block returned, as `nn.Sequential` passes them on.
-            residual: Like `hidden_states`, or `None` in the first block.
+            hidden_states: (batch, len, dim), or the pair that the previous block returned, as in `nn.Sequential`.
+            residual: (batch, len, dim), or `None` in the first block.
         """
         if isinstance(hidden_states, tuple):
             if residual is not None:

@@ -1,4 +1,4 @@
-"""Initialisation, distribution for distribution as the original's."""
+"""Initialisation, with the original's distributions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.init import kaiming_uniform_, zeros_
 
 @torch.no_grad()
 def init_dt_proj(dt_proj: nn.Linear, dt_min: float, dt_max: float, dt_scale: float, dt_init_floor: float) -> None:
-    """Draw a step size projection so that softplus(bias) is log-uniform in [dt_min, dt_max].
+    """Initialise a step size projection so that softplus(bias) is log-uniform in [dt_min, dt_max].
 
     Args:
         dt_proj: Linear layer (dt_rank -> d_inner) with a bias; changed in place.
@@ -33,7 +33,7 @@ def init_dt_proj(dt_proj: nn.Linear, dt_min: float, dt_max: float, dt_scale: flo
 
 @torch.no_grad()
 def init_out_proj(out_proj: nn.Linear, depth: int) -> None:
-    """Draw the last projection of a residual branch, 1 / sqrt(depth) smaller than PyTorch does.
+    """Initialise the last projection of a residual branch: PyTorch's distribution, scaled by 1 / sqrt(depth).
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
@@ -44,14 +44,14 @@ def init_out_proj(out_proj: nn.Linear, depth: int) -> None:
 
 @torch.no_grad()
 def init_patch_embed(proj: nn.Conv2d) -> None:
-    """LeCun-normal weight and zero bias."""
+    """Draw a LeCun-normal weight, and zero the bias."""
     lecun_normal_(proj.weight)
     init_bias(proj)
 
 
 @torch.no_grad()
 def init_head(head: nn.Module) -> None:
-    """Truncated normal weight of standard deviation 0.02 and zero bias; no head (Identity) is left alone."""
+    """Draw a truncated normal weight of standard deviation 0.02, and zero the bias; `nn.Identity` is left as it is."""
     if isinstance(head, nn.Linear):
         init_token(head.weight)
         init_bias(head)
@@ -59,7 +59,7 @@ def init_head(head: nn.Module) -> None:
 
 @torch.no_grad()
 def init_token(token: Tensor) -> None:
-    """Truncated normal of standard deviation 0.02, for tokens and position embeddings."""
+    """Fill a token or a position embedding from a truncated normal of standard deviation 0.02."""
     trunc_normal_(token, std=0.02)
 
 

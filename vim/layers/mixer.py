@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vim.layers.arguments import refuse_arguments
+from vim.layers.checks import check_counts, check_kind
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
 from vim.layers.traced import fx_leaf
 from vim.layers.watched import is_causal_convolution, is_projection
@@ -19,9 +20,9 @@ Merge = Literal["mean", "sum"]
 
 
 class _Direction(NamedTuple):
-    """The modules and parameters of one direction; the two directions run the same code on theirs."""
+    """Modules and parameters of one direction."""
 
-    # Usually Conv1d and Linear, but users may put anything callable in their place.
+    # Usually Conv1d and Linear, but users may replace them by anything callable.
     conv1d: Any
     x_proj: Any
     dt_proj: Any
@@ -31,11 +32,11 @@ class _Direction(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """Mamba mixer that sees the sequence from one side or from both.
+    """Mamba mixer that scans the sequence in one direction or in both.
 
-    `in_proj`, `x_proj` and `out_proj` are called as modules. The convolutions and `dt_proj` are read by the kernels;
-    one that carries a hook, a wrapper or a quantised weight is called instead, for the direction it belongs to.
-    `A_log`, `D` and `dt_proj.bias` take part in float32 whatever their dtype.
+    `in_proj`, `x_proj` and `out_proj` are called as modules. The kernels read the weights of the convolutions and of
+    `dt_proj`. If one of them has a hook, a wrapper or a quantised weight, it is called instead, for its direction.
+    `A_log`, `D` and `dt_proj.bias` are converted to float32.
 
     Args:
         d_model: Width of the tokens.
@@ -48,17 +49,19 @@ class Mamba(nn.Module):
         dt_init_floor: Smallest step size at initialisation.
         conv_bias: Give the convolutions a bias.
         bias: Give `in_proj` and `out_proj` a bias.
-        directions: "none" scans forward only; "v1" shares everything but the decay (`A_b_log`) with the backward
-            direction, whose input is the forward convolution; "v2" gives it its own conv1d, x_proj, dt_proj, A and D.
+        directions: "none" scans forward only. "v1" adds a backward scan with its own decay (`A_b_log`), which shares
+            the rest and reads the forward convolution's output. "v2" gives the backward direction its own conv1d,
+            x_proj, dt_proj, A and D.
         merge: "mean" or "sum" of the two directions.
         layer_scale: Initial value of a factor per channel on the output; `None` leaves it out.
+        device, dtype: Of the parameters.
 
     Shape:
-        (batch, len, d_model) -> the same.
+        (batch, len, d_model) -> (batch, len, d_model).
 
     Raises:
         TypeError: An argument is unknown.
-        ValueError: A size is not positive, or a kind is unknown.
+        ValueError: A size is not positive, or `directions` or `merge` is unknown.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1 ("v2"); Table 4 compares the directions.
     """
@@ -90,53 +93,51 @@ class Mamba(nn.Module):
     ) -> None:
         super().__init__()
         refuse_arguments("Mamba", unknown, "translate_mixer_args")
-        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
+        check_counts(1, d_model=d_model, d_state=d_state, d_conv=d_conv)
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        _check_sizes(dt_rank=rank)
-        if directions not in ("none", "v1", "v2"):
-            raise ValueError(f"directions must be 'none', 'v1' or 'v2', got {directions!r}")
-        if merge not in ("mean", "sum"):
-            raise ValueError(f"merge must be 'mean' or 'sum', got {merge!r}")
+        check_counts(1, dt_rank=rank)
+        check_kind("directions", directions, get_args(Directions))
+        check_kind("merge", merge, get_args(Merge))
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         self.d_model, self.d_state, self.d_conv, self.expand, self.dt_rank = d_model, d_state, d_conv, expand, rank
         self.d_inner = int(expand * d_model)
-        _check_sizes(d_inner=self.d_inner)
+        check_counts(1, d_inner=self.d_inner)
         self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor = dt_min, dt_max, dt_scale, dt_init_floor
         self.directions, self.merge, self.layer_scale = directions, merge, layer_scale
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        # Registered in the order of the released state dicts, which optimizer states kept by index rely on.
-        self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(d_model, **place))
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
-        self._add_convolution("conv1d", conv_bias, place)
+        # Registered in the order of the released state dicts: optimizer states refer to parameters by index.
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(d_model, **factory_kwargs))
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory_kwargs)
+        self._add_convolution("conv1d", conv_bias, factory_kwargs)
         self.act = nn.SiLU()
-        self._add_projections("", place)
-        self._add_decay("A_log", "D", place)
+        self._add_projections("", factory_kwargs)
+        self._add_decay("A_log", "D", factory_kwargs)
         if directions != "none":
-            self._add_decay("A_b_log", "D_b" if directions == "v2" else None, place)
+            self._add_decay("A_b_log", "D_b" if directions == "v2" else None, factory_kwargs)
         if directions == "v2":
-            self._add_convolution("conv1d_b", conv_bias, place)
-            self._add_projections("_b", place)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **place)
+            self._add_convolution("conv1d_b", conv_bias, factory_kwargs)
+            self._add_projections("_b", factory_kwargs)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory_kwargs)
         self._init_own_parameters()
 
-    def _add_convolution(self, name: str, bias: bool, place: dict[str, Any]) -> None:
+    def _add_convolution(self, name: str, bias: bool, factory_kwargs: dict[str, Any]) -> None:
         taps, dim = self.d_conv, self.d_inner
-        self.add_module(name, nn.Conv1d(dim, dim, taps, groups=dim, padding=taps - 1, bias=bias, **place))
+        self.add_module(name, nn.Conv1d(dim, dim, taps, groups=dim, padding=taps - 1, bias=bias, **factory_kwargs))
 
-    def _add_projections(self, suffix: str, place: dict[str, Any]) -> None:
+    def _add_projections(self, suffix: str, factory_kwargs: dict[str, Any]) -> None:
         width = self.dt_rank + 2 * self.d_state
-        self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, width, bias=False, **place))
-        self.add_module(f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **place))
+        self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, width, bias=False, **factory_kwargs))
+        self.add_module(f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory_kwargs))
 
-    def _add_decay(self, A_name: str, D_name: str | None, place: dict[str, Any]) -> None:
-        self.register_parameter(A_name, nn.Parameter(torch.empty(self.d_inner, self.d_state, **place)))
+    def _add_decay(self, A_name: str, D_name: str | None, factory_kwargs: dict[str, Any]) -> None:
+        self.register_parameter(A_name, nn.Parameter(torch.empty(self.d_inner, self.d_state, **factory_kwargs)))
         if D_name is not None:
-            self.register_parameter(D_name, nn.Parameter(torch.empty(self.d_inner, **place)))
+            self.register_parameter(D_name, nn.Parameter(torch.empty(self.d_inner, **factory_kwargs)))
 
     def reset_parameters(self) -> None:
-        """Draw everything anew: linear layers and convolutions as PyTorch does, the rest as Mamba does."""
+        """Draw all parameters again: linear layers and convolutions as in PyTorch, the rest as in Mamba."""
         for module in self.children():
             if isinstance(module, (nn.Linear, nn.Conv1d)):
                 module.reset_parameters()
@@ -144,7 +145,7 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def _init_own_parameters(self) -> None:
-        """Decay -(1..d_state), D = 1, step sizes log-uniform, layer scale at its initial value."""
+        """Set the decay to -(1..d_state), D to 1, step sizes log-uniform, the layer scale to its initial value."""
         log_states = torch.arange(1, self.d_state + 1, dtype=torch.float32).log()
         for direction in self._directions():
             direction.A_log.copy_(log_states.to(direction.A_log.device).expand_as(direction.A_log))
@@ -154,22 +155,22 @@ class Mamba(nn.Module):
             self.gamma.fill_(self.layer_scale)
 
     def init_in_model(self, depth: int) -> None:
-        """What a model of `depth` blocks changes: a smaller out_proj, and biases of zero."""
+        """Initialise what depends on the model's depth: scale `out_proj` by 1 / sqrt(depth), and zero the biases."""
         init_out_proj(self.out_proj, depth)
         init_bias(self.in_proj)
 
     @fx_leaf
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Mix the tokens, (batch, len, d_model) -> the same."""
+        """Mix the tokens, (batch, len, d_model) -> (batch, len, d_model)."""
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
             shape = tuple(hidden_states.shape)
             raise ValueError(f"hidden_states must be (batch, len, d_model) with d_model = {self.d_model}, got {shape}")
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         directions = self._directions()
-        if self.directions == "v2" and all(map(self._reads, directions)):
-            y = self._scan_together(x, z, directions)
+        if self.directions == "v2" and all(map(self._can_fuse, directions)):
+            y = self._scan_fused(x, z, directions)
         else:
-            y = self._scan_each(x, z, directions)
+            y = self._scan_separately(x, z, directions)
         out = self.out_proj(y)
         if self.gamma is None:
             return out
@@ -188,12 +189,12 @@ class Mamba(nn.Module):
             directions.append(_Direction(*backward, True))
         return directions
 
-    def _reads(self, d: _Direction) -> bool:
-        """Return True if the kernels may read a direction's convolution and step size projection."""
+    def _can_fuse(self, d: _Direction) -> bool:
+        """Return True if the kernels may read the convolution and the step size projection of a direction."""
         return is_causal_convolution(d.conv1d, self.act) and is_projection(d.dt_proj, self.dt_rank, self.d_inner)
 
-    def _scan_together(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
-        """Both directions in fused kernels, (batch, len, d_inner)."""
+    def _scan_fused(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
+        """Run both directions in fused kernels; (batch, len, d_inner)."""
         forward, backward = (_inner_weights(d) for d in directions)
         return bidirectional_mixer(x, z, forward, backward, self.merge)
 
@@ -208,8 +209,8 @@ class Mamba(nn.Module):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         return self._inputs_of_scans(x, z, self._directions())
 
-    def _scan_each(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
-        """One direction after the other, calling modules that the kernels may not read, (batch, len, d_inner)."""
+    def _scan_separately(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
+        """Run one direction after the other, calling modules that the kernels may not read; (batch, len, d_inner)."""
         outputs: list[Any] = [selective_scan(**inputs) for inputs in self._inputs_of_scans(x, z, directions)]
         y = outputs[0].mT if len(outputs) == 1 else outputs[0].mT + outputs[1].mT
         return y / 2 if len(outputs) == 2 and self.merge == "mean" else y
@@ -225,7 +226,7 @@ class Mamba(nn.Module):
         return inputs
 
     def _convolve(self, x: Tensor, d: _Direction) -> Tensor:
-        """Convolve looking back, or ahead where the direction is reversed, and activate; (batch, len, d_inner)."""
+        """Convolve causally, anti-causally in the reverse direction, and activate; (batch, len, d_inner)."""
         if is_causal_convolution(d.conv1d, self.act):
             weight, bias = d.conv1d.weight.flatten(1), d.conv1d.bias
             return causal_conv1d(x.mT, weight, bias, "silu", reverse=d.reverse).mT
@@ -257,14 +258,8 @@ class Mamba(nn.Module):
 
 
 def _inner_weights(d: _Direction) -> InnerWeights:
-    """What the fused kernels read of a direction whose layers are plain."""
+    """Return the weights of a direction for the fused kernels."""
     conv, dt_proj = d.conv1d._parameters, d.dt_proj._parameters
     return InnerWeights(
         conv["weight"].flatten(1), conv["bias"], d.x_proj, dt_proj["weight"], dt_proj["bias"], d.A_log, d.D
     )
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")

@@ -1,4 +1,4 @@
-"""Norms that add the residual first and hand it on."""
+"""Norms that add the residual first and return the sum as well."""
 
 from __future__ import annotations
 
@@ -45,18 +45,17 @@ class RMSNorm(nn.Module):
 
 
 class AddResidual(nn.Module):
-    """Residual addition alone, in the place of a norm that was pruned; shapes as `RMSNorm`."""
+    """Residual addition alone, which replaces a pruned norm; shapes as for `RMSNorm`."""
 
     @fx_leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the sum in the dtype of x, and the sum."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        r = x.to(wide) if residual is None else x + residual.to(wide)
+        r = _add(x, residual)
         return r.to(x.dtype), r
 
 
 class LayerNorm(nn.LayerNorm):
-    """Residual addition and LayerNorm, statistics in float32; shapes as `RMSNorm`.
+    """Residual addition and LayerNorm, with statistics in float32; shapes as for `RMSNorm`.
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
@@ -64,7 +63,13 @@ class LayerNorm(nn.LayerNorm):
     @fx_leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the normalised sum and the sum."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        r = x.to(wide) if residual is None else x + residual.to(wide)
-        y = nn.functional.layer_norm(r, self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        r = _add(x, residual)
+        weight, bias = self.weight.to(r.dtype), self.bias.to(r.dtype)
+        y = nn.functional.layer_norm(r, self.normalized_shape, weight, bias, self.eps)
         return y.to(x.dtype), r
+
+
+def _add(x: Tensor, residual: Tensor | None) -> Tensor:
+    """Return x + residual in float32, or in float64 for float64 x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide) if residual is None else x + residual.to(wide)

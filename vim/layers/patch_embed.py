@@ -1,4 +1,4 @@
-"""Patches that may overlap."""
+"""Patch embedding with patches that may overlap."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from vim.layers.checks import check_counts
 from vim.layers.token_sequence import insert_tokens
-from vim.layers.traced import fx_leaf
+from vim.layers.traced import fx_leaf, is_symbolic
 from vim.layers.watched import is_patch_projection, is_watched
 from vim.ops import embed_patches, runs_embedding
 
@@ -21,22 +22,22 @@ _Pair = tuple[int, int]
 
 
 class PatchEmbed(nn.Module):
-    """Project patches to tokens: timm's patch embedding with a stride of its own.
+    """Projection of patches to tokens: timm's patch embedding with a separate stride.
 
     Args:
         img_size: (height, width) or a side, in pixels.
         patch_size: Likewise; the extent of a patch.
-        stride: Likewise; the step between patches. `None` is the patch size: patches that do not overlap.
+        stride: Likewise; the step between patches. `None` is the patch size: patches do not overlap.
         in_chans: Channels of the image.
         embed_dim: Width of the tokens.
         bias: Give the projection a bias.
         strict_img_size: Refuse images of another size than `img_size`.
-        dynamic_img_pad: Pad images at the right and the bottom until patches cover them; else such images are refused.
+        dynamic_img_pad: Pad images at the right and the bottom until patches cover them, instead of refusing them.
 
     Attributes:
         img_size, patch_size, stride: (height, width) in pixels.
         grid_size: Patches along (height, width) of an image of `img_size`.
-        num_patches: Their product.
+        num_patches: Patches in an image of `img_size`.
 
     Shape:
         (batch, in_chans, height, width) -> (batch, patches, embed_dim), row by row.
@@ -60,9 +61,7 @@ class PatchEmbed(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_chans", in_chans), ("embed_dim", embed_dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_counts(1, in_chans=in_chans, embed_dim=embed_dim)
         self.patch_size = as_size("patch_size", patch_size)
         self.stride = self.patch_size if stride is None else as_size("patch_stride", stride)
         self.strict_img_size = strict_img_size
@@ -77,11 +76,13 @@ class PatchEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def resized(self, img_size: Size | None = None, patch_size: Size | None = None) -> tuple[tuple[int, int], ...]:
-        """What `set_input_size` would make of (img_size, patch_size, stride, grid_size); the stride scales along.
+        """Return (img_size, patch_size, stride, grid_size) as `set_input_size` would set them.
+
+        The stride scales with the patch size.
 
         Raises:
             ValueError: A size is not positive, the stride would be fractional, a patch is larger than the image, or
-                patches leave some of it uncovered.
+                patches do not cover the image.
         """
         patch = self.patch_size if patch_size is None else as_size("patch_size", patch_size)
         size = self.img_size if img_size is None else as_size("img_size", img_size)
@@ -93,7 +94,7 @@ class PatchEmbed(nn.Module):
 
     @torch.no_grad()
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Change the image size, and the patch size by resampling the filters (the stride scales with them)."""
+        """Change the image size, and the patch size by resampling the filters; the stride scales with the patches."""
         size, patch, stride, _ = self.resized(img_size, patch_size)
         if patch != self.patch_size:
             old, self.patch_size, self.stride = self.proj, patch, stride
@@ -106,11 +107,11 @@ class PatchEmbed(nn.Module):
         self._set_img_size(size)
 
     def feat_ratio(self, as_scalar: bool = True) -> Size:
-        """Pixels from one token to the next, the larger of the two axes or both."""
+        """Return the pixels from one token to the next: the larger of the two axes, or both."""
         return max(self.stride) if as_scalar else self.stride
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Patches along (height, width) of an image of `img_size`, after padding where that is on."""
+        """Return the patches along (height, width) of an image of `img_size`, after padding if that is on."""
         return self._count(img_size, self.patch_size, self.stride)
 
     def _count(
@@ -122,8 +123,7 @@ class PatchEmbed(nn.Module):
             (math.ceil((max(size - patch, 0)) / step) if self.dynamic_img_pad else (size - patch) // step) + 1
             for size, patch, step in zip(img_size, patch_size, stride, strict=True)
         )
-        if not self.dynamic_img_pad and not any(isinstance(size, torch.SymInt) for size in img_size):
-            # A symbol, in an export for images of any size, is not compared: that would pin it.
+        if not self.dynamic_img_pad and not is_symbolic(img_size):
             covered = (rows - 1) * stride[0] + patch_size[0], (columns - 1) * stride[1] + patch_size[1]
             if covered != tuple(img_size):
                 raise ValueError(
@@ -139,15 +139,18 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(self._fitted(x)).flatten(2).mT)
 
     def embed(self, x: Tensor, tokens: Sequence[Tensor], places: tuple[int, ...], pos_embed: Tensor | None) -> Tensor:
-        """Return the patches' tokens with class tokens among them, and the position embedding added to all.
+        """Return the patch tokens with class tokens inserted, plus the position embedding.
 
-        Where this module is plain and nobody watches it, `vim.ops.embed_patches` runs in its place.
+        If this module is plain and has no hooks, `vim.ops.embed_patches` runs instead of it.
 
         Args:
             x: Images, (batch, in_chans, height, width).
             tokens: Class tokens, (1, 1, embed_dim) each.
-            places: Their places in the result, in ascending order.
+            places: Their positions in the result, in ascending order.
             pos_embed: (1, len, embed_dim) or `None`.
+
+        Returns:
+            (batch, len, embed_dim).
         """
         if self._is_plain(x, (*tokens, pos_embed)):
             table = torch.cat([token[0] for token in tokens]) if tokens else None
@@ -159,7 +162,7 @@ class PatchEmbed(nn.Module):
         return y if pos_embed is None else y + pos_embed
 
     def _is_plain(self, x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
-        """Return True if one op may run in place of this module and what follows."""
+        """Return True if one op may compute `embed` instead of the modules."""
         tensors = [t for t in (self.proj._parameters.get("weight"), *others) if t is not None]
         return (
             runs_embedding(x)
@@ -176,7 +179,7 @@ class PatchEmbed(nn.Module):
         )
 
     def _fitted(self, x: Tensor) -> Tensor:
-        """Return images that patches cover, padded where that is on, or say why they do not fit the model."""
+        """Return the images, padded if that is on; raise if they do not fit the model."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a tensor of normalised floating images, got {got}")
@@ -197,19 +200,19 @@ class PatchEmbed(nn.Module):
             right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
             x = F.pad(x, (0, right, 0, bottom))
         else:
-            self.dynamic_feat_size((height, width))  # refuses what patches do not cover
+            self.dynamic_feat_size((height, width))  # raises if patches do not cover the image
         return x
 
 
-# A class may be given another forward.
+# The forwards that these classes are defined with, to notice a patched class.
 _FORWARDS = (PatchEmbed.forward, nn.Conv2d.forward)
 
 
 def as_size(name: str, value: object) -> tuple[int, int]:
-    """`value` as (height, width).
+    """Return `value` as (height, width).
 
     Raises:
-        ValueError: It is not one or two positive integers.
+        ValueError: `value` is not one or two positive integers.
     """
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in pair):

@@ -1,4 +1,4 @@
-"""Whether a block's parts are plain and unwatched, so that one op may run in their place."""
+"""Test for blocks of plain modules without hooks, which one op may compute instead."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vim.layers.watched import is_causal_convolution, is_watched
 from vim.ops import BlockWeights, runs_block
 
 _LINEAR = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
-# A class may be given another forward.
+# The forwards that these classes are defined with, to notice a patched class.
 _CLASSES = (Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU)
 _FORWARDS = tuple(kind.forward for kind in _CLASSES)
 
 
 def plain_weights(norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None) -> BlockWeights | None:
-    """Return the weights of a norm and a mixer that `bidirectional_block` may run; `None` where they must be called.
+    """Return the weights of a norm and a mixer for `bidirectional_block`, or `None` if the modules must be called.
 
-    They must be called where somebody would notice: under hooks, for modules of other classes or geometry, for weights
-    that are more than their values, and while a graph is recorded.
+    They must be called if they have hooks, another class or geometry, or tensor subclasses as weights. They must also
+    be called while a graph is recorded.
     """
     if not (runs_block(x, residual) and type(mixer) is Mamba and type(norm) is RMSNorm and _is_plain(norm, mixer)):
         return None
@@ -47,7 +47,7 @@ def _is_plain(norm: RMSNorm, mixer: Mamba) -> bool:
 
 
 def _weights(norm: RMSNorm, mixer: Mamba) -> BlockWeights | None:
-    """Return all weights where each is a plain parameter or tensor in its usual place, else `None`."""
+    """Return all weights if each is a plain parameter or tensor under its usual name, else `None`."""
     own: dict[str, Any] = mixer._parameters
     parts: dict[str, Any] = {name: part._parameters for name, part in mixer._modules.items()}  # type: ignore[union-attr]
     try:
@@ -74,13 +74,13 @@ def _weights(norm: RMSNorm, mixer: Mamba) -> BlockWeights | None:
             parts["out_proj"]["weight"],
             parts["out_proj"]["bias"],
         )
-    except KeyError:  # somebody keeps a weight elsewhere: as a buffer, an attribute, a parametrization
+    except KeyError:  # a weight is a buffer, an attribute or a parametrization
         return None
     return weights if all(type(w) is nn.Parameter or type(w) is Tensor or w is None for w in weights) else None
 
 
 def _fit(weights: BlockWeights, x: Tensor) -> bool:
-    """Return True if products are in the dtype of `x`, as linear layers demand; autocast casts both."""
+    """Return True if the weights of the products have the dtype of `x`, as linear layers demand, or under autocast."""
     if torch.is_autocast_enabled(x.device.type):
         return True
     products = (weights.in_proj, weights.in_bias, weights.x_proj, weights.x_proj_b, weights.out_proj, weights.out_bias)

@@ -1,23 +1,24 @@
-"""Position embeddings of sequences with the class token at any place."""
+"""Position embeddings of sequences with class tokens at any position."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from vim.layers.token_sequence import extract_tokens, insert_tokens
+from vim.layers.traced import is_symbolic
 from vim.ops import check_memory
 
 CLS_POSITIONS = ("none", "head", "middle", "double", "random")
 
 
 def cls_indices(cls_position: str, num_patches: int) -> tuple[int, ...]:
-    """Places of the class tokens in a sequence of `num_patches` patches, in ascending order.
+    """Return the positions of the class tokens in a sequence of `num_patches` patches, in ascending order.
 
     Args:
         cls_position: "none", "head" (first), "middle" (after half of the patches) or "double" (first and last);
-            "random" has no place of its own and counts as "head" here.
+            "random" counts as "head" here.
         num_patches: Patches in the sequence.
     """
     if cls_position == "none":
@@ -30,25 +31,29 @@ def cls_indices(cls_position: str, num_patches: int) -> tuple[int, ...]:
 def resample_pos_embed(
     pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], cls_position: str
 ) -> Tensor:
-    """Resample a position embedding to another grid; the class tokens keep theirs and move to their new places.
+    """Resample a position embedding to another grid; class tokens keep their vectors and move to the new positions.
 
     Args:
         pos_embed: (1, patches + class tokens, dim), in the order of the sequence.
         old_grid, new_grid: Patches along (height, width).
-        cls_position: Place of the class tokens, see `cls_indices`.
+        cls_position: Position of the class tokens, see `cls_indices`.
 
     Returns:
-        (1, new patches + class tokens, dim), bicubic without antialiasing, as the original resamples.
+        (1, new patches + class tokens, dim), bicubic without antialiasing, as in the original.
 
     Raises:
-        RuntimeError: The memory of `pos_embed` was freed or cut short.
+        RuntimeError: The memory of `pos_embed` was freed or truncated.
     """
     check_memory("pos_embed", pos_embed)
-    # A symbol, in an export for images of any size, is not compared: that would pin it to one side of the question.
-    if not any(isinstance(side, torch.SymInt) for side in new_grid) and old_grid == new_grid:
+    if not is_symbolic(new_grid) and old_grid == new_grid:
         return pos_embed
-    tokens, grid = extract_tokens(pos_embed, cls_indices(cls_position, old_grid[0] * old_grid[1]))
-    maps = grid.unflatten(1, old_grid).permute(0, 3, 1, 2).float()
+    tokens, patches = extract_tokens(pos_embed, cls_indices(cls_position, old_grid[0] * old_grid[1]))
+    patches = resample_grid(patches, old_grid, new_grid)
+    return insert_tokens(patches, tokens, cls_indices(cls_position, new_grid[0] * new_grid[1]))
+
+
+def resample_grid(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resample vectors on a grid, (1, old patches, dim) -> (1, new patches, dim); bicubic in float32."""
+    maps = rearrange(patches.float(), "b (h w) c -> b c h w", h=old_grid[0], w=old_grid[1])
     maps = F.interpolate(maps, size=new_grid, mode="bicubic", align_corners=False)
-    grid = maps.flatten(2).mT.to(pos_embed.dtype)
-    return insert_tokens(grid, tokens, cls_indices(cls_position, new_grid[0] * new_grid[1]))
+    return rearrange(maps, "b c h w -> b (h w) c").to(patches.dtype)

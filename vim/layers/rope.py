@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
-from vim.layers.traced import fx_leaf
+from vim.layers.traced import fx_leaf, is_symbolic
 
 
 class GridRotary(nn.Module):
-    """Rotate neighbouring channels of each patch token by angles of its row and column.
+    """Rotation of neighbouring channels of each patch token by angles of its row and column.
 
     With d = dim / 2, the first d channels turn by row * f_k and the last d by column * f_k, where
-    f_k = 10000^(-2k/d) and each f_k serves a pair of channels: (a, b) -> (a cos - b sin, b cos + a sin).
-    Rows and columns are counted in units of a grid with `pretrained_side` cells a side.
+    f_k = 10000^(-2k/d). Each f_k serves a pair of channels: (a, b) -> (a cos - b sin, b cos + a sin).
+    Rows and columns are scaled to a grid with `pretrained_side` cells on each side.
 
     Args:
         dim: Width of the tokens, a multiple of 4.
@@ -21,14 +22,13 @@ class GridRotary(nn.Module):
         pretrained_side: Side of the grid on which the frequencies are defined.
 
     Shape:
-        (batch, len, dim), and `tables` where the patches lie on another grid -> the same. With an odd `len` the first
-        token is left as it is: the class token where it stands first. (The original does so too where it stands in the
-        middle.)
+        (batch, len, dim), and `tables` for another grid -> (batch, len, dim). With an odd `len` the first token is not
+        rotated: it is the class token if that comes first. (The original does the same if it is in the middle.)
 
     Raises:
         ValueError: `dim` is not a multiple of 4, or the number of patches is odd.
 
-    Source: Su et al. 2021, arXiv:2104.09864, for one axis; the tables are part of the released state dicts.
+    Source: Su et al. 2021, arXiv:2104.09864, for one axis. The tables are part of the released state dicts.
     """
 
     freqs_cos: Tensor
@@ -54,14 +54,14 @@ class GridRotary(nn.Module):
 
     @torch.no_grad()
     def init_tables(self) -> None:
-        """Fill the tables, (patches, dim)."""
+        """Compute the tables, (patches, dim) each."""
         cos, sin = self._make_tables(self.grid_size)
         self.freqs_cos.copy_(cos)
         self.freqs_sin.copy_(sin)
 
     def tables(self, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for patches on `grid_size`, (patches, dim) each."""
-        if not any(isinstance(side, torch.SymInt) for side in grid_size) and grid_size == self.grid_size:
+        """Return the cosines and sines for patches on `grid_size`, (patches, dim) each."""
+        if not is_symbolic(grid_size) and grid_size == self.grid_size:
             return self.freqs_cos, self.freqs_sin
         _check_grid(grid_size)
         cos, sin = self._make_tables(grid_size)
@@ -71,8 +71,8 @@ class GridRotary(nn.Module):
         half = self.dim // 2
         frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
         rows, columns = (torch.arange(side, dtype=torch.float32) / side * self.pretrained_side for side in grid_size)
-        angles = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (rows, columns, 2)
-        angles = (angles[..., None] * frequencies).repeat_interleave(2, dim=-1).flatten(2).flatten(0, 1)
+        cells = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (rows, columns, 2)
+        angles = repeat(cells[..., None] * frequencies, "rows columns axis f -> (rows columns) (axis f pair)", pair=2)
         return angles.cos(), angles.sin()
 
     @fx_leaf

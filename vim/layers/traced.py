@@ -1,11 +1,12 @@
-"""Modules that torch.fx records as one node each."""
+"""Helpers for modules that torch.fx and torch.export trace."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.fx import Proxy, Tracer
 
@@ -14,11 +15,16 @@ from vim.layers.watched import is_watched
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
-def fx_leaf(forward: _Forward) -> _Forward:
-    """Have torch.fx record calls of a module, whose `forward` this decorates, and not what happens in them.
+def is_symbolic(sizes: Iterable[object]) -> bool:
+    """Return True if a size is a symbol, in an export for images of any size: comparing it would fix its value."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
-    What a forward asks of shapes and dtypes has no answer while torch.fx traces. A tracer that is told which modules
-    are leaves never calls them; `torch.fx.symbolic_trace` and torchvision's feature extractor cannot be told.
+
+def fx_leaf(forward: _Forward) -> _Forward:
+    """Decorate the `forward` of a module so that torch.fx records one call instead of tracing into it.
+
+    Branches on shapes and dtypes cannot be traced by torch.fx. A custom tracer can declare modules as leaves;
+    `torch.fx.symbolic_trace` and torchvision's feature extractor cannot.
     """
 
     @functools.wraps(forward)
@@ -38,6 +44,6 @@ def _record(
     if module is tracer.root:
         raise TypeError(f"torch.fx records {name} as one node: trace a module that holds it")
     if is_watched(module) or type(module).forward is not forward:
-        # They run while the module is traced, and would run again in the node.
+        # Hooks run while the module is traced, and would run again with the recorded call.
         raise TypeError(f"torch.fx cannot trace {name} with a hook or another forward: take it off, or name it a leaf")
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)

@@ -1,4 +1,4 @@
-"""What kernels may read of a module in place of calling it."""
+"""Tests for modules whose weights a kernel may read instead of calling the module."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Return True if a call of the module does more than its class says: a hook, or another forward or call."""
-    own = module.__dict__  # asked ten times a block: attributes take longer
+    """Return True if calling the module does more than its class says: it has hooks, or its own forward or call."""
+    own = module.__dict__  # called ten times per block, and faster than attribute access
     return bool(
         "forward" in own
         or own.get("_compiled_call_impl") is not None
@@ -37,7 +37,7 @@ def is_causal_convolution(conv: Any, act: Any) -> bool:
 
 
 def is_projection(linear: Any, in_features: int, out_features: int) -> bool:
-    """Return True if the module is a linear layer with a bias, of these sizes, whose weights the kernels may read."""
+    """Return True if the module is a linear layer with a bias and these sizes, whose weights the kernels may read."""
     return (
         type(linear) is nn.Linear
         and not is_watched(linear)
@@ -60,7 +60,7 @@ def is_patch_projection(conv: Any) -> bool:
 
 def _has_plain_weights(module: nn.Module, shape: tuple[int, ...], optional_bias: bool) -> bool:
     parameters = module._parameters
-    # A weight that is not among the parameters may be an attribute or a buffer.
+    # A weight may also be an attribute or a buffer.
     if "weight" not in parameters or "bias" not in parameters:
         return False
     weight, bias = parameters["weight"], parameters["bias"]

@@ -1,4 +1,4 @@
-"""The models; importing this registers them with timm."""
+"""Models; importing this package registers them with timm."""
 
 from vim.models import variants as variants
 from vim.models.pyramid import VimPyramid

@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import huggingface_hub
 import timm
@@ -19,24 +18,25 @@ import vim.models  # registers our models with timm
 from vim.config.schema import ModelConfig, TrainConfig
 from vim.models.starting_weights import load_starting_weights
 
-_FROM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+# Prefixes of names that timm resolves outside its registry.
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def build_model(config: ModelConfig, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
     """Create a model through timm.
 
     Args:
-        config: The model's settings; its `num_classes` is not read.
+        config: The model's settings, without regard to their `num_classes`.
         num_classes: Outputs of the classifier.
-        class_names: Names of the classes; where `model.checkpoint` has others, its classifier is not taken.
+        class_names: Names of the classes; if `model.checkpoint` has others, its classifier is not used.
 
     Returns:
         The model, on the CPU, in training mode.
 
     Raises:
-        ValueError: timm knows no such model (the message names the nearest), or the model takes no such argument, or
-            refuses a value, or has no published weights, or `model.checkpoint` does not fit.
-        FileNotFoundError: There is no such `model.checkpoint`.
+        ValueError: timm does not know the model (the message names the nearest), the model refuses an argument, it has
+            no published weights, or `model.checkpoint` does not fit.
+        FileNotFoundError: The file `model.checkpoint` does not exist.
     """
     check_model_name(config.name)
     arguments: dict[str, Any] = {
@@ -58,7 +58,7 @@ def build_model(config: ModelConfig, num_classes: int, class_names: Sequence[str
 
 
 def without_weights(config: ModelConfig) -> ModelConfig:
-    """Return the settings of the same model as it is made, for weights that come from elsewhere."""
+    """Return the settings of the same model without pretrained weights or a checkpoint."""
     return dataclasses.replace(config, pretrained=False, checkpoint=None)
 
 
@@ -67,11 +67,11 @@ def _is_ours(name: str) -> bool:
 
 
 def create_named(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """Create a model of timm; `img_size` is left out for one that takes images of any size and no argument for it.
+    """Create a model of timm; drop `img_size` if the model does not take this argument.
 
     Raises:
-        TypeError: The model takes no such argument, or none of such a type.
-        ValueError: It refuses a value, or its weights cannot be had.
+        TypeError: The model does not take an argument, or refuses its type.
+        ValueError: The model refuses a value, or its weights are not available.
     """
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
@@ -81,7 +81,7 @@ def create_named(name: str, pretrained: bool = False, **arguments: Any) -> nn.Mo
             return create_named(name, pretrained, **arguments)
         raise
     except LocalEntryNotFoundError as error:
-        raise ValueError("it is not in the cache of Hugging Face, and was not fetched") from error
+        raise ValueError("it is not in the Hugging Face cache, and was not fetched") from error
     except (RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or f"{type(error).__name__} without a reason"
         raise ValueError(reason) from error
@@ -97,7 +97,7 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _nearest(error: TypeError) -> str:
-    """Return the nearest argument of our models to the one that they do not take, as a question."""
+    """Return the argument of our models nearest to an unknown one, as a question."""
     unknown = re.search(r"VisionMamba.* unexpected keyword argument '(\w+)'", str(error))
     near = (
         difflib.get_close_matches(unknown[1], inspect.signature(vim.models.VisionMamba).parameters, n=1)
@@ -109,18 +109,23 @@ def _nearest(error: TypeError) -> str:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Keep timm from the network for the time of the block: names such as "hf-hub:..." are looked up in the cache."""
-    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+    """Keep timm off the network within the block: names such as "hf-hub:..." are looked up in the cache only."""
+    constants: Any = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def check_model_name(name: str) -> None:
-    """Raise unless timm knows the model.
+    """Check that timm knows the model.
 
     Raises:
         ValueError: It does not; the message names the nearest model that it knows.
     """
-    if name.startswith(_FROM_ELSEWHERE) or timm.is_model(name):
+    if name.startswith(_HUB_PREFIXES) or timm.is_model(name):
         return
     near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
     hint = f": did you mean {near[0]!r}?" if near else ""
@@ -128,24 +133,24 @@ def check_model_name(name: str) -> None:
 
 
 def checkpoint_gradients(model: nn.Module, config: ModelConfig) -> None:
-    """Let a model compute its activations again in the backward pass instead of keeping them.
+    """Turn on gradient checkpointing: the model recomputes activations in the backward pass.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: The model does not support it.
     """
     enable = getattr(model, "set_grad_checkpointing", None)
     if enable is None:
         raise ValueError(
-            f"model.grad_checkpointing must be false for model.name {config.name!r}, which does not have it"
+            f"model.grad_checkpointing must be false for model.name {config.name!r}, which does not support it"
         )
     enable()
 
 
 def check_sizes(model: nn.Module, image_shape: tuple[int, int], config: TrainConfig, device: torch.device) -> None:
-    """Check that a model takes images of a size, by an image; the random generators do not notice.
+    """Check with one image that a model takes images of this size; the random generators keep their states.
 
     Raises:
-        ValueError: It does not take them.
+        ValueError: The model does not take them.
     """
     image = torch.zeros(1, config.model.in_chans, *image_shape, device=device)
     was_training = model.training
@@ -159,15 +164,15 @@ def check_sizes(model: nn.Module, image_shape: tuple[int, int], config: TrainCon
             raise ValueError(f"{name} does not take images of model.img_size {image_shape}: {reason}") from error
         raise ValueError(
             f"progressive.start_size must be null for {name}, which does not take images of {image_shape} ({reason}); "
-            "a model of ours takes any with --model.args.dynamic_img_size true, in which progressive.multiple is a "
-            "multiple of its patches"
+            "a Vision Mamba takes any size with --model.args.dynamic_img_size true, if progressive.multiple is a "
+            "multiple of its patch size"
         ) from error
     finally:
         model.train(was_training)
 
 
 def describe_model(model: nn.Module, config: ModelConfig) -> str:
-    """Return the model's name, arguments and size in a few words."""
+    """Return the model's name, arguments, number of parameters and origin of weights in one line."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     arguments = ", ".join(f"{name}={value}" for name, value in config.args.items())
     start = f", weights of {config.checkpoint}" if config.checkpoint else ", published weights"

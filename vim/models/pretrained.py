@@ -1,4 +1,4 @@
-"""Published weights: fetching their files, reading them without running code, and fitting them to a model."""
+"""Published weights: fetch their files, read them without running code, and fit them to a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
@@ -25,29 +24,32 @@ from timm.layers import resample_patch_embed
 from timm.models import PretrainedCfg
 from torch import Tensor
 
-from vim.layers.pos_embed import cls_indices, resample_pos_embed
-from vim.layers.token_sequence import extract_tokens, insert_tokens
+from vim.layers.pos_embed import cls_indices, resample_grid, resample_pos_embed
+from vim.layers.token_sequence import extract_tokens
 from vim.models.state_dicts import Weights, select_weights
 from vim.models.vision_mamba import VisionMamba
 
 _logger = logging.getLogger(__name__)
 
 Resampling = Literal["exact", "reference"]
-# What NumPy's numbers and arrays need to be loaded, in both of its generations.
+# Names that NumPy's scalars and arrays are pickled with, in NumPy 1 and 2.
 _NUMPY_NAMES = (
     "numpy.dtype",
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 )
-# Seconds to wait for the hub's first answer.
-_PATIENCE = 5.0
+# Seconds to wait for the first answer of the hub.
+_HUB_TIMEOUT = 5.0
 
 
 def find_weights(cfg: PretrainedCfg) -> Path | None:
-    """The file of published weights on this machine, fetched from the hub where it is not here yet.
+    """Return the local file of published weights; fetch it from the hub if it is not cached.
 
     Args:
-        cfg: Where the weights are. `None` is returned if it is left to timm: a state dict, "hf-hub:", "local-dir:".
+        cfg: timm's description of the weights.
+
+    Returns:
+        The file, or `None` if timm loads the weights itself: from a state dict, a URL, "hf-hub:" or "local-dir:".
 
     Raises:
         FileNotFoundError: `cfg.file` does not exist.
@@ -63,7 +65,7 @@ def find_weights(cfg: PretrainedCfg) -> Path | None:
 
 
 def _fetch(hub_id: str, filename: str) -> Path:
-    """Return a file of the hub, from its cache if it is there."""
+    """Return the local copy of a file on the hub, from the cache or fetched."""
     repo, _, revision = hub_id.partition("@")
     cached = try_to_load_from_cache(repo, filename, revision=revision or None)
     if isinstance(cached, str):
@@ -71,7 +73,7 @@ def _fetch(hub_id: str, filename: str) -> Path:
     url = hf_hub_url(repo, filename, revision=revision or None)
     try:
         if not constants.HF_HUB_OFFLINE:
-            _knock(url)
+            _check_reachable(url)
         return Path(hf_hub_download(repo, filename, revision=revision or None))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -81,18 +83,18 @@ def _fetch(hub_id: str, filename: str) -> Path:
         ) from error
 
 
-def _knock(url: str) -> None:
-    """Raise unless the hub can be reached; its own client tries for half a minute before it gives up."""
-    # An answer such as "not found" is an answer, and the client words it better.
+def _check_reachable(url: str) -> None:
+    """Raise unless the hub can be reached; its own client would retry for half a minute."""
+    # An HTTP error proves that the hub is there, and its client reports it better.
     with (
         contextlib.suppress(urllib.error.HTTPError),
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE),
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_TIMEOUT),
     ):
         pass
 
 
-class _Unread:
-    """A number or an array of NumPy beside the weights: nothing of it is read."""
+class _Ignored:
+    """A stand-in for NumPy scalars and arrays in a checkpoint; it discards its contents."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -102,24 +104,24 @@ class _Unread:
 
 
 def _allowed_classes() -> contextlib.AbstractContextManager[None]:
-    """Let torch's restricted loader go on at what training loops keep beside weights, without making NumPy's things."""
-    unread: list[Any] = [(_Unread, name) for name in _NUMPY_NAMES]
-    return torch.serialization.safe_globals([argparse.Namespace, *unread])
+    """Allow torch's restricted loader the classes that training loops save; NumPy's are replaced by `_Ignored`."""
+    ignored: list[Any] = [(_Ignored, name) for name in _NUMPY_NAMES]
+    return torch.serialization.safe_globals([argparse.Namespace, *ignored])
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a file of tensors, numbers and text; nothing in it is run.
+    """Read a file of tensors, numbers and text, without running any code in it.
 
     Args:
-        path: A safetensors file, or one of `torch.save`. `argparse.Namespace`, which the released files hold, is
-            allowed, and NumPy's numbers and arrays are passed over; other classes are not allowed.
+        path: A safetensors file, or a file written by `torch.save`. `argparse.Namespace`, which the released files
+            hold, is allowed. NumPy scalars and arrays are skipped. Other classes are refused.
 
     Returns:
-        Its contents, on the CPU.
+        The contents, on the CPU.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: It is damaged, of another kind, or needs classes that are not allowed, which the message names.
+        RuntimeError: The file is damaged, of another kind, or needs classes that are refused; the message names them.
     """
     file = Path(path)
     if not file.is_file():
@@ -128,32 +130,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             return load_file(file)
         except SafetensorError as error:
-            raise RuntimeError(f"{file} is truncated or no safetensors file: {error}") from error
+            raise RuntimeError(f"{file} is truncated or not a safetensors file: {error}") from error
     try:
         with _allowed_classes():
             contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{file} was not loaded: {_foreign_classes(file)}") from error
     except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
-        raise RuntimeError(f"{file} is damaged or no checkpoint of PyTorch") from error
+        raise RuntimeError(f"{file} is damaged or not a PyTorch checkpoint") from error
     if not isinstance(contents, dict):
         raise RuntimeError(f"{file} must hold a dict, got {type(contents).__name__}")
     return contents
 
 
 def _foreign_classes(file: Path) -> str:
-    """Why the restricted loader refused a file, in words."""
+    """Return in words why the restricted loader refused a file."""
     try:
         with _allowed_classes():
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except (RuntimeError, ValueError, pickle.UnpicklingError):
         names = []
     if not names:
-        return "it is damaged or no checkpoint of PyTorch"
+        return "it is damaged or not a PyTorch checkpoint"
     if any(name.startswith("torch.nn.modules.") for name in names):
         return (
-            "it holds a whole model, and loading classes from a file can run code; where it was written, save its "
-            "state dict: torch.save(model.state_dict(), FILE)"
+            "it holds a whole model, and loading classes from a file can run code; in the program that wrote it, save "
+            "the state dict: torch.save(model.state_dict(), FILE)"
         )
     return f"it needs {', '.join(sorted(names))}, and loading classes from a file can run code"
 
@@ -164,20 +166,20 @@ def checkpoint_filter_fn(
     weights: Weights = "raw",
     resampling: Resampling = "exact",
 ) -> dict[str, Tensor]:
-    """Make a released or older state dict fit `model`: unwrap it, and resample what depends on sizes.
+    """Return the weights of a checkpoint in a form that fits `model`; timm's `pretrained_filter_fn`.
 
-    Class tokens are dropped for a model that has none, and move to where the model has its own.
+    Tensors that depend on the image or patch size are resampled. Class tokens are dropped for a model without them,
+    and their position embeddings move to the positions that the model has.
 
     Args:
         state_dict: Names to tensors, or a training checkpoint that holds such a dict.
-        model: The model it is for.
-        weights: Which of a checkpoint's weights, see `select_weights`.
-        resampling: "exact" resamples the embedding of the patches and keeps the class token's; "reference" does what
-            the original does before fine-tuning: it takes the first entry for the class token's and everything after
-            it for the grid, wherever the class token stands.
+        model: The model that receives the weights.
+        weights: Which weights of a checkpoint, see `select_weights`.
+        resampling: "exact" resamples the position embedding of the patches only. "reference" repeats the original's
+            fine-tuning: it always treats the first entry as the class token's, and the rest as the grid.
 
     Raises:
-        ValueError: The checkpoint is another model's, or of another width, depth or kind; the message names both.
+        ValueError: The checkpoint is of another architecture, width or depth; the message names both.
     """
     if resampling not in ("exact", "reference"):
         raise ValueError(f"resampling must be 'exact' or 'reference', got {resampling!r}")
@@ -196,7 +198,7 @@ def checkpoint_filter_fn(
     if proj is not None and proj.shape[-2:] != model.patch_embed.proj.weight.shape[-2:]:
         state_dict["patch_embed.proj.weight"] = resample_patch_embed(proj, list(model.patch_embed.patch_size))
     if model.rotary != "none":
-        # The tables follow from the sizes; those of another grid must not replace the model's.
+        # The tables follow from the grid; tables of another grid must not replace the model's.
         for name in ("rope.freqs_cos", "rope.freqs_sin"):
             if name in state_dict and state_dict[name].shape != model.get_buffer(name).shape:
                 state_dict[name] = model.get_buffer(name)
@@ -219,7 +221,7 @@ def _check_architecture(state_dict: dict[str, Tensor], model: VisionMamba) -> No
 
 
 def _source_cls_position(state_dict: dict[str, Tensor], model: VisionMamba) -> str:
-    """Where the checkpoint's class token stands; a single one leaves no trace of its place."""
+    """Return the checkpoint's `cls_position`; for a single class token it is a guess, since tensors do not tell it."""
     if "cls_token_head" in state_dict:
         source = "double"
     elif "cls_token" not in state_dict:
@@ -227,7 +229,7 @@ def _source_cls_position(state_dict: dict[str, Tensor], model: VisionMamba) -> s
     elif model.cls_position in ("head", "middle", "random"):
         source = model.cls_position
     else:
-        # The released models have it in the middle, except the first one, which has rotary tables.
+        # The released models have the class token in the middle, except the first one, which has rotary tables.
         source = "head" if "rope.freqs_cos" in state_dict else "middle"
     tokens = len(cls_indices(source, 0))
     if model.num_prefix_tokens not in (0, tokens):
@@ -256,7 +258,7 @@ def _fit_pos_embed(state_dict: dict[str, Tensor], model: VisionMamba, source_cls
 
 
 def _source_grid(state_dict: dict[str, Tensor], model: VisionMamba, patches: int) -> tuple[int, int]:
-    """Patches along (height, width) of the model whose position embedding a checkpoint has."""
+    """Return the grid (rows, columns) of the checkpoint's position embedding."""
     proj = state_dict.get("patch_embed.proj.weight")
     kernel = model.patch_embed.patch_size if proj is None else (proj.shape[-2], proj.shape[-1])
     source_args = getattr(model, "pretrained_model_args", {})
@@ -277,16 +279,14 @@ def _source_grid(state_dict: dict[str, Tensor], model: VisionMamba, patches: int
 
 
 def _resample_as_the_original(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """The original's interpolation before fine-tuning: correct where the class token stands first."""
+    """Resample as the original does before fine-tuning; it is correct only if the class token comes first."""
     if old_grid == new_grid:
         return pos_embed
-    grid = pos_embed[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False).to(grid.dtype)
-    return insert_tokens(grid.flatten(2).mT, [pos_embed[:, :1]], (0,))
+    return torch.cat([pos_embed[:, :1], resample_grid(pos_embed[:, 1:], old_grid, new_grid)], dim=1)
 
 
 def _check_shapes(state_dict: dict[str, Tensor], model: VisionMamba) -> None:
-    """Every tensor has the model's shape, but for the head and the channels of the image, which timm adapts."""
+    """Raise unless every tensor has the model's shape, except for the head and the image channels: timm adapts them."""
     for name, own in model.state_dict().items():
         tensor = state_dict.get(name)
         if tensor is None or name.startswith("head.") or tensor.shape == own.shape:

@@ -13,15 +13,15 @@ _REDUCTIONS = (4, 8, 16, 32)
 
 
 class VimPyramid(nn.Module):
-    """Maps of chosen blocks at 1/4, 1/8, 1/16 and 1/32 of the image's size.
+    """Feature maps of selected blocks at 1/4, 1/8, 1/16 and 1/32 of the image size.
 
-    A plain model has maps of one resolution. Here each level takes those of a block, normalises them, and enlarges
-    them by transposed convolutions or reduces them by maximum pooling. timm takes it as `feature_cls`.
+    The maps of a plain model have one resolution. Each level normalises the map of a block, and enlarges it by
+    transposed convolutions or reduces it by maximum pooling. timm accepts this class as `feature_cls`.
 
     Args:
-        model: The backbone. What the levels do not need is taken off it: the head, the final norm, later blocks.
-        out_indices: Levels to return, of 0 (1/4) to 3 (1/32); a number n stands for the last n.
-        blocks: The block that feeds each of the four levels; `None` takes the ends of the four quarters of the model.
+        model: The backbone. Modules that no level needs are removed from it: the head, the final norm, later blocks.
+        out_indices: Levels to return, from 0 (1/4) to 3 (1/32); a number n selects the last n.
+        blocks: The block that feeds each of the four levels; `None` takes the last block of each quarter of the model.
 
     Attributes:
         feature_info: timm's description of the levels.
@@ -30,7 +30,7 @@ class VimPyramid(nn.Module):
         (batch, in_chans, height, width) -> a list of (batch, embed_dim, height / reduction, width / reduction).
 
     Raises:
-        ValueError: A level or a block does not exist, or the step between patches is no power of two up to 32.
+        ValueError: A level or a block does not exist, or the step between patches is not a power of two up to 32.
 
     Source: Li et al. 2022, arXiv:2203.16527, section 3, for the simple pyramid; Bao et al. 2021, arXiv:2106.08254, for
     one block a level.
@@ -63,11 +63,11 @@ class VimPyramid(nn.Module):
         self.feature_info = FeatureInfo(info, tuple(self.levels))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass."""
+        """Recompute the blocks of the backbone in the backward pass."""
         self.model.set_grad_checkpointing(enable)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the maps, the finest first."""
+        """Return the maps, finest first."""
         indices = sorted(set(self.blocks))
         maps = self.model.forward_intermediates(x, indices=indices, intermediates_only=True)
         by_block = dict(zip(indices, maps, strict=True))
@@ -75,7 +75,7 @@ class VimPyramid(nn.Module):
 
 
 def _make_level(dim: int, step: int, reduction: int) -> nn.Sequential:
-    """Normalise, then enlarge or reduce maps with `step` pixels a cell to `reduction` pixels a cell."""
+    """Return layers that normalise a map and resize it from `step` to `reduction` pixels per cell."""
     layers: list[nn.Module] = [nn.GroupNorm(1, dim)]
     while step > reduction:
         layers.append(nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2))

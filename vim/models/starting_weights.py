@@ -1,4 +1,4 @@
-"""Start a model from the weights of another training: a released file, a run folder, or a safetensors file."""
+"""Start a model from existing weights: a released file, a run folder, or a safetensors file."""
 
 import json
 import logging
@@ -19,24 +19,24 @@ _logger = logging.getLogger(__name__)
 _HEAD = ("head.weight", "head.bias")
 _FIRST_CONV = "patch_embed.proj.weight"
 METADATA_KEY = "vimamba"
-"""Where a safetensors file of ours keeps the settings and the class names of its run."""
+"""Metadata key of our safetensors files that holds the settings and the class names of the run."""
 
 
 def load_starting_weights(model: nn.Module, config: ModelConfig, class_names: Sequence[str] | None = None) -> None:
     """Copy the weights of `model.checkpoint` into a model.
 
-    What depends on sizes is made to fit: the position embedding is resampled, the patch embedding takes another patch
-    size or number of channels, and the head stays as it was drawn where the classes differ.
+    Tensors that depend on sizes are fitted: the position embedding is resampled, and the patch embedding is adapted to
+    the patch size and the channels. If the classes differ, the head keeps its random weights.
 
     Args:
         model: The model, changed in place.
         config: Its settings.
-        class_names: Names of its classes; with those in the file they tell whether the head is of the same classes.
+        class_names: Names of its classes. If the file names its classes too and they differ, its head is not used.
 
     Raises:
         FileNotFoundError: There is no such file, or the run folder has no checkpoint.
-        ValueError: The file is damaged, holds other weights than asked for, or is another architecture's; the message
-            names the first difference.
+        ValueError: The file is damaged, lacks the requested weights, or is of another architecture; the message names
+            the first difference.
     """
     path = Path(str(config.checkpoint)).expanduser()
     if not isinstance(model, VisionMamba):
@@ -46,7 +46,7 @@ def load_starting_weights(model: nn.Module, config: ModelConfig, class_names: Se
         )
     state, about, weights = _read(path / "best.pth" if path.is_dir() else path, config)
     trained_as, trained_on = _arguments(about.get("config")), about.get("class_names")
-    # How the checkpoint's model cut its images into patches, for resampling; files of others do not say.
+    # Image size and stride of the checkpoint's model, for resampling; files of other programs do not hold them.
     source: Any = model
     source.pretrained_model_args = {
         name: trained_as[name] for name in ("img_size", "patch_stride") if trained_as.get(name) is not None
@@ -65,7 +65,7 @@ def load_starting_weights(model: nn.Module, config: ModelConfig, class_names: Se
 
 
 def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Return a state dict, what the file says of its run, and which weights they are."""
+    """Return a state dict, the file's record of its run, and the kind of weights."""
     wanted = config.pretrained_weights
     try:
         if path.suffix == ".safetensors":
@@ -78,7 +78,7 @@ def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str,
             return select_weights(state), about, "the"
         contents = read_checkpoint(path)
         if contents.get("format") == FORMAT:
-            contents = load_checkpoint(path)  # again, with its checksums
+            contents = load_checkpoint(path)  # read again, to verify the checksums
         kind = wanted if wanted != "best" else "ema" if contents.get("weights") == "ema" else "raw"
         return select_weights(contents, kind), contents, kind
     except (RuntimeError, json.JSONDecodeError, AttributeError, TypeError) as error:
@@ -86,7 +86,7 @@ def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _arguments(config: Any) -> dict[str, Any]:
-    """Return the arguments of the model in the settings of a run."""
+    """Return the arguments of the model from the settings of a run."""
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict):
         return {}
@@ -95,7 +95,7 @@ def _arguments(config: Any) -> dict[str, Any]:
 
 
 def _fit_head_and_channels(state: dict[str, Tensor], model: VisionMamba, path: Path, other_classes: bool) -> bool:
-    """Leave out a head of other classes, adapt the first convolution to the channels; return True for a new head."""
+    """Drop a head of other classes, and adapt the first convolution to the channels; return True for a new head."""
     own = model.state_dict()
     new_head = other_classes or any(
         name in own and (name not in state or state[name].shape != own[name].shape) for name in _HEAD
@@ -113,13 +113,13 @@ def _fit_head_and_channels(state: dict[str, Tensor], model: VisionMamba, path: P
         else:
             raise CheckpointError(
                 f"model.checkpoint {path} is of a model for {channels} channels, which cannot be adapted to "
-                f"model.in_chans = {wanted}: only 1 and 3 can"
+                f"model.in_chans = {wanted}: only weights for 1 or 3 channels can"
             )
     return new_head
 
 
 def _check_names(state: dict[str, Tensor], model: VisionMamba, path: Path, new_head: bool) -> None:
-    """Raise unless the state dict has every tensor of the model but a new head's, and no other."""
+    """Raise unless the state dict has exactly the tensors of the model, apart from a new head."""
     own = model.state_dict()
     left = [name for name in own if name not in state and not (new_head and name in _HEAD)]
     extra = [name for name in state if name not in own]

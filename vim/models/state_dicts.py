@@ -1,4 +1,4 @@
-"""The state dict of a model of ours in what a training loop saved, recognised by its contents."""
+"""Find the state dict of a Vision Mamba in the checkpoint of any training loop, by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 Weights = Literal["raw", "ema"]
-# Where a checkpoint keeps a state dict: the original's (and our) training loop, then timm's.
+# Entries that hold the state dict: of the original's (and our) training loop, then of timm's.
 _ENTRIES = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
-# How deep dicts in dicts are searched for a state dict.
-_DEEPEST = 3
-# Names that only we have, and what comes before them in a larger model.
+# Depth to which nested dicts are searched for a state dict.
+_MAX_DEPTH = 3
+# Names that only our models have; the group is the prefix in a larger model.
 _OWN = re.compile(r"((?:.+\.)?)layers\.0\.mixer\.")
-# Every model for images has it, no Mamba language model does.
+# Every Vision Mamba has it; Mamba language models do not.
 _FIRST_CONV = "patch_embed.proj.weight"
-# What compiling, sharding and checkpointing put into names.
+# Parts of names that compiling, sharding and checkpointing insert.
 _WRAPPERS = re.compile(r"(^|\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # Counters that other programs add: torch.optim.swa_utils.AveragedModel and thop.
 _COUNTERS = re.compile(r"n_averaged$|(.*\.)?total_(ops|params)$")
-# Names of tensors that only one kind of model has, in the order in which they are looked for.
+# Names of tensors that identify other models, in the order of the search.
 _FOREIGN_NAMES = {
     r".*\.(A_logs|Ds|x_proj_weight|dt_projs_weight|dt_projs_bias)$": "VMamba's family (MzeroMiko/VMamba)",
     r"(.*\.)?layers\.\d+\.blocks\.\d+\.(op|ln_1|self_attention)\.": "VMamba's family (MzeroMiko/VMamba)",
@@ -38,18 +38,18 @@ _FOREIGN_NAMES = {
 
 
 def select_weights(checkpoint: Mapping[str, Any], weights: Weights = "raw") -> dict[str, Tensor]:
-    """The state dict in a checkpoint, under the names of our modules.
+    """Return the state dict in a checkpoint, under the names of our modules.
 
-    It may lie in an entry of any name, and its names may have any prefix, as those of a wrapper or of a larger model
-    do. What is taken from such a place is logged.
+    The state dict may be in an entry of any name, and its names may have the prefix of a wrapper or a larger model.
+    The log then says which entry or prefix was chosen.
 
     Args:
-        checkpoint: What a training loop saved, or a state dict.
+        checkpoint: Checkpoint of a training loop, or a state dict.
         weights: "raw" (the trained weights) or "ema" (their moving average). A plain state dict is "raw".
 
     Raises:
-        ValueError: The checkpoint has no such weights or those of several models, or they are another model's; the
-            message says whose.
+        ValueError: The checkpoint lacks these weights, holds several models, or is of another model; the message names
+            it.
     """
     if weights not in _ENTRIES:
         raise ValueError(f"weights must be 'raw' or 'ema', got {weights!r}")
@@ -60,16 +60,16 @@ def select_weights(checkpoint: Mapping[str, Any], weights: Weights = "raw") -> d
     odd = next((name for name, value in state_dict.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         kind = type(state_dict[odd]).__name__
-        raise ValueError(f"the checkpoint is no state dict: {odd!r} must be a tensor, got {kind}")
+        raise ValueError(f"the checkpoint is not a state dict: {odd!r} must be a tensor, got {kind}")
     _refuse_foreign(state_dict)
     return state_dict
 
 
 def under_own_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `select_weights` finds where our names lie elsewhere than in `state_dict` itself, otherwise `state_dict`.
+    """Return `state_dict` itself if it has our names, or else the state dict that `select_weights` finds in it.
 
     Raises:
-        ValueError: There are those of several models.
+        ValueError: It holds several models.
     """
     found = any(True for _ in _state_dicts(state_dict))
     if found and (not _has_own_names(state_dict) or any(_COUNTERS.match(str(name)) for name in state_dict)):
@@ -97,14 +97,14 @@ def _entry(checkpoint: Mapping[str, Any], weights: Weights) -> Mapping[str, Any]
     return next(iter(found.values()))
 
 
-_SAVE_ONE = "save the one that is meant by itself: torch.save(state_dict, FILE)"
+_SAVE_ONE = "save the one to load separately: torch.save(state_dict, FILE)"
 
 
 def _state_dicts(contents: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the dicts in a checkpoint that have names of ours, with where they are; those in a found one are not."""
+    """Yield the outermost dicts in a checkpoint that have our names, each with its path of keys."""
     if any(isinstance(value, Tensor) and _OWN.match(_bare(str(name))) for name, value in contents.items()):
         yield place, contents
-    elif len(place) < _DEEPEST:
+    elif len(place) < _MAX_DEPTH:
         for name, value in contents.items():
             if isinstance(value, Mapping):
                 yield from _state_dicts(value, (*place, str(name)))
@@ -124,7 +124,7 @@ def _bare_names(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _without_prefix(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return what belongs to the one model of ours in a larger one."""
+    """Return the tensors of our model in a larger one, without their prefix."""
     prefixes = sorted({match[1] for name in state_dict if (match := _OWN.match(name))})
     prefixes = [prefix for prefix in prefixes if prefix + _FIRST_CONV in state_dict]
     if len(prefixes) > 1:

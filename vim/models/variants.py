@@ -1,4 +1,4 @@
-"""The named models, as `timm.create_model` finds them, and the loading of their checkpoints."""
+"""Named models for `timm.create_model`, and the loading of their published weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureDictNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet
 
-from vim.models.checks import check_kind
+from vim.layers.checks import check_kind
 from vim.models.pretrained import (
     Resampling,
     Weights,
@@ -80,9 +80,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _check_feature_cls(feature_cls: Any) -> None:
-    """Of timm's ways to features only the one through `forward_intermediates` gives those of this model.
+    """Raise for timm's feature extractors that do not call `forward_intermediates`.
 
-    The others take what modules put out, which is in scan order here, and without the residual.
+    They return the outputs of modules, which are in scan order here and lack the residual.
     """
     others = (FeatureDictNet, FeatureHookNet, FeatureGraphNet)
     is_other = isinstance(feature_cls, type) and issubclass(feature_cls, others)
@@ -100,7 +100,7 @@ def _create_vim(
     feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> VisionMamba:
-    """Build a variant; the two `pretrained_*` arguments are `weights` and `resampling` of `checkpoint_filter_fn`."""
+    """Build a variant; `pretrained_weights` and `pretrained_resampling` are arguments of `checkpoint_filter_fn`."""
     check_kind("pretrained_weights", pretrained_weights, get_args(Weights))
     check_kind("pretrained_resampling", pretrained_resampling, get_args(Resampling))
     _check_feature_cls(kwargs.get("feature_cls"))
@@ -113,7 +113,7 @@ def _create_vim(
             state_dict = select_weights(read_checkpoint(file), weights)
             kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state_dict}
         if file is not None or cfg.source == "local-dir":
-            weights = "raw"  # what is left to choose from: folders hold the state dict of one model
+            weights = "raw"  # already selected; a local folder holds one plain state dict
     model = build_model_with_cfg(
         VisionMamba,
         variant,
@@ -125,7 +125,7 @@ def _create_vim(
     for module in model.modules():
         cfg_dict: Any = getattr(module, "pretrained_cfg", None)
         if isinstance(cfg_dict, dict):
-            cfg_dict["state_dict"] = None  # it would be kept alive, and copied with the model
+            cfg_dict["state_dict"] = None  # else it stays in memory, and is copied with the model
     return model
 
 
@@ -136,7 +136,7 @@ _STRIDE8 = {"patch_stride": 8}
 
 
 def _pyramid(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a variant whose features are a pyramid, which takes images of any size."""
+    """Return the arguments of a variant whose features are a `VimPyramid`, for images of any size."""
     dynamic = {"dynamic_img_size": True} if kwargs.get("features_only") else {}
     return {"feature_cfg": {"out_indices": (0, 1, 2, 3), "feature_cls": VimPyramid}, **dynamic, **kwargs}
 
@@ -220,7 +220,7 @@ def vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls
 def vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual_with_cls_token(
     pretrained: bool = False, **kwargs: Any
 ) -> VisionMamba:
-    """The first Vim-Ti, retired by its authors: class token first, rotary tables, directions summed; 73.1 % top-1."""
+    """The first Vim-Ti, retired by its authors: class token first, rotary tables, summed directions; 73.1 % top-1."""
     name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual_with_cls_token"
     old = {"cls_position": "head", "rotary": "residual", "merge": "sum"}
     return _create_vim(name, pretrained, {**_TINY_SIZE, **old}, **kwargs)

@@ -15,74 +15,68 @@ from torch.fx import Proxy
 
 from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
 from vim.layers.arguments import refuse_arguments
+from vim.layers.checks import check_counts, check_dtype, check_kind, check_numbers, check_rates
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
 from vim.layers.pos_embed import CLS_POSITIONS, cls_indices, resample_pos_embed
 from vim.layers.token_sequence import TokenSequence, class_tokens_first, extract_tokens
-from vim.models.checks import (
-    check_blocks,
-    check_counts,
-    check_dtype,
-    check_kind,
-    check_numbers,
-    check_order,
-    check_rates,
-)
+from vim.models.checks import check_blocks, check_order
 from vim.models.state_dicts import under_own_names
 
 ClsPosition = Literal["none", "head", "middle", "double", "random"]
 GlobalPool = Literal["token", "avg", "max", "last", ""]
 _NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
 
-# Their checks and choices cannot be traced by torch.fx; they are nodes of a graph.
+# torch.fx cannot trace the branches in these modules, so each is one node of a graph.
 for _leaf in (Mamba, PatchEmbed, GridRotary, *_NORMS.values(), AddResidual):
     register_notrace_module(_leaf)
 
 
 class VisionMamba(nn.Module):
-    """Vision Mamba: patches and a class token, `depth` bidirectional Mamba blocks, a norm, a linear head.
+    """Vision Mamba: patches and a class token, `depth` bidirectional Mamba blocks, a norm and a linear head.
 
     Args:
         img_size: (height, width) or a side, in pixels.
         patch_size: Likewise; the extent of a patch.
         patch_stride: Likewise; the step between patches. `None` is the patch size.
         in_chans: Channels of the image.
-        num_classes: Outputs of the head; 0 leaves the head out and the model returns features.
-        global_pool: What enters the head: "token" (the class token, the mean of both when "double"), "avg" (the mean
-            over patches), "last" (the last token), "max" (the maximum over tokens of each class' logit), "" (every
+        num_classes: Outputs of the head; with 0 there is no head and the model returns features.
+        global_pool: Input of the head: "token" (the class token, or the mean of both with "double"), "avg" (the mean
+            over patches), "last" (the last token), "max" (the maximum over tokens of each class's logit), "" (every
             token). "last" and "max" need a model without a class token. `None` is "token", or "avg" without one.
         embed_dim: Width of the tokens.
         depth: Number of blocks.
         d_state, d_conv, expand, dt_rank, conv_bias, bias, directions, merge, layer_scale: See `vim.Mamba`.
-        cls_position: Where the class token stands: "none", "head", "middle", "double" (a token at each end) or
-            "random" (drawn anew in each call).
+        cls_position: Position of the class token: "none", "head", "middle", "double" (a token at each end) or
+            "random" (drawn in each call).
         pos_embed: "learn" (a vector per token, class token included) or "none".
-        rotary: Rotate tokens before each block: "none", "hidden" (the hidden state), "residual" (and the residual).
+        rotary: Rotary tables before each block: "none", "hidden" (rotate the hidden state) or "residual" (rotate the
+            hidden state and the residual).
         rotary_side: Side of the grid on which the rotary frequencies are defined.
         pairwise_layers: Blocks 2i and 2i + 1 read the same input, the second one reversed, and their outputs are
             added. A last block without a partner is not used.
-        flip_ratio: Probability that a call reverses the sequences, after the position embedding. The read-out stays at
-            the place where the class token was before, as in the original.
-        token_shuffle: Shuffle the tokens in each call; the class token is read where it ended up.
+        flip_ratio: Probability that a call reverses the sequences, after the position embedding. The class token is
+            still read at its position before the reversal, as in the original.
+        token_shuffle: Shuffle the tokens in each call; the class token is read at its new position.
         norm: "rms" or "layer".
         norm_eps: Added to the mean square or the variance.
         drop_rate: Dropout before the head.
         pos_drop_rate: Dropout after the position embedding.
         drop_path_rate: Stochastic depth at the last block, rising linearly from 0.
-        dynamic_img_size: Accept images of any size, resampling the position embedding in each call.
+        dynamic_img_size: Accept images of any size, and resample the position embedding in each call.
         dynamic_img_pad: Pad images until patches cover them.
         device, dtype: Of the parameters.
 
     Attributes:
-        tokens: Passes on what `forward_features` returns, for hooks.
+        tokens: Identity module that `forward_features` calls with its result, for hooks.
 
     Shape:
         (batch, in_chans, height, width) -> (batch, num_classes).
 
     Raises:
         TypeError: An argument is unknown.
-        ValueError: A size or a kind is wrong, or two do not go together; the message names them.
+        ValueError: An argument has a wrong value, or two arguments exclude each other; the message names them.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, section 3; Tables 4 and 5 compare `directions` and `cls_position`.
     """
@@ -151,11 +145,11 @@ class VisionMamba(nn.Module):
         self.flip_ratio, self.token_shuffle = flip_ratio, token_shuffle
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        # Registered in the order of the released state dicts, which optimizer states kept by index rely on.
+        # Registered in the order of the released state dicts: optimizer states refer to parameters by index.
         for name in self._cls_names():
-            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, embed_dim, **place)))
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, embed_dim, **factory_kwargs)))
         self.patch_embed = PatchEmbed(
             img_size,
             patch_size,
@@ -164,17 +158,19 @@ class VisionMamba(nn.Module):
             embed_dim,
             strict_img_size=not dynamic_img_size,
             dynamic_img_pad=dynamic_img_pad,
-            **place,
+            **factory_kwargs,
         )
         tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **place)) if pos_embed == "learn" else None
+        self.pos_embed = (
+            nn.Parameter(torch.empty(1, tokens, embed_dim, **factory_kwargs)) if pos_embed == "learn" else None
+        )
         self.pos_drop = nn.Dropout(pos_drop_rate)
         if rotary != "none":
-            self.rope = GridRotary(embed_dim, self.patch_embed.grid_size, rotary_side, **place)
+            self.rope = GridRotary(embed_dim, self.patch_embed.grid_size, rotary_side, **factory_kwargs)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._make_head(num_classes, place)
+        self.head = self._make_head(num_classes, factory_kwargs)
         self.drop_path = Block.make_drop_path(drop_path_rate)
-        # A block drops what the block before it added: the first two never do, and the final norm drops the last.
+        # A block drops the output of the previous block: the first two never do, and the final norm drops the last.
         rates = [0.0, *calculate_drop_path_rates(drop_path_rate, depth)]
         self.layers = nn.ModuleList(
             Block(
@@ -189,14 +185,14 @@ class VisionMamba(nn.Module):
                     directions=directions,
                     merge=merge,
                     layer_scale=layer_scale,
-                    **place,
+                    **factory_kwargs,
                 ),
-                _NORMS[norm](embed_dim, eps=norm_eps, **place),
+                _NORMS[norm](embed_dim, eps=norm_eps, **factory_kwargs),
                 drop_path=rates[i],
             )
             for i in range(depth)
         )
-        self.norm_f = _NORMS[norm](embed_dim, eps=norm_eps, **place)
+        self.norm_f = _NORMS[norm](embed_dim, eps=norm_eps, **factory_kwargs)
         self.tokens = nn.Identity()  # for hooks
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
@@ -209,8 +205,8 @@ class VisionMamba(nn.Module):
             return ["cls_token_head", "cls_token_tail"]
         return [] if self.cls_position == "none" else ["cls_token"]
 
-    def _make_head(self, num_classes: int, place: dict[str, Any]) -> nn.Module:
-        return nn.Linear(self.embed_dim, num_classes, **place) if num_classes > 0 else nn.Identity()
+    def _make_head(self, num_classes: int, factory_kwargs: dict[str, Any]) -> nn.Module:
+        return nn.Linear(self.embed_dim, num_classes, **factory_kwargs) if num_classes > 0 else nn.Identity()
 
     def _check_pool(self, global_pool: str | None) -> str:
         has_token = self.cls_position != "none"
@@ -222,14 +218,14 @@ class VisionMamba(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Draw all parameters and fill all tables, as the original does.
+        """Draw all parameters and compute all tables, as in the original.
 
         Args:
-            mode: Only "" exists; there for timm's signature.
-            needs_reset: Also reset what modules draw themselves when they are built. After `to_empty` this is needed.
+            mode: Must be ""; it exists for timm's signature.
+            needs_reset: Also reset the modules that initialise themselves when built. Needed after `to_empty`.
 
         Raises:
-            ValueError: `mode` is another one.
+            ValueError: `mode` is not "".
         """
         if mode:
             raise ValueError(f"mode must be '', got {mode!r}")
@@ -253,13 +249,13 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that the original excludes from weight decay, besides one-dimensional ones."""
+        """Return the parameters that the original excludes from weight decay, besides one-dimensional ones."""
         own = {name for name, _ in self.named_parameters(recurse=False)}
         return own & {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that sort parameters into layers, for layer-wise learning rates."""
+        """Return patterns that assign parameters to layers, for layer-wise learning rates."""
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed|^rope",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
@@ -272,11 +268,11 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
-        """Put a new head of `num_classes` outputs in place (0: none), and change the pooling unless `None`."""
+        """Replace the head by one with `num_classes` outputs (0: none); change the pooling unless it is `None`."""
         check_counts(0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = self._check_pool(global_pool)
@@ -288,17 +284,17 @@ class VisionMamba(nn.Module):
         self.head.train(self.training)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copy weights into the model, wherever in a checkpoint they lie (see `vim.models.state_dicts`)."""
+        """Copy weights into the model, from a state dict or a checkpoint that holds one (`vim.models.state_dicts`)."""
         if not state_dict.keys() <= self.state_dict().keys():
             state_dict = under_own_names(state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
     @torch.no_grad()
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Change the image size, and the patch size; position embedding, tables and filters are resampled."""
+        """Change the image and patch size; resample position embedding, rotary tables and filters."""
         embed, old_grid = self.patch_embed, self.patch_embed.grid_size
         *_, new_grid = embed.resized(img_size, patch_size)
-        if self.rotary != "none" and new_grid != old_grid:  # first, for it may refuse the grid
+        if self.rotary != "none" and new_grid != old_grid:  # first, since it may raise
             table = self.rope.freqs_cos
             self.rope = GridRotary(
                 self.embed_dim, new_grid, self.rope.pretrained_side, device=table.device, dtype=table.dtype
@@ -310,7 +306,7 @@ class VisionMamba(nn.Module):
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
 
     def _embed(self, x: Tensor, cls_index: int | None, token_order: Tensor | None) -> tuple[Tensor, TokenSequence]:
-        """Tokens in scan order, (batch, len, embed_dim), and how they came to stand in it."""
+        """Return the tokens in scan order, (batch, len, embed_dim), and the record of that order."""
         if isinstance(x, Proxy):
             self._check_traced()
         grid = self.patch_embed.grid_size
@@ -336,7 +332,7 @@ class VisionMamba(nn.Module):
         return x.flip(1) if flipped else x, TokenSequence(grid, places, order, flipped)
 
     def _check_traced(self) -> None:
-        """Refuse to be traced by torch.fx where calls differ: a graph would hold the sizes and draws of one of them."""
+        """Raise if calls differ in sizes or random draws, which a graph of torch.fx would hold as constants."""
         differs = {
             "cls_position": self.cls_position == "random",
             "token_shuffle": self.token_shuffle,
@@ -355,7 +351,11 @@ class VisionMamba(nn.Module):
     def _run_layers(
         self, x: Tensor, sequence: TokenSequence, depth: int, take: Collection[int] = (), start: int = 0
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """Hidden state and residual after `depth` blocks, and after each block in `take`; (batch, len, dim) each."""
+        """Run the first `depth` blocks.
+
+        Returns:
+            Hidden state and residual, (batch, len, embed_dim) each, and both after each block in `take`.
+        """
         residual: Tensor | None = None
         taken: list[tuple[Tensor, Tensor]] = []
         step = 2 if self.pairwise_layers else 1
@@ -381,12 +381,12 @@ class VisionMamba(nn.Module):
         return self.layers[i](x, residual)
 
     def forward_features(self, x: Tensor, cls_index: int | None = None, token_order: Tensor | None = None) -> Tensor:
-        """Tokens after the final norm, the class tokens first, (batch, class tokens + patches, embed_dim).
+        """Return the tokens after the final norm, class tokens first: (batch, class tokens + patches, embed_dim).
 
         Args:
             x: Images, (batch, in_chans, height, width).
-            cls_index: With cls_position="random", the place of the class token instead of a drawn one.
-            token_order: Permutation of the tokens to apply, (len,), instead of a drawn one.
+            cls_index: Position of the class token with cls_position="random"; drawn if `None`.
+            token_order: Permutation of the tokens, (len,); drawn if `None` and `token_shuffle` is on.
         """
         x, sequence = self._embed(x, cls_index, token_order)
         x, residual, _ = self._run_layers(x, sequence, self.depth)
@@ -404,25 +404,25 @@ class VisionMamba(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> Any:
-        """What blocks put out (residual plus hidden state), as pictures or as tokens; timm's interface.
+        """Return the outputs of blocks (residual plus hidden state), as maps or as tokens; timm's interface.
 
-        Patches come row by row whatever the scan order was.
+        Patches are in row-major order, independent of the scan order.
 
         Args:
             x: Images, (batch, in_chans, height, width).
-            indices: The last n blocks, the blocks in a list, or all.
-            return_prefix_tokens: Also return the class tokens of each.
-            norm: Apply the final norm to each.
-            stop_early: Run no further than the last block that is asked for.
+            indices: The last n blocks, a list of blocks, or `None` for all.
+            return_prefix_tokens: Also return the class tokens of each block.
+            norm: Apply the final norm to each output.
+            stop_early: Stop after the last block in `indices`.
             output_fmt: "NCHW", (batch, embed_dim, rows, columns), or "NLC", (batch, patches, embed_dim).
-            intermediates_only: Leave the final features out.
+            intermediates_only: Return the intermediates without the final features.
             output_dict: Return a dictionary with timm's keys.
 
         Returns:
-            (features as `forward_features` returns them, intermediates), intermediates alone, or a dictionary.
+            (features as in `forward_features`, intermediates), the intermediates alone, or a dictionary.
 
         Raises:
-            ValueError: `output_fmt` is another one.
+            ValueError: `output_fmt` is neither, or `indices` names a block that does not exist.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -457,7 +457,15 @@ class VisionMamba(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list[Any]:
-        """`forward_intermediates` in the words of DINO: the last `n` blocks, or those in a list, as tokens or maps."""
+        """Return the outputs of the last `n` blocks, or of a list of blocks, through DINO's interface.
+
+        Args:
+            x: Images, (batch, in_chans, height, width).
+            n: The last n blocks, or a list of blocks.
+            reshape: Return maps, (batch, embed_dim, rows, columns), instead of tokens, (batch, patches, embed_dim).
+            return_prefix_tokens: Also return the class tokens of each block.
+            norm: Apply the final norm to each output.
+        """
         return self.forward_intermediates(
             x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
         )
@@ -465,7 +473,7 @@ class VisionMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what is not needed for the blocks that are asked for; return their indices."""
+        """Remove the modules that the selected blocks do not need, and return the indices of these blocks."""
         take, last = check_blocks(indices, self.depth)
         step = 2 if self.pairwise_layers else 1
         self.depth = min(-(-(last + 1) // step) * step, self.depth)
@@ -477,7 +485,7 @@ class VisionMamba(nn.Module):
         return take
 
     def pool(self, x: Tensor, pool_type: GlobalPool | None = None) -> Tensor:
-        """Reduce tokens as `forward_features` returns them to what enters the head; see `global_pool`."""
+        """Pool the tokens that `forward_features` returns; see `global_pool`."""
         kind = self.global_pool if pool_type is None else self._check_pool(pool_type)
         if kind == "token":
             return x[:, : self.num_prefix_tokens].mean(1) if self.num_prefix_tokens > 1 else x[:, 0]
@@ -486,7 +494,7 @@ class VisionMamba(nn.Module):
         return x[:, -1] if kind == "last" else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify tokens as `forward_features` returns them; `pre_logits` stops before the head."""
+        """Pool and classify the tokens that `forward_features` returns; `pre_logits` stops before the head."""
         x = self.head_drop(self.pool(x))
         if pre_logits:
             return x
@@ -494,5 +502,5 @@ class VisionMamba(nn.Module):
         return x.max(dim=1).values if self.global_pool == "max" else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (batch, num_classes)."""
+        """Return the logits, (batch, num_classes)."""
         return self.forward_head(self.forward_features(x))
