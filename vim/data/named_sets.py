@@ -1,11 +1,10 @@
-"""Data sets of torchvision and of Hugging Face, opened by timm; nothing is downloaded unless it is asked for."""
+"""Data sets of torchvision and Hugging Face by name; nothing is downloaded unless the settings ask for it."""
 
 import contextlib
 import importlib.util
 import pickle
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 from timm.data import create_dataset
 
@@ -13,7 +12,7 @@ from vim.config.schema import DataConfig
 from vim.data.image_files import ImageSource, ReaderSource, TorchvisionSource
 
 _STREAMS = ("hfids", "tfds")
-# What torchvision, timm and datasets raise for a data set that is not there, is damaged or has no such split.
+# torchvision, timm and datasets raise these for a data set that is missing or damaged, or lacks the split.
 _CANNOT_OPEN = (RuntimeError, AssertionError, OSError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
@@ -52,26 +51,16 @@ def _open_hugging_face(data: DataConfig, split: str) -> tuple[ImageSource, tuple
         raise ModuleNotFoundError(
             f'data.dataset {data.dataset!r} needs the package datasets: pip install "vimamba[data]"', name="datasets"
         )
-    with contextlib.nullcontext() if data.download else _offline(), _refused(data):
-        dataset: Any = create_dataset(
-            data.dataset, root=data.path, split=split, input_key=data.input_key, target_key=data.target_key
-        )
-    labels: dict[str, int] = dataset.reader.class_to_idx
-    names = tuple(sorted(labels, key=lambda label: labels[label])) or None
-    return ReaderSource(dataset.reader, _labels_of(dataset.reader)), names
+    from vim.data.hugging_face import open_hugging_face
 
-
-def _labels_of(reader: Any) -> list[int] | None:
-    """Return the column of the labels, or `None` where a label is more than a number in one column."""
-    if reader.target_keys or reader.label_key not in reader.dataset.column_names:
-        return None
-    labels = list(reader.dataset[reader.label_key])
-    return labels if all(isinstance(label, int) for label in labels) else None
+    with _refused(data):
+        reader = open_hugging_face(data, split)
+    return ReaderSource(reader, reader.labels()), reader.class_names()
 
 
 @contextlib.contextmanager
 def _refused(data: DataConfig) -> Iterator[None]:
-    """Turn what the libraries raise into one error that names the data set, where it was looked for and why."""
+    """Turn the errors of the libraries into one that names the data set, its path and the reason."""
     try:
         yield
     except _CANNOT_OPEN as error:
@@ -79,16 +68,3 @@ def _refused(data: DataConfig) -> Iterator[None]:
         hint = "" if data.download else "; with --data.download true it is fetched, if it can be"
         where = f"data.dataset {data.dataset!r} with data.path {data.path!r}"
         raise ValueError(f"{where} cannot be opened: {reason}{hint}") from error
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the packages of Hugging Face from the network: they read their switch when they are imported."""
-    import datasets
-    import huggingface_hub
-
-    with (
-        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
-        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-    ):
-        yield
