@@ -18,11 +18,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import vim.models  # noqa: F401  (registers our models with timm)
+from vim.benchmarking.measuring import PeakMemory, keep_freed_memory, probe_machine
 from vim.benchmarking.report import write_report
 from vim.models.build import create_named
 from vim.ops import default_backend
 from vim.runtime.gpu import time_calls
-from vim.runtime.machine import PeakMemory, describe_machine, keep_freed_memory, probe_machine
+from vim.runtime.machine import describe_machine
 
 _logger = logging.getLogger(__name__)
 
