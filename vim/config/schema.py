@@ -28,6 +28,7 @@ StartingWeights = Literal["best", "raw", "ema"]
 Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
 BestBy = Literal["raw", "ema", "better"]
+TaskName = Literal["classification"]
 
 # What Pillow reads without further packages, by the endings in use.
 IMAGE_EXTENSIONS = (
@@ -327,6 +328,8 @@ class TrainConfig:
 
     recipe: str = "digits"
     """Name of the recipe; the run folder is called after it."""
+    task: TaskName = "classification"
+    """What the model learns: `classification` of whole images."""
     epochs: int = 15
     """Passes over the training images."""
     batch_size: int = 64
@@ -366,6 +369,7 @@ class TrainConfig:
             check_positive(name, getattr(self, name))
         if self.eval_batch_size is not None:
             check_positive("eval_batch_size", self.eval_batch_size)
+        check_choice("task", self.task, TaskName)
         check_choice("precision", self.precision, Precision)
         check_choice("best_by", self.best_by, BestBy)
         if self.ema_decay is not None:

@@ -27,7 +27,7 @@ from vim.data.sources import ImageSet, open_eval_set
 from vim.inference.evaluation import EvalResult, evaluate
 from vim.inference.plots import draw_confusion
 from vim.inference.trained_model import TrainedModel, Weights, load_trained_model
-from vim.runtime.agreement import check_agreement, check_weights, run_facts
+from vim.runtime.agreement import check_agreement, check_weights, data_facts, run_facts
 from vim.runtime.device import resolve_device
 from vim.runtime.distributed import Processes
 from vim.runtime.machine import describe_environment
@@ -126,7 +126,7 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
     model = trained.model.to(device)
     contents = {split: SplitContents.of(dataset, class_names)}
     asked = [("--split", split), ("--weights", trained.weights), ("--precision", options.precision)]
-    check_agreement(processes, chain(asked, run_facts(config, class_names, contents)))
+    check_agreement(processes, chain(asked, run_facts(config), data_facts(class_names, contents)))
     check_weights(processes, model)
     batches, log = build_eval_loader(dataset, config, device, processes.rank, processes.size)
     counter = ConfusionCounter(len(class_names), device)
