@@ -51,14 +51,11 @@ def test_every_task_that_a_setting_may_name_is_there():
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="task must be one of 'classification', got 'origami'"):
         TrainConfig(task="origami")
-    with pytest.raises(ValueError, match="task.* one of 'classification'.*origami"):
+    with pytest.raises(ValueError, match=r"task.* one of 'classification'.*origami"):
         parse_command_line(["--task", "origami"])
 
 
 def test_a_checkpoint_and_a_run_folder_from_before_the_setting_are_resumed(tmp_path):
-    config = tiny_config(epochs=2, save__steps=1)
-    whole = Trainer(config, RunFolder(tmp_path / "whole"))
-    whole.fit()
     Trainer(tiny_config(epochs=1), RunFolder(tmp_path / "run")).fit()
     last = tmp_path / "run" / "last.pth"
     contents = load_checkpoint(last)
@@ -66,9 +63,11 @@ def test_a_checkpoint_and_a_run_folder_from_before_the_setting_are_resumed(tmp_p
     contents["config"]["epochs"] = 2
     save_checkpoint(last, contents)
     settings = tmp_path / "run" / "config.yaml"
-    settings.write_text(
-        settings.read_text().replace("task: classification\n", "").replace("epochs: 1\n", "epochs: 2\n")
-    )
+    text = settings.read_text().replace("task: classification\n", "").replace("epochs: 1\n", "epochs: 2\n")
+    assert "task" not in text
+    text = settings.read_text().replace("task: classification\n", "").replace("epochs: 1\n", "epochs: 2\n")
+    assert "task" not in text
+    settings.write_text(text)
     command = parse_command_line(["--resume", str(tmp_path / "run")])
     assert command.config.task == "classification"
     resumed = Trainer(command.config, RunFolder(tmp_path / "run"))

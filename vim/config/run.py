@@ -1,4 +1,4 @@
-"""Settings of how a run saves, logs, grows its images and learns from a teacher. Part of the schema."""
+"""Settings of saving, logging, progressive resolution and distillation; a part of the schema."""
 
 from dataclasses import dataclass
 from typing import Literal

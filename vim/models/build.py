@@ -67,7 +67,7 @@ def _is_ours(name: str) -> bool:
 
 
 def create_named(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """Create a model of timm; `img_size` is left out for one that takes images of any size and no argument for it.
+    """Create a model of timm, without `img_size` if the model has no such argument.
 
     Raises:
         TypeError: The model takes no such argument, or none of such a type.

@@ -89,7 +89,7 @@ class ClassificationTask:
         return {"top1": 100 * sums["hits"] / images if images else float("nan")}
 
     def evaluate(self, model: nn.Module, processes: Processes, stop_asked: Callable[[], bool]) -> Evaluation:
-        """Return `loss`, `top1` and `top5` of a model on the held-out images; `top5` is `None` with five classes or less."""
+        """Return `loss`, `top1` and `top5` on the held-out images; `top5` is `None` with five classes or less."""
         result = evaluate(model, self.loaders.val, self._autocast, processes, stop_asked)
         images = len(self.loaders.sets.val)
         unreadable = sum(processes.gather(self.loaders.val_unreadable.take()))

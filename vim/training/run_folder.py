@@ -40,7 +40,7 @@ class RunFolder:
         self.lock = RunLock(path / ".lock")
 
     def write_start(self, config: TrainConfig, device: torch.device) -> None:
-        """Write the settings, and add this start of the run to the record of its environments."""
+        """Write the settings, and add this start of the run to `environment.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(".*.tmp"):  # from a run that was killed while writing
             leftover.unlink()
@@ -48,17 +48,17 @@ class RunFolder:
         write_text(self.environment, json.dumps([*self.starts(), describe_environment(device)], indent=2) + "\n")
 
     def starts(self) -> list[Any]:
-        """Return the record of the environments that this run was started in.
+        """Return the environment of each start of the run, as recorded in `environment.json`.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: The file is damaged.
         """
         if not self.environment.exists():
             return []
         try:
             starts = json.loads(self.environment.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.environment} is no JSON ({error}): move it away") from error
+            raise ValueError(f"{self.environment} is not JSON ({error}): move it away") from error
         if not isinstance(starts, list):
             raise ValueError(
                 f"{self.environment} must hold a list of starts, got {type(starts).__name__}: move it away"
@@ -67,10 +67,10 @@ class RunFolder:
 
 
 def choose_run_folder(config: TrainConfig, output: Path | None) -> RunFolder:
-    """Return the folder for a new run: the one asked for, or a new name under `runs/`.
+    """Return the folder for a new run: `output`, or a new name under `runs/`.
 
     Raises:
-        ValueError: The folder asked for is a file, has files in it, or has a name that is not text.
+        ValueError: `output` is a file, is not empty, or has a name that is not text.
     """
     if output is not None:
         if printable(str(output)) != str(output):  # TensorBoard cannot write into it

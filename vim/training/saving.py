@@ -1,4 +1,4 @@
-"""When a run writes checkpoints, and which: the last one to resume from, and the best one to use."""
+"""The checkpoints of a run: the last one to resume from, and the best one to use."""
 
 import time
 
