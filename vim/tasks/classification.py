@@ -39,8 +39,8 @@ class ClassificationTask:
         ModuleNotFoundError: The data set needs a package that is not installed.
     """
 
-    sums = ("hits",)
-    headline = ("top1", "loss")
+    sums: tuple[str, ...] = ("hits",)
+    headline: tuple[str, ...] = ("top1", "loss")
 
     def __init__(self, config: TrainConfig, device: torch.device, processes: Processes) -> None:
         self._config = config

@@ -1,6 +1,7 @@
 """The checkpoints of a run: the last one to resume from, and the best one to use."""
 
 import time
+from typing import Any
 
 from vim.checkpoints.io import save_checkpoint, save_weights
 from vim.config.run import SaveConfig
@@ -73,7 +74,7 @@ class Saver:
         improved = position.best is None or score(result) > score(position.best)
         if improved:
             position.best = figures
-        header = {"epoch": position.epoch, "weights": weights, "figures": figures}
+        header: dict[str, Any] = {"epoch": position.epoch, "weights": weights, "figures": figures}
         check_weights_finite(self._state.model, position.step)
         if improved and self._processes.is_main:
             contents = header | self._state.weights_dict()
@@ -97,7 +98,7 @@ class Saver:
         weights = position.best["weights"] if position.best is not None else "raw"
         self._write_last({"epoch": position.epoch, "weights": weights, "figures": None})
 
-    def _write_last(self, header: dict[str, object]) -> None:
+    def _write_last(self, header: dict[str, Any]) -> None:
         contents = header | self._state.state_dict()
         if self._processes.is_main:
             save_checkpoint(self._folder.last, contents)
