@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vim.benchmarking.measuring import keep_freed_memory
 from vim.benchmarking.models import make_call
-from vim.runtime.machine import describe_machine, keep_freed_memory
+from vim.runtime.machine import describe_machine
 
 _SHAPES = (
     "224:1:float32:inference",

@@ -16,7 +16,8 @@ from vim.checkpoints.io import CheckpointError, load_weights, save_checkpoint, s
 from vim.inference.trained_model import load_trained_model
 from vim.models.build import build_model, without_weights
 from vim.models.starting_weights import load_starting_weights
-from vim.training.state import Position, _position
+from vim.tasks.classification import ClassificationTask
+from vim.training.state import Position
 
 
 class Attack:
@@ -256,8 +257,8 @@ POSITION = {"epoch": 1, "step": 4, "history": [ROW], "best": {"epoch": 1, "weigh
 
 
 def test_a_position_that_a_run_can_have():
-    assert _position(POSITION, 4) == Position(**POSITION)
-    assert _position({}, 4) == Position()
+    assert Position.from_dict(POSITION, 4, ClassificationTask) == Position(**POSITION)
+    assert Position.from_dict({}, 4, ClassificationTask) == Position()
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,6 @@ def test_a_position_that_a_run_can_have():
     ids=str,
 )
 def test_a_position_that_no_run_can_have(changes):
-    """`restore` makes one line of each of these."""
+    """`RunState.load_state_dict` makes one line of each of these."""
     with pytest.raises((ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)):
-        _position({**POSITION, **changes}, 4)
+        Position.from_dict({**POSITION, **changes}, 4, ClassificationTask)

@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def held_out(run, tmp_path):
     """The first held-out images as files, and their labels."""
-    dataset = run.loaders.sets.val
+    dataset = run.task.loaders.sets.val
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(70):
@@ -70,7 +70,7 @@ def test_files_get_the_probabilities_that_the_model_gives_in_evaluation(run, hel
     folder, _ = held_out
     predictor = load_predictor(str(run.folder.best))
     results = list(predictor.predict_files(list_images(folder), topk=10))
-    images = next(iter(run.loaders.val))[0][:64]
+    images = next(iter(run.task.loaders.val))[0][:64]
     with torch.inference_mode():
         expected = predictor.model(images).softmax(1)
     assert [result.path.name for result in results] == [f"{index:03d}.png" for index in range(70)]
@@ -211,7 +211,7 @@ def test_the_images_of_a_folder_are_those_that_training_finds(tmp_path):
 def test_the_endings_of_the_run_count(run, held_out, capsys):
     folder, _ = held_out
     config = change(run.config, data__extensions=(".picture",))
-    contents = {"config": config_to_dict(config), "class_names": run.loaders.class_names}
+    contents = {"config": config_to_dict(config), "class_names": run.task.class_names}
     path = folder / "weights.safetensors"
     save_weights(path, run.model.state_dict(), {METADATA_KEY: json.dumps(contents)})
     (folder / "000.png").rename(folder / "0.Picture")

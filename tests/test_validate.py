@@ -82,7 +82,7 @@ def test_the_files_hold_the_confusion_matrix_and_the_table_of_the_classes(run, i
         model.load_state_dict(timm.models.load_state_dict(str(run.folder.best_weights)))
     expected = torch.zeros(6, 6, dtype=torch.int64)
     model.eval()
-    for inputs, labels in run.loaders.val:
+    for inputs, labels in run.task.loaders.val:
         with torch.inference_mode():
             for label, guess in zip(labels.tolist(), model(inputs).argmax(1).tolist(), strict=True):
                 expected[label, guess] += 1

@@ -1,8 +1,7 @@
-"""Print what this machine offers and which backend runs each op: `python -m vim.doctor`."""
+"""Report the machine and the backends of each op: `python -m vim.doctor`."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ from vim.ops import available_backends, unavailable_backends
 from vim.ops.backends import native
 from vim.ops.build import compilation, cuda_recipe
 from vim.ops.build.private_folders import private_folder
+from vim.runtime.machine import package_versions, processor_features, processor_name
 from vim.version import __version__
 
 OPS = (
@@ -28,13 +28,12 @@ OPS = (
     "selective_scan",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PACKAGES = ("torchvision", "timm", "triton", "mamba-ssm", "causal-conv1d")
-# What the native kernels look for, in /proc/cpuinfo's words.
+# The instruction sets that the native kernels use, in the words of /proc/cpuinfo.
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16", "asimd")
 
 
 def main() -> int:
-    """Print the report. It is a success to report that something is missing."""
+    """Print the report and return 0, also if it reports that something is missing."""
     for title, lines in (
         ("versions", _versions()),
         ("processor", _processor()),
@@ -51,23 +50,13 @@ def main() -> int:
 def _versions() -> Iterator[str]:
     yield f"vimamba {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    for name in _PACKAGES:
-        try:
-            yield f"{name} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            yield f"{name}: not installed"
+    for name, version in package_versions().items():
+        yield f"{name}: not installed" if version is None else f"{name} {version}"
 
 
 def _processor() -> Iterator[str]:
-    model, flags = platform.processor() or platform.machine(), ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        model = fields.get("model name", model)
-        flags = fields.get("flags", fields.get("Features", ""))
-    found = [name for name in _CPU_FEATURES if name in flags.split()]
-    yield f"{model}, {os.cpu_count()} cores, {platform.machine()}: {' '.join(found) or 'no vector extensions known'}"
+    found = " ".join(processor_features(_CPU_FEATURES)) or "no vector extensions known"
+    yield f"{processor_name()}, {os.cpu_count()} cores, {platform.machine()}: {found}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
@@ -132,7 +121,7 @@ def _backends() -> Iterator[str]:
             for names in dict.fromkeys(by_dtype.values()):
                 dtypes = ", ".join(dtype for dtype, found in by_dtype.items() if found == names)
                 yield f"{device} {op} ({dtypes}): {', '.join(names)}"
-        # A reason seldom depends on the op: each is said once.
+        # A reason seldom depends on the op, so each is printed once.
         for dtype in _DTYPES:
             reasons = {line for op in OPS for line in unavailable_backends(op, device, dtype).items()}
             for name, reason in sorted(reasons):

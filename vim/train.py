@@ -114,7 +114,7 @@ def _train(trainer: "Trainer") -> int:
         return 0
     weights = "averaged weights" if best["weights"] == "ema" else "weights"
     lines = [
-        f"best: {best['top1']:.2f} % of the held-out images right ({weights} after epoch {best['epoch']})",
+        f"best: {trainer.task.describe_best(best)} ({weights} after epoch {best['epoch']})",
         f"files: {trainer.folder.path}",
         f"next: python -m vim.predict {folder} {shlex.quote(trainer.example_image())}",
     ]

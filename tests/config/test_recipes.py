@@ -19,6 +19,7 @@ RECIPES = sorted(CONFIGS.glob("*.yaml"))
 # hustvl/Vim, the defaults of vim/main.py that its scripts share, by our names; None where the original has no such
 # setting and ours must be off or left to PyTorch. Settings of the machine are not part of the recipe.
 DEFAULTS = {
+    "task": "classification",
     "precision": "float32",
     "ema_decay": 0.99996,
     "best_by": "raw",

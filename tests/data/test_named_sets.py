@@ -7,6 +7,7 @@ import pickle
 import socket
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         open_image_sets(config("hfds/cifar10", None))
 
 
-def test_a_folder_of_parquet_files_is_read_by_datasets(tmp_path, no_network):
+def write_parquet(tmp_path):
+    """Write the same images as a folder of files, which is returned, and as `set/SPLIT-0.parquet`."""
     source = write_image_folder(tmp_path / "images", ["ant", "bee"], {"train": 9, "test": 2}, suffix=".png")
     columns = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["ant", "bee"])})
     for split in ("train", "test"):
@@ -83,9 +85,16 @@ def test_a_folder_of_parquet_files_is_read_by_datasets(tmp_path, no_network):
         rows = {"img": list(map(str, files)), "fine_label": [file.parent.name for file in files]}
         table = datasets.Dataset.from_dict(rows, features=columns)
         table.to_parquet(str(tmp_path / "set" / f"{split}-0.parquet"))
-    settings = {"data__input_key": "img", "data__target_key": "fine_label", "data__val_split": "test"}
+    return source
+
+
+COLUMNS = {"data__input_key": "img", "data__target_key": "fine_label", "data__val_split": "test"}
+
+
+def test_a_folder_of_parquet_files_is_read_by_datasets(tmp_path, no_network):
+    source = write_parquet(tmp_path)
     loaders = build_loaders(
-        config(f"hfds/{tmp_path}/set", tmp_path / "cache", model__in_chans=3, **settings), torch.device("cpu")
+        config(f"hfds/{tmp_path}/set", tmp_path / "cache", model__in_chans=3, **COLUMNS), torch.device("cpu")
     )
     expected = build_loaders(config("folder", source, model__in_chans=3), torch.device("cpu"))
     assert loaders.class_names == ("ant", "bee")
@@ -97,3 +106,47 @@ def test_a_folder_of_parquet_files_is_read_by_datasets(tmp_path, no_network):
 def test_a_set_of_hugging_face_that_is_not_here_is_not_fetched(tmp_path, no_network):
     with pytest.raises(ValueError, match=r"'hfds/nobody/nothing' .* cannot be opened: .*set --data.download true"):
         open_image_sets(config("hfds/nobody/nothing", tmp_path))
+
+
+@pytest.fixture
+def lookups(monkeypatch):
+    """Collect the hosts that are looked up, in a process that may reach the hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    tried = []
+
+    def refuse(host, *arguments, **options):
+        tried.append(host)
+        raise OSError("refused")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return tried
+
+
+def test_a_set_of_the_hub_is_read_from_the_cache_without_asking_the_hub(tmp_path, lookups):
+    write_parquet(tmp_path)
+    cache = tmp_path / "cache"
+    datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(cache))
+    (cache / "set").rename(cache / "somebody___set")  # as `datasets` names what it has fetched of the hub
+    loaders = build_loaders(config("hfds/somebody/set", cache, model__in_chans=3, **COLUMNS), torch.device("cpu"))
+    assert loaders.class_names == ("ant", "bee")
+    assert [len(loaders.sets.train), len(loaders.sets.val)] == [18, 4]
+    with pytest.raises(ValueError, match=r"'hfds/somebody/other' .* cannot be opened"):
+        open_image_sets(config("hfds/somebody/other", cache))
+    assert lookups == []
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_folder_that_names_files_elsewhere_is_not_fetched(name, tmp_path, lookups):
+    write_parquet(tmp_path)
+    text = "configs: [{config_name: default, data_files: [{split: train, path: 'hf://datasets/a/b/c.parquet'}]}]\n"
+    (tmp_path / "set" / name).write_text(f"---\n{text}---\n# A set\n" if name == "README.md" else text)
+    with pytest.raises(ValueError, match="names files that are not on this machine"):
+        open_image_sets(config(f"hfds/{tmp_path}/set", tmp_path / "cache", **COLUMNS))
+    assert lookups == []
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path, no_network):
+    write_parquet(tmp_path)
+    with pytest.raises(ValueError, match=r"data.input_key must be one of its columns, \['img', 'fine_label'\], got"):
+        open_image_sets(config(f"hfds/{tmp_path}/set", tmp_path / "cache"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import huggingface_hub
@@ -11,6 +12,7 @@ from tests.tiny_runs import tiny_config
 from vim.checkpoints.io import CheckpointError, save_checkpoint
 from vim.config.load import config_to_dict
 from vim.inference.trained_model import load_trained_model
+from vim.models.build import build_model, without_download
 
 
 @pytest.fixture
@@ -47,10 +49,23 @@ def test_a_model_of_the_hub(name, pretrained, tmp_path, connections):
     assert connections == []
 
 
+def test_a_model_of_the_hub_is_built_from_its_description_in_the_cache(tmp_path, connections, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--somebody--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    description = {"architecture": "resnet10t", "model_args": {"stem_width": 8}, "pretrained_cfg": {}}
+    (repository / "snapshots" / "abc" / "config.json").write_text(json.dumps(description))
+    config = without_download(tiny_config(model__name="hf-hub:somebody/model", model__args={}).model)
+    model = build_model(config, 2)
+    assert model.conv1[0].out_channels == 6  # three quarters of stem_width
+    assert connections == []
+
+
 def test_data_that_its_run_fetched(tmp_path, connections):
     config = tiny_config(data__dataset="torch/cifar10", data__path=str(tmp_path), data__download=True)
     from vim.inference.validation import ValidateOptions, validate
-    from vim.models.build import build_model
 
     model = build_model(config.model, 10)
     names = [str(i) for i in range(10)]

@@ -64,7 +64,7 @@ def test_as_many_classes_of_other_names_get_a_new_head(tmp_path, name):
     trainer = Trainer(tiny_config(ema_decay=None), RunFolder(tmp_path / "run"))
     trainer.fit()
     config = tiny_config(model__checkpoint=str(tmp_path / "run" / name)).model
-    names = trainer.loaders.class_names
+    names = trainer.task.class_names
     assert_same(build_model(config, 10, names), trainer.model.state_dict())
     assert_same(build_model(config, 10), trainer.model.state_dict())
     for others in (names[::-1], (*names[:-1], "ten")):

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import nn
 
 from tests.tiny_runs import change, tiny_config
-from vim.tasks.classification import ClassificationTask
+from vim.tasks.classification_loss import ClassificationLoss
 from vim.tasks.distillation import Teacher
 from vim.training.run_folder import RunFolder
 from vim.training.trainer import Trainer
@@ -61,15 +61,15 @@ def test_the_loss_is_that_of_the_labels_and_of_the_teacher_in_their_shares(teach
     folder, _ = teacher_run
     config = tiny_config(distill__teacher=str(folder), loss__label_smoothing=0.0)
     config = change(config, distill__mode=mode, distill__weight=0.3, distill__temperature=temperature)
-    task = ClassificationTask(config, NAMES, CPU)
+    loss_of = ClassificationLoss(config, NAMES, CPU)
     images, labels, student = torch.randn(4, 1, 16, 16), torch.tensor([1, 5, 9, 0]), Fixed(torch.randn(4, 10))
-    answer, logits = task._teacher.answer(images), student.logits
+    answer, logits = loss_of._teacher.answer(images), student.logits
     if mode == "hard":
         of_teacher = nn.functional.cross_entropy(logits, answer.argmax(1))
     else:
         p, q = (answer / temperature).softmax(1), (logits / temperature).softmax(1)
         of_teacher = temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
-    loss, _ = task.training_loss(student, images, labels)
+    loss, _ = loss_of(student, images, labels)
     expected = 0.7 * nn.functional.cross_entropy(logits, labels) + 0.3 * of_teacher
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
@@ -95,3 +95,11 @@ def test_a_teacher_of_other_classes_or_channels_is_refused(teacher_run, tmp_path
         Teacher(change(config, model__in_chans=3), NAMES, CPU)
     with pytest.raises(ValueError, match="there is no run folder, checkpoint or timm model 'nobody'"):
         Teacher(change(config, distill__teacher="nobody"), NAMES, CPU)
+
+
+def test_a_teacher_leaves_the_random_numbers_of_the_run_as_they_are(teacher_run):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Teacher(tiny_config(distill__teacher=str(teacher_run[0])), NAMES, CPU)
+    assert torch.equal(torch.rand(3), expected)

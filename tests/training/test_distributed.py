@@ -174,7 +174,7 @@ def overflow_once(config, folder):
 
         trainer._update = watch
         trainer.fit()
-        return seen, trainer.scaler.get_scale(), trainer.position.history[0]["skipped_steps"]
+        return seen, trainer.state.scaler.get_scale(), trainer.position.history[0]["skipped_steps"]
 
 
 def test_an_overflow_of_float16_in_one_process_is_skipped_by_both(tmp_path):

@@ -6,10 +6,8 @@ import os
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.tiny_runs import tiny_config
-from vim.data.digits import CLASS_NAMES, load_digits
 from vim.runtime.machine import describe_environment
 from vim.training.run_folder import RunFolder, choose_run_folder
 
@@ -42,17 +40,6 @@ def test_a_file_that_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / ".last.pth.77.tmp").write_bytes(b"half")
     RunFolder(tmp_path).write_start(tiny_config(), torch.device("cpu"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
-
-
-def test_samples_are_the_held_out_images_pixel_for_pixel(tmp_path):
-    held_out = load_digits((16, 16), 1)[1]
-    paths = RunFolder(tmp_path).write_samples(held_out, CLASS_NAMES)
-    assert len(paths) == 10
-    for path in paths:
-        name, index = path.stem.split("_")
-        assert held_out.labels[int(index)] == int(name)
-        pixels = torch.tensor(list(Image.open(path).tobytes()), dtype=torch.uint8).view(1, 16, 16)
-        assert torch.equal(pixels, held_out.images[int(index)])
 
 
 def test_the_environment_says_what_ran_where():

@@ -24,7 +24,7 @@ from vim.config.schema import TrainConfig
 from vim.data.randomness import Draw, generator_for
 from vim.inference.evaluation import evaluate
 from vim.runtime.preemption import RunStopped
-from vim.training import state as run_state
+from vim.training import saving
 from vim.training.nonfinite import NonFiniteError
 from vim.training.run_folder import RunFolder
 from vim.training.trainer import Trainer
@@ -120,7 +120,7 @@ def test_the_weights_load_through_timm_and_give_the_recorded_accuracy(digits_run
         img_size=16,
         **config.args,
     )
-    result = evaluate(model, trainer.loaders.val)
+    result = evaluate(model, trainer.task.loaders.val)
     assert (result.top1, result.count) == (best["top1"], 360)
     assert result.loss == pytest.approx(best["loss"], rel=1e-6)
 
@@ -143,7 +143,7 @@ def test_the_last_checkpoint_is_one_that_timm_understands(digits_run):
     trainer, _ = digits_run
     averaged = timm.models.load_state_dict(str(trainer.folder.last), use_ema=True)
     raw = timm.models.load_state_dict(str(trainer.folder.last), use_ema=False)
-    assert same(dict(averaged), dict(trainer.ema.module.state_dict()))
+    assert same(dict(averaged), dict(trainer.state.ema.module.state_dict()))
     assert same(dict(raw), dict(trainer.model.state_dict()))
 
 
@@ -241,8 +241,8 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_end(tmp_path, mo
 
 def test_a_checkpoint_is_due_after_steps_or_minutes(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run_state.time, "monotonic", lambda: now[0])
-    clock = run_state.SaveClock(SaveConfig(steps=10, minutes=2.0))
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    clock = saving.SaveClock(SaveConfig(steps=10, minutes=2.0))
     assert [step for step in range(1, 31) if clock.is_due(step)] == [10, 20, 30]
     now[0] = 119.0
     assert not clock.is_due(31)
@@ -251,7 +251,7 @@ def test_a_checkpoint_is_due_after_steps_or_minutes(monkeypatch):
     clock.restart()
     assert not clock.is_due(31)
     now[0] = 1e9
-    assert not run_state.SaveClock(SaveConfig(steps=None, minutes=None)).is_due(10)
+    assert not saving.SaveClock(SaveConfig(steps=None, minutes=None)).is_due(10)
 
 
 def test_training_twice_gives_the_same_and_another_seed_does_not(tmp_path):
@@ -281,7 +281,7 @@ def test_gradients_of_small_batches_add_up_to_those_of_the_whole(tmp_path):
 def test_the_loop_takes_the_steps_of_one_written_by_hand(tmp_path):
     config = tiny_config(epochs=3, ema_decay=0.9, optim__lr=3e-3, schedule__warmup_epochs=1, **NO_AUGMENTATION)
     trainer = make_trainer(config, tmp_path)
-    model, dataset = copy.deepcopy(trainer.model), trainer.loaders.sets.train
+    model, dataset = copy.deepcopy(trainer.model), trainer.task.loaders.sets.train
     averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer.fit()
 
@@ -310,7 +310,7 @@ def test_the_loop_takes_the_steps_of_one_written_by_hand(tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
         torch.testing.assert_close(
-            trainer.ema.module.state_dict()[name], averaged[name], atol=1e-6, rtol=1e-5, msg=name
+            trainer.state.ema.module.state_dict()[name], averaged[name], atol=1e-6, rtol=1e-5, msg=name
         )
 
 
@@ -320,7 +320,7 @@ def test_the_loop_takes_fifty_steps_of_the_original_recipe_as_one_written_by_han
     changes |= {"optim__clip_grad": None, "optim__no_weight_decay": (), "optim__weight_decay": 0.1, "optim__lr": 1e-3}
     config = tiny_config(epochs=10, data__synthetic_images=80, ema_decay=0.99, **changes, **NO_AUGMENTATION)
     trainer = make_trainer(config, tmp_path)
-    model, dataset = copy.deepcopy(trainer.model), trainer.loaders.sets.train
+    model, dataset = copy.deepcopy(trainer.model), trainer.task.loaders.sets.train
     averaged = {name: tensor.double() for name, tensor in model.state_dict().items()}
     trainer.fit()
 
@@ -348,7 +348,7 @@ def test_the_loop_takes_fifty_steps_of_the_original_recipe_as_one_written_by_han
         rate = warm_up if epoch < 2 else 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10))
     assert trainer.position.step == 50
     for name, tensor in model.state_dict().items():
-        weights = {"raw": (trainer.model, tensor), "averaged": (trainer.ema.module, averaged[name])}
+        weights = {"raw": (trainer.model, tensor), "averaged": (trainer.state.ema.module, averaged[name])}
         for kind, (module, expected) in weights.items():
             torch.testing.assert_close(
                 module.state_dict()[name], expected.float(), atol=1e-6, rtol=1e-6, msg=f"{kind} {name}"
@@ -408,7 +408,7 @@ def test_the_model_is_in_training_mode_in_every_epoch(tmp_path):
 
 def test_a_batch_that_the_epoch_does_not_fill_is_left_out(tmp_path):
     trainer = make_trainer(tiny_config(batch_size=20, micro_batch_size=10), tmp_path)
-    assert (len(trainer.loaders.train), trainer.updates_per_epoch) == (4, 2)
+    assert (len(trainer.task.loaders.train), trainer.updates_per_epoch) == (4, 2)
     trainer.fit()
     assert trainer.position.step == 2
 
@@ -418,7 +418,7 @@ def test_the_averaged_weights_follow_every_step(tmp_path):
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.fit()
     assert trainer.position.step == 1
-    after, averaged = trainer.model.state_dict(), trainer.ema.module.state_dict()
+    after, averaged = trainer.model.state_dict(), trainer.state.ema.module.state_dict()
     moved = 0
     for name, tensor in before.items():
         torch.testing.assert_close(averaged[name], 0.75 * tensor + 0.25 * after[name])
@@ -442,7 +442,7 @@ def test_a_run_in_another_precision_trains_and_saves_float32_weights(tmp_path, p
     trainer = make_trainer(tiny_config(epochs=2, precision=precision, optim__lr=1e-3), tmp_path)
     before = trainer.model.head.weight.detach().clone()
     trainer.fit()
-    assert trainer.scaler.is_enabled() == (precision == "float16")
+    assert trainer.state.scaler.is_enabled() == (precision == "float16")
     assert not torch.equal(before, trainer.model.head.weight)
     assert all(tensor.dtype == torch.float32 for tensor in load_checkpoint(trainer.folder.last)["model"].values())
 
@@ -452,11 +452,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_input_named(tmp_path):
     trainer = Trainer(tiny_config(epochs=2, ema_decay=0.5), RunFolder(tmp_path), Console(file=out, width=300))
     loss_of, states = trainer.task.training_loss, []
 
-    def poison(model, images, labels, place):
-        states.append([dict(copy.deepcopy(module.state_dict())) for module in (trainer.model, trainer.ema.module)])
+    def poison(model, batch):
+        states.append(
+            [dict(copy.deepcopy(module.state_dict())) for module in (trainer.model, trainer.state.ema.module)]
+        )
         if trainer.position.step == 2:
-            images[5, 0, 3, 3] = float("nan")
-        return loss_of(model, images, labels, place)
+            batch.images[5, 0, 3, 3] = float("nan")
+        return loss_of(model, batch)
 
     trainer.task.training_loss = poison
     trainer.fit()
@@ -503,7 +505,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_at_once(tmp_path):
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     trainer = make_trainer(tiny_config(epochs=2), tmp_path)
-    step = trainer.optimizer.step
+    step = trainer.state.optimizer.step
 
     def overflow(*arguments, **more):
         step(*arguments, **more)
@@ -511,7 +513,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
             with torch.no_grad():
                 trainer.model.norm_f.weight[3] = float("inf")
 
-    trainer.optimizer.step = overflow
+    trainer.state.optimizer.step = overflow
     with pytest.raises(NonFiniteError, match=r"the parameter norm_f.weight is not finite after step 6"):
         trainer.fit()
     assert load_checkpoint(trainer.folder.last)["position"]["epoch"] == 1

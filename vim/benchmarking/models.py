@@ -1,4 +1,4 @@
-"""Images per second and memory of models beside each other: interleaved, in one process, medians and spread."""
+"""Benchmark of models: images per second and memory, interleaved in one process, with medians and quartiles."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import vim.models  # noqa: F401  (registers our models with timm)
+from vim.benchmarking.measuring import PeakMemory, keep_freed_memory, probe_machine
 from vim.benchmarking.report import write_report
 from vim.models.build import create_named
 from vim.ops import default_backend
 from vim.runtime.gpu import time_calls
-from vim.runtime.machine import PeakMemory, describe_machine, keep_freed_memory, probe_machine
+from vim.runtime.machine import describe_machine
 
 _logger = logging.getLogger(__name__)
 
-# How a model may run, written behind its name: "deit_tiny_patch16_224:frozen".
+# Variants of a model, written after its name: "deit_tiny_patch16_224:frozen".
 VARIANTS = {
     "": "as shipped",
     "frozen": "torch.compile with the weights frozen into the graph (inference only): packed products for every model",
@@ -139,10 +140,10 @@ def measure_case(
     rounds: int,
     seconds: float,
 ) -> tuple[list[Row], dict[str, str]]:
-    """Run the models in turn, so that whatever else the machine does meets all of them alike.
+    """Run the models in turn, so that other load on the machine affects all of them alike.
 
     Returns:
-        A row for each model, and for those that could not run (for want of memory, or of a backend) the reason.
+        A row for each model that ran, and the reason for each that could not, such as too little memory.
     """
     calls, memory, failed = {}, {}, {}
     for spec in specs:
@@ -152,7 +153,7 @@ def measure_case(
             with PeakMemory(device) as peak:
                 calls[spec]()
             memory[spec] = peak.mebibytes
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # for want of memory, or of a backend
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # too little memory, or no such backend
             calls.pop(spec, None)
             failed[spec] = next(iter(str(error).splitlines()), type(error).__name__)
             _logger.warning("%s does not run: %s", spec, failed[spec])
@@ -167,7 +168,7 @@ def measure_case(
 
 
 def _time(call: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call; on a GPU between two events, from its first kernel's launch to its last one's end."""
+    """Return the seconds of one call; on a GPU, between two events around its kernels."""
     if device.type == "cuda":
         return time_calls([call], repeats=1, warm=False)
     start = time.perf_counter()
@@ -196,7 +197,7 @@ def _row(spec: str, size: int, batch: int, dtype: str, mode: str, times: list[fl
 def make_call(
     spec: str, size: int, batch: int, dtype: torch.dtype, mode: Mode, device: torch.device
 ) -> Callable[[], None]:
-    """A function that runs one batch through a model and waits for the result."""
+    """Return a function that runs one batch through a model."""
     name, _, variant = spec.partition(":")
     torch.manual_seed(0)
     set_fused_attn(variant != "math")
@@ -236,9 +237,9 @@ def _prepare(model: nn.Module, variant: str, images: torch.Tensor) -> Callable[.
 
 @contextlib.contextmanager
 def _settings(variant: str) -> Iterator[None]:
-    """Whatever a variant changes for the time of its calls."""
+    """Apply the settings of a variant for the time of a call."""
     if variant == "modules":
-        # A watched part of a layer is called: so all of them are.
+        # With a hook, each module of a layer is called on its own.
         hook = register_module_forward_hook(lambda *_: None)
         try:
             yield

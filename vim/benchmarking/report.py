@@ -62,7 +62,7 @@ def _markdown(record: Record) -> str:
 
 
 def _draw(record: Record, path: Path) -> None:
-    """Images per second and memory against resolution: a row of two charts for each mode, dtype and batch."""
+    """Draw images per second and memory against resolution: two charts for each mode, dtype and batch."""
     from matplotlib.figure import Figure
 
     groups: dict[tuple[str, str, int], list[Record]] = {}

@@ -28,6 +28,7 @@ StartingWeights = Literal["best", "raw", "ema"]
 Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
 BestBy = Literal["raw", "ema", "better"]
+TaskName = Literal["classification"]
 
 # Endings of the formats that Pillow reads without further packages.
 IMAGE_EXTENSIONS = (
@@ -326,7 +327,9 @@ class TrainConfig:
     """All settings of a training run."""
 
     recipe: str = "digits"
-    """Name of the recipe; the run folder is named after it."""
+    """Name of the recipe; the run folder is called after it."""
+    task: TaskName = "classification"
+    """What the model learns: `classification` of whole images."""
     epochs: int = 15
     """Passes over the training images."""
     batch_size: int = 64
@@ -367,6 +370,7 @@ class TrainConfig:
             check_positive(name, getattr(self, name))
         if self.eval_batch_size is not None:
             check_positive("eval_batch_size", self.eval_batch_size)
+        check_choice("task", self.task, TaskName)
         check_choice("precision", self.precision, Precision)
         check_choice("best_by", self.best_by, BestBy)
         if self.ema_decay is not None:

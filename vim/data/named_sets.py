@@ -1,4 +1,4 @@
-"""Data sets of torchvision and Hugging Face, opened by timm; downloads must be asked for."""
+"""Data sets of torchvision and Hugging Face by name; nothing is downloaded unless the settings ask for it."""
 
 import contextlib
 import importlib.util
@@ -12,7 +12,7 @@ from vim.config.schema import DataConfig
 from vim.data.image_files import ImageSource, ReaderSource, TorchvisionSource
 
 _STREAMS = ("hfids", "tfds")
-# The exceptions of torchvision, timm and datasets for a data set that is missing, damaged or lacks the split.
+# torchvision, timm and datasets raise these for a data set that is missing or damaged, or lacks the split.
 _CANNOT_OPEN = (RuntimeError, AssertionError, OSError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
@@ -51,26 +51,16 @@ def _open_hugging_face(data: DataConfig, split: str) -> tuple[ImageSource, tuple
         raise ModuleNotFoundError(
             f'data.dataset {data.dataset!r} needs the package datasets: pip install "vimamba[data]"', name="datasets"
         )
-    with contextlib.nullcontext() if data.download else _offline(), _errors_name(data):
-        dataset: Any = create_dataset(
-            data.dataset, root=data.path, split=split, input_key=data.input_key, target_key=data.target_key
-        )
-    labels: dict[str, int] = dataset.reader.class_to_idx
-    names = tuple(sorted(labels, key=lambda label: labels[label])) or None
-    return ReaderSource(dataset.reader, _labels_of(dataset.reader)), names
+    from vim.data.hugging_face import open_hugging_face
 
-
-def _labels_of(reader: Any) -> list[int] | None:
-    """Return the column of the labels, or `None` if labels are not numbers in one column."""
-    if reader.target_keys or reader.label_key not in reader.dataset.column_names:
-        return None
-    labels = list(reader.dataset[reader.label_key])
-    return labels if all(isinstance(label, int) for label in labels) else None
+    with _refused(data):
+        reader = open_hugging_face(data, split)
+    return ReaderSource(reader, reader.labels()), reader.class_names()
 
 
 @contextlib.contextmanager
-def _errors_name(data: DataConfig) -> Iterator[None]:
-    """Raise errors of the libraries as one `ValueError` that names the data set, its path and the reason."""
+def _refused(data: DataConfig) -> Iterator[None]:
+    """Turn the errors of the libraries into one that names the data set, its path and the reason."""
     try:
         yield
     except _CANNOT_OPEN as error:
@@ -78,20 +68,3 @@ def _errors_name(data: DataConfig) -> Iterator[None]:
         hint = "" if data.download else "; to download it, set --data.download true"
         where = f"data.dataset {data.dataset!r} with data.path {data.path!r}"
         raise ValueError(f"{where} cannot be opened: {reason}{hint}") from error
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the packages of Hugging Face off the network; they read the environment only when imported."""
-    import datasets
-    import huggingface_hub
-
-    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [switch.HF_HUB_OFFLINE for switch in switches]
-    for switch in switches:
-        switch.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.HF_HUB_OFFLINE = value

@@ -14,20 +14,20 @@ from vim.runtime.distributed import Processes
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvalResult:
-    """What an evaluation found."""
+    """The figures of an evaluation."""
 
     loss: float
     """Mean cross-entropy, without label smoothing."""
     top1: float
-    """Share of the images whose class is the first guess, in percent."""
+    """Share of the images whose first guess is right, in percent."""
     top5: float | None
-    """Share of the images whose class is among the first five guesses, in percent; `None` with five classes or less."""
+    """Share of the images with the right class in the first five guesses, in percent; `None` up to five classes."""
     count: int
     """Number of images."""
 
 
 class EvaluationStopped(RuntimeError):
-    """A process was asked to stop, and all of them left the evaluation."""
+    """A process was asked to stop, and all processes have left the evaluation."""
 
 
 @torch.inference_mode()
@@ -39,15 +39,15 @@ def evaluate(
     stop_asked: Callable[[], bool] = lambda: False,
     observe: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> EvalResult:
-    """Classify every image and count.
+    """Classify every image, and return loss and accuracy.
 
     Args:
-        model: Put into evaluation mode for the time of the call.
-        batches: Normalised images (batch, in_chans, height, width) and labels (batch,), on the model's device; those of
-            this process.
-        autocast: Makes the context to run the model in.
+        model: The model; it is in evaluation mode during the call.
+        batches: The batches of this process: normalised images (batch, in_chans, height, width) and labels (batch,), on
+            the model's device.
+        autocast: Returns the context to run the model in.
         processes: The processes that share the images; each returns the figures of all. `None` is this one alone.
-        stop_asked: Asked after every batch; where it is true in one process, all of them leave.
+        stop_asked: Called after every batch; if it returns True in one process, all processes stop.
         observe: Called with the logits (batch, classes), float32, and the labels of every batch of this process.
 
     Raises:
@@ -98,5 +98,5 @@ def _totals(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    """Return the dtype to count in: float64 where there is any."""
+    """Return the dtype of the sums: float64 if the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -15,7 +15,7 @@ from vim.config.load import config_from_dict, config_to_dict
 from vim.config.schema import TrainConfig
 from vim.data.preprocessing import Preprocessing
 from vim.models import VisionMamba
-from vim.models.build import build_model, check_model_name, offline, without_weights
+from vim.models.build import build_model, check_model_name, without_download, without_weights
 from vim.models.pretrained import checkpoint_filter_fn, read_checkpoint, select_weights
 from vim.models.starting_weights import METADATA_KEY
 
@@ -92,8 +92,7 @@ def _ours(about: Any, state: Any, path: Path, weights: Weights) -> TrainedModel:
         config = config_from_dict(about["config"], str(path))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, download=False))
         class_names = _texts(about["class_names"])
-        with offline():
-            model = build_model(without_weights(config.model), len(class_names))
+        model = build_model(without_download(without_weights(config.model)), len(class_names))
         load_into(model, _tensors(state), path)
     except CheckpointError:
         raise

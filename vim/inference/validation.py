@@ -1,4 +1,4 @@
-"""Evaluate a trained model on a data set, exactly, class by class: what `python -m vim.validate` runs."""
+"""Exact evaluation of a trained classifier, class by class, behind `python -m vim.validate`."""
 
 import csv
 import dataclasses
@@ -27,7 +27,7 @@ from vim.data.sources import ImageSet, open_eval_set
 from vim.inference.evaluation import EvalResult, evaluate
 from vim.inference.plots import draw_confusion
 from vim.inference.trained_model import TrainedModel, Weights, load_trained_model
-from vim.runtime.agreement import check_agreement, check_weights, run_facts
+from vim.runtime.agreement import check_agreement, check_weights, data_facts, run_facts
 from vim.runtime.device import resolve_device
 from vim.runtime.distributed import Processes
 from vim.runtime.machine import describe_environment
@@ -39,7 +39,7 @@ _PLAIN_INTERVAL = 30.0  # seconds between two lines of progress, where there is 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ValidateOptions:
-    """What to evaluate, and on what; `None` takes what the model's run had."""
+    """The model and the data of an evaluation; `None` takes the value of the model's run."""
 
     source: str
     """A run folder, a checkpoint file, or the name of a timm model with published weights."""
@@ -62,7 +62,7 @@ class ValidateOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
-    """What was found."""
+    """The result of an evaluation, with its tables."""
 
     result: EvalResult
     confusion: Tensor
@@ -71,13 +71,13 @@ class Validation:
     """Images of each class that have it among the first five guesses, (classes,), int64, on the CPU."""
     class_names: tuple[str, ...]
     unreadable: int
-    """Images that could not be read, and are in none of the figures."""
+    """Images that could not be read, and are missing from all figures."""
     passed_over: Counter[str]
     """Files of the split that are not images, by their endings."""
     folder: Path
-    """Where `write_validation` puts the files."""
+    """The folder of the files of `write_validation`."""
     about: dict[str, Any]
-    """What was evaluated, and where."""
+    """The model, the data and the environment, as a record that JSON takes."""
 
 
 class ConfusionCounter:
@@ -111,12 +111,12 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
     """Evaluate a model on every image of a split once.
 
     Args:
-        options: What to evaluate, and on what.
+        options: The model and the data.
         processes: The processes that share the images. `None` is this one alone.
 
     Raises:
-        Refused: The model or the data cannot be had, or their classes disagree, in some process.
-        Disagreement: The processes were started with other settings, data or weights than each other.
+        Refused: In some process the model or the data cannot be opened, or their classes disagree.
+        Disagreement: The processes were started with different settings, data or weights.
     """
     processes = processes or Processes()
     set_matmul_precision(options.precision)
@@ -126,7 +126,7 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
     model = trained.model.to(device)
     contents = {split: SplitContents.of(dataset, class_names)}
     asked = [("--split", split), ("--weights", trained.weights), ("--precision", options.precision)]
-    check_agreement(processes, chain(asked, run_facts(config, class_names, contents)))
+    check_agreement(processes, chain(asked, run_facts(config), data_facts(class_names, contents)))
     check_weights(processes, model)
     batches, log = build_eval_loader(dataset, config, device, processes.rank, processes.size)
     counter = ConfusionCounter(len(class_names), device)
@@ -163,7 +163,7 @@ def _prepare(options: ValidateOptions) -> tuple[TrainedModel, TrainConfig, Image
 
 
 def _config_for(trained: TrainedModel, options: ValidateOptions) -> TrainConfig:
-    """Return the settings of the model's run, or those that its preprocessing amounts to, changed as asked."""
+    """Return the settings of the model's run, or settings made from its preprocessing, changed by the options."""
     asked: dict[str, Any] = {"dataset": options.dataset, "path": options.path, "workers": options.workers}
     asked |= {"crop_pct": options.crop_pct, "input_key": options.input_key, "target_key": options.target_key}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -173,7 +173,7 @@ def _config_for(trained: TrainedModel, options: ValidateOptions) -> TrainConfig:
         config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, **changes))
     else:
         if options.dataset is None and options.path is None:
-            raise ValueError(f"--dataset or --path must be given: {options.source} does not say what to evaluate it on")
+            raise ValueError(f"--dataset or --path must be given: {options.source} does not name its data")
         config = _config_of_others(trained, {"dataset": "folder", **changes})
     if options.batch_size is not None:
         config = dataclasses.replace(config, eval_batch_size=options.batch_size)
@@ -181,7 +181,7 @@ def _config_for(trained: TrainedModel, options: ValidateOptions) -> TrainConfig:
 
 
 def _config_of_others(trained: TrainedModel, changes: dict[str, Any]) -> TrainConfig:
-    """Return settings for weights of somebody else, of which the preprocessing is known."""
+    """Return settings for weights that another program trained, from their preprocessing."""
     preprocessing: Preprocessing = trained.preprocessing
     model: Any = trained.model
     data: Any = {
@@ -224,7 +224,7 @@ def _choose_folder(options: ValidateOptions) -> Path:
 
 
 def _with_progress(batches: Iterable[Any], total: int, is_main: bool) -> Iterator[Any]:
-    """Yield the batches, with a bar on a terminal and a line now and then elsewhere, on the standard error stream."""
+    """Yield the batches, and show progress on standard error: a bar on a terminal, plain lines elsewhere."""
     from rich.console import Console
     from rich.progress import track
 
@@ -241,9 +241,9 @@ def _with_progress(batches: Iterable[Any], total: int, is_main: bool) -> Iterato
 
 
 def class_table(validation: Validation) -> list[dict[str, Any]]:
-    """Return a row a class: its images, how often it was guessed, and the shares that were right, in percent.
+    """Return a row for each class: its images, its guesses, and the shares of right ones in percent.
 
-    A share of no images is `None`.
+    A share is `None` if there are no images to divide by.
     """
     confusion = validation.confusion
     right, images, guessed = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)

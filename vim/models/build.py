@@ -1,16 +1,16 @@
 """Build the model that the settings name."""
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
@@ -18,8 +18,8 @@ import vim.models  # registers our models with timm
 from vim.config.schema import ModelConfig, TrainConfig
 from vim.models.starting_weights import load_starting_weights
 
-# Prefixes of names that timm resolves outside its registry.
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+_HUB = ("hf-hub:", "hf_hub:")
+_FROM_ELSEWHERE = (*_HUB, "local-dir:")
 
 
 def build_model(config: ModelConfig, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
@@ -67,7 +67,7 @@ def _is_ours(name: str) -> bool:
 
 
 def create_named(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """Create a model of timm; drop `img_size` if the model does not take this argument.
+    """Create a model of timm, without `img_size` if the model has no such argument.
 
     Raises:
         TypeError: The model does not take an argument, or refuses its type.
@@ -107,16 +107,20 @@ def _nearest(error: TypeError) -> str:
     return f": did you mean {near[0]!r}?" if near else ""
 
 
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Keep timm off the network within the block: names such as "hf-hub:..." are looked up in the cache only."""
-    constants: Any = huggingface_hub.constants
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+def without_download(config: ModelConfig) -> ModelConfig:
+    """Return the settings of the same model, built from the cache of Hugging Face instead of from its hub.
+
+    Raises:
+        ValueError: The model is one of the hub, and its description is not in the cache.
+    """
+    source, _, repository = config.name.partition(":")
+    if f"{source}:" not in _HUB:
+        return config
+    name, _, revision = repository.partition("@")
+    description = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    if not isinstance(description, str):
+        raise ValueError(f"model.name {config.name!r} is not in the cache of Hugging Face, and was not fetched")
+    return dataclasses.replace(config, name=f"local-dir:{Path(description).parent}")
 
 
 def check_model_name(name: str) -> None:
@@ -125,7 +129,7 @@ def check_model_name(name: str) -> None:
     Raises:
         ValueError: It does not; the message names the nearest model that it knows.
     """
-    if name.startswith(_HUB_PREFIXES) or timm.is_model(name):
+    if name.startswith(_FROM_ELSEWHERE) or timm.is_model(name):
         return
     near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
     hint = f": did you mean {near[0]!r}?" if near else ""

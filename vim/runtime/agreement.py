@@ -1,4 +1,4 @@
-"""Processes that train or evaluate together must have been started alike: what may not differ is compared first."""
+"""Check that processes which train or evaluate together were started with the same settings, data and weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from vim.data.contents import SplitContents
 from vim.runtime.distributed import Processes
 from vim.version import __version__
 
-# Settings of a machine, not of what is computed.
+# Settings of the machine, which do not change the result.
 _MAY_DIFFER = frozenset(
     {"device", "eval_batch_size", "data.path", "data.workers", "data.pin_memory"}
     | {"log.trackers", "log.steps", "save.steps", "save.minutes"}
@@ -23,14 +23,14 @@ _WEIGHTS_TOLERANCE = 1e-3
 
 
 class Disagreement(ValueError):
-    """Processes were started differently; the message names what differs, with both values."""
+    """Processes were started differently; the message names each difference, with both values."""
 
 
 def check_agreement(processes: Processes, facts: Iterable[tuple[str, Any]]) -> None:
     """Compare facts between all processes; every one of them must call it.
 
     Args:
-        processes: The processes; one alone does not look at the facts.
+        processes: The processes. A single one does not look at the facts.
         facts: Names and values.
 
     Raises:
@@ -58,14 +58,21 @@ def check_weights(processes: Processes, model: nn.Module) -> None:
     _refuse(_differences(everyone, _are_close))
 
 
-def run_facts(
-    config: TrainConfig, class_names: tuple[str, ...], contents: Mapping[str, SplitContents]
-) -> Iterator[tuple[str, Any]]:
-    """Yield the facts of a run that all of its processes must share, by their names."""
+def run_facts(config: TrainConfig) -> Iterator[tuple[str, Any]]:
+    """Yield the version and the settings that all processes of a run must share, by name."""
     yield "the version of vimamba", __version__
     for name, value in flatten(config_to_dict(config)).items():
         if name not in _MAY_DIFFER:
             yield name, value
+
+
+def data_facts(class_names: tuple[str, ...], contents: Mapping[str, SplitContents]) -> Iterator[tuple[str, Any]]:
+    """Yield the facts about labelled images that all processes must share, by name.
+
+    Args:
+        class_names: Name of each class, in the order of the labels.
+        contents: The images of each split, by the name of the split.
+    """
     yield "the number of classes", len(class_names)
     for label, name in enumerate(class_names):
         yield f"the name of class {label}", name
@@ -80,7 +87,7 @@ def _are_close(first: float, other: float) -> bool:
 
 
 def _differences(everyone: list[dict[str, Any]], equal: Callable[[Any, Any], bool]) -> list[str]:
-    """Return each fact that is another one in some process than in the first, in words."""
+    """Return the facts in which some process differs from the first, in words."""
     first, found = everyone[0], []
     for name in dict.fromkeys(name for facts in everyone for name in facts):
         for rank, facts in enumerate(everyone):

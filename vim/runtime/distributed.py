@@ -1,4 +1,4 @@
-"""Several processes that train one model: torchrun starts them, and this is how they meet."""
+"""The processes of a run, started by torchrun, and their communication."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ _T = TypeVar("_T")
 
 
 class JoinError(ValueError):
-    """The processes of a run cannot meet; the message says why, in one line."""
+    """The processes of a run cannot connect; the message gives the reason in one line."""
 
 
 class Refused(ValueError):
-    """What was asked for cannot be done, in one of the processes at least; the message says why."""
+    """An action failed in at least one process; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
-    """The processes of a run, as one of them sees them; alone by default.
+    """The processes of a run, and the rank of this one; a single process by default.
 
     Every method must be called by all of them, in the same order.
     """
@@ -32,13 +32,13 @@ class Processes:
     rank: int = 0
     """Number of this process among all."""
     local_rank: int = 0
-    """Number of this process among those of its machine; its GPU has the same number."""
+    """Number of this process on its machine; its GPU has the same number."""
     size: int = 1
-    """How many there are."""
+    """Number of processes."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks to the user."""
+        """True for the process that writes the files and prints messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ class Processes:
         return values[0]
 
     def together(self, action: Callable[[], _T]) -> _T:
-        """Do something in all processes; if it fails in one it fails in all, for else the others would wait for it.
+        """Run an action in all processes; if it fails in one, raise in all, so that none waits for another.
 
         Raises:
-            Refused: It failed in some process.
+            Refused: The action failed in some process.
         """
         result, error = None, None
         try:
@@ -79,13 +79,13 @@ class Processes:
         return cast(_T, result)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's buffers, such as the running averages of batch normalisation."""
+        """Copy the buffers of the main process to all, such as the running averages of batch normalisation."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Return the model, which averages its gradients over all processes if there are several."""
+        """Return the model, wrapped to average its gradients over all processes if there are several."""
         if self.size == 1:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -93,10 +93,10 @@ class Processes:
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Meet the other processes that torchrun started, and part from them when the block ends; alone without torchrun.
+    """Connect to the other processes of torchrun for the time of the block; without torchrun stay alone.
 
     Raises:
-        JoinError: What torchrun tells its processes is missing or wrong, or the others do not come.
+        JoinError: An environment variable of torchrun is missing or wrong, or the processes cannot connect.
     """
     size = _number("WORLD_SIZE", default=1)
     if size == 1 or not dist.is_available():
@@ -107,10 +107,10 @@ def join_processes() -> Iterator[Processes]:
         torch.cuda.set_device(local_rank)
     try:
         store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps its store when it starts the processes once more, and in it the addresses of those that died,
-        # which gloo would wait for.
+        # When torchrun restarts the processes it keeps its store, with the addresses of the dead ones, for which gloo
+        # would wait.
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size} processes"
-        # Without a name of a backend: gloo for tensors on a CPU, NCCL for those on a GPU.
+        # Without a backend's name: gloo for tensors on a CPU, NCCL for tensors on a GPU.
         dist.init_process_group(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
     except (ValueError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -126,7 +126,7 @@ def join_processes() -> Iterator[Processes]:
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """Return a number that torchrun has put into the environment."""
+    """Return a number from an environment variable that torchrun sets."""
     text = os.environ.get(name, None if default is None else str(default))
     if text is None:
         size = os.environ.get("WORLD_SIZE")

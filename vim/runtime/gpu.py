@@ -1,4 +1,4 @@
-"""What a GPU is, what it gives at the moment, and how long work on it takes."""
+"""Facts about the GPU, its speed at the moment, and the timing of work on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def describe_gpu() -> dict[str, Any]:
-    """Name, size and versions, as a record that JSON takes."""
+    """Return the name, size and versions of the current GPU, as a record that JSON takes."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": device.name,
@@ -27,7 +27,7 @@ def describe_gpu() -> dict[str, Any]:
 
 
 def probe_gpu() -> dict[str, Any]:
-    """Rates at this moment: of a copy (read and written) and of a bfloat16 product; clock and power under them."""
+    """Measure a copy (bytes read and written) and a bfloat16 product, with the clock and the power under this load."""
     source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     matrix = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
@@ -43,9 +43,14 @@ def probe_gpu() -> dict[str, Any]:
 
 
 def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 5, warm: bool = True) -> float:
-    """Seconds a call takes on the GPU: the median of `repeats` passes over all calls, after one to warm up.
+    """Return the seconds of a call on the GPU: the median of `repeats` passes over all calls.
 
-    The calls of a pass run back to back: work that is queued faster than it is done shows no gaps between kernels.
+    The calls of a pass run back to back, so launches overlap with kernels as in real use.
+
+    Args:
+        calls: The calls.
+        repeats: Passes that count.
+        warm: Add a pass before them that does not count.
     """
     times = []
     for count in range(repeats + warm):
@@ -61,11 +66,11 @@ def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 5, warm: bo
 
 
 def captured(calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """All calls as one CUDA graph, after each has run once: replaying it takes the host no time.
+    """Capture all calls as one CUDA graph, after each has run once, and return the function that replays it.
 
     Args:
-        calls: What to capture. Backward passes among them must have had their forward pass on `stream`.
-        stream: Where to run and capture; not the default stream.
+        calls: The calls. The forward pass of a backward pass among them must have run on `stream`.
+        stream: The stream to run and capture on; not the default stream.
     """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -80,7 +85,7 @@ def captured(calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -
 
 
 def _ask_driver(field: str) -> float | str | None:
-    """A field of nvidia-smi, as a number where it is one; `None` where there is no nvidia-smi or no answer."""
+    """Return a field of nvidia-smi, as a number if it is one; `None` without nvidia-smi or an answer."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -99,5 +104,5 @@ def _ask_driver(field: str) -> float | str | None:
 
 
 def _visible_index() -> str:
-    """How nvidia-smi calls the current device: CUDA_VISIBLE_DEVICES may have renumbered them."""
+    """Return the identifier of the current device for nvidia-smi; CUDA_VISIBLE_DEVICES may have renumbered devices."""
     return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"

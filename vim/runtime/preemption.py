@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send before they kill, as a request to save and stop."""
+"""Handling of SIGTERM, which schedulers send before they kill a run, as a request to save and stop."""
 
 import signal
 import sys
@@ -9,18 +9,18 @@ from types import FrameType
 
 
 class RunStopped(RuntimeError):
-    """The run was asked to stop, and has saved where it is; the message says where that is."""
+    """The run was asked to stop and has saved a checkpoint; the message names its step."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """A request to stop this process; `made` is true once SIGTERM has arrived."""
 
     def __init__(self) -> None:
         self.made = False
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Take SIGTERM as a request for the time of the block; signals reach the main thread only."""
+        """Handle SIGTERM during the block; outside the main thread, which receives signals, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -36,7 +36,7 @@ class StopRequest:
 
 @contextmanager
 def exits_on_sigterm() -> Iterator[None]:
-    """Leave the block by SystemExit at SIGTERM, so that whatever removes half-written files runs."""
+    """Raise SystemExit in the block at SIGTERM, so that half-written files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What command lines do about the terminal, file or pipe that they write to."""
+"""Standard output of the command lines: odd file names and closed pipes."""
 
 import io
 import os
@@ -7,19 +7,19 @@ import sys
 
 
 def show_any_name() -> None:
-    """Let the standard output escape what it cannot show: the name of a file need not be text, nor fit the terminal."""
+    """Let standard output escape characters that it cannot encode, such as those of odd file names."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def end_with_reader() -> None:
-    """Let the process end without a word, as other filters do, when nobody reads its output any more (`| head`)."""
+    """Let the process end silently when its output pipe is closed (`| head`), as other filters do."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def write_out(text: str) -> None:
-    """Write to the standard output at once; if nobody reads it any more, there is more to do than to talk."""
+    """Write to standard output and flush; if its pipe is closed, discard this and later output and go on."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""Tasks: what a model learns, from a batch to a loss."""
+"""Tasks: data, model, loss, metric and pictures of what a run learns."""

@@ -1,106 +1,168 @@
-"""Image classification: from a batch to a loss, with the precision, mixing, image size and teacher of the settings."""
+"""Image classification: labelled images, a model with a head, cross-entropy and accuracy."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from vim.config.schema import TrainConfig
-from vim.data.randomness import Draw, seeded
+from vim.data.contents import class_changes, contents_of
+from vim.data.loaders import build_loaders
+from vim.data.sources import first_readable_file
+from vim.data.tensors import TensorImages
+from vim.inference.evaluation import evaluate
+from vim.inference.plots import draw_curves
+from vim.inference.trained_model import weights_metadata
+from vim.models.build import build_model, without_weights
+from vim.runtime.agreement import data_facts
+from vim.runtime.distributed import Processes
 from vim.runtime.precision import autocast
-from vim.tasks.distillation import Teacher
+from vim.tasks.classification_loss import ClassificationLoss
+from vim.tasks.data_record import changes_since_record, describe_data, write_record
+from vim.tasks.samples import write_samples
+from vim.tasks.task import Batch, Evaluation, Figures
 
 
 class ClassificationTask:
-    """Mixing, forward and loss of one batch.
+    """The task `classification`; see `vim.tasks.task.Task` for its methods.
 
     Args:
         config: The settings of the run.
-        class_names: Name of each class.
-        device: Where the model is.
+        device: Where the model and the batches go.
+        processes: The processes that share the images.
 
     Raises:
-        ValueError: The teacher cannot teach this run.
+        ValueError: The data set or the teacher cannot be used, or the processes cannot share a batch evenly.
+        ModuleNotFoundError: The data set needs a package that is not installed.
     """
 
-    def __init__(self, config: TrainConfig, class_names: tuple[str, ...], device: torch.device) -> None:
-        self._device_type, self._seed = device.type, config.seed
-        self._precision = config.precision
-        augment, smoothing = config.augment, config.loss.label_smoothing
-        self._mix = (
-            Mixup(
-                mixup_alpha=augment.mixup,
-                cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.mix_switch_prob,
-                mode=augment.mix_mode,
-                label_smoothing=smoothing,
-                num_classes=len(class_names),
-            )
-            if augment.mixes
-            else None
-        )
-        self._criterion: nn.Module
-        if self._mix is not None:
-            self._criterion = SoftTargetCrossEntropy()  # the mixed targets are smoothed already
-        elif smoothing > 0:
-            self._criterion = LabelSmoothingCrossEntropy(smoothing)
-        else:
-            self._criterion = nn.CrossEntropyLoss()
+    sums: tuple[str, ...] = ("hits",)
+    headline: tuple[str, ...] = ("top1", "loss")
 
-        self._image_shape, self._progressive = config.model.image_shape, config.progressive
-        self._growing = config.progressive.epochs or max(1, config.epochs - 1)
-        self._teacher = Teacher(config, class_names, device) if config.distill.teacher is not None else None
-        self._teacher_weight = config.distill.weight
+    def __init__(self, config: TrainConfig, device: torch.device, processes: Processes) -> None:
+        self._config = config
+        self._autocast = partial(autocast, device.type, config.precision)
+        self.loaders = build_loaders(config, device, processes.rank, processes.size)
+        self.class_names = self.loaders.class_names
+        self._contents = contents_of(self.loaders.sets)
+        self._loss = ClassificationLoss(config, self.class_names, device)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of this process in an epoch."""
+        return len(self.loaders.train)
+
+    def build_model(self, starting_weights: bool) -> nn.Module:
+        """Build the model with an output for each class, on the CPU."""
+        config = self._config.model
+        return build_model(
+            config if starting_weights else without_weights(config), len(self.class_names), self.class_names
+        )
 
     def image_shape(self, epoch: int) -> tuple[int, int]:
-        """Return height and width of the images that the model is trained on in an epoch, counted from 0."""
-        start, full = self._progressive.start_size, min(self._image_shape)
-        if start is None or epoch >= self._growing:
-            return self._image_shape
-        side = start + (full - start) * epoch / self._growing
-        multiple = self._progressive.multiple
-        height, width = (
-            max(multiple, round(length * side / full / multiple) * multiple) for length in self._image_shape
+        """Return height and width of the training images in an epoch, counted from 0."""
+        return self._loss.image_shape(epoch)
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Return the labelled micro-batches of this process in an epoch, without the first ones."""
+        self.loaders.set_epoch(epoch, first)
+        number = self.loaders.order.number
+        return (
+            Batch(images, labels, (epoch, number(index)))
+            for index, (images, labels) in enumerate(self.loaders.train, start=first)
         )
-        return min(height, self._image_shape[0]), min(width, self._image_shape[1])
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context to run the model in."""
-        return autocast(self._device_type, self._precision)
+    def training_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a micro-batch, and the number of right first guesses, (1,)."""
+        loss, hits = self._loss(model, batch.images, batch.targets, batch.place)
+        return loss, hits.to(loss.dtype)[None]
 
-    def training_loss(
-        self, model: nn.Module, images: Tensor, labels: Tensor, place: tuple[int, int] = (0, 0)
-    ) -> tuple[Tensor, Tensor]:
-        """Run the model on a batch of training images.
+    def take_unreadable(self) -> int:
+        """Return how many training images could not be read since the last call, in this process."""
+        return self.loaders.train_unreadable.take()
 
-        Args:
-            model: The model to train.
-            images: (batch, in_chans, height, width), normalised; mixing changes them in place.
-            labels: (batch,), int64.
-            place: Epoch and number of the batch in it, over all processes; with the seed it decides how to mix.
+    def training_figures(self, sums: Mapping[str, float], images: int) -> dict[str, float]:
+        """Return the training accuracy, `top1`, in percent; NaN before the first step."""
+        return {"top1": 100 * sums["hits"] / images if images else float("nan")}
 
-        Returns:
-            The mean loss, float32, and the number of images whose top class is that of the target; a mixed image
-            counts for the class with the larger share. Both are scalars on the device.
-        """
-        targets = labels
-        if self._mix is not None:
-            with seeded(Draw.MIXING, self._seed, *place):
-                images, targets = self._mix(images, labels)  # (batch, num_classes)
-        shape = self.image_shape(place[0])
-        with self.autocast():
-            answer = self._teacher.answer(images) if self._teacher is not None else None
-            if shape != self._image_shape:
-                images = F.interpolate(images, shape, mode="bilinear", antialias=True)
-            logits = model(images)
-        logits = logits.float()
-        loss = self._criterion(logits, targets)
-        if self._teacher is not None and answer is not None:
-            loss = torch.lerp(loss, self._teacher.loss(logits, answer), self._teacher_weight)
-        top = targets if targets.ndim == 1 else targets.argmax(dim=1)
-        return loss, (logits.argmax(dim=1) == top).sum()
+    def evaluate(self, model: nn.Module, processes: Processes, stop_asked: Callable[[], bool]) -> Evaluation:
+        """Return `loss`, `top1` and `top5` on the held-out images; `top5` is `None` with five classes or less."""
+        result = evaluate(model, self.loaders.val, self._autocast, processes, stop_asked)
+        images = len(self.loaders.sets.val)
+        unreadable = sum(processes.gather(self.loaders.val_unreadable.take()))
+        if result.count + unreadable != images:
+            raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {images}")
+        figures = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
+        return Evaluation(figures=figures, unreadable=unreadable)
+
+    def score(self, figures: Figures) -> tuple[float, ...]:
+        """Return a key by which a higher accuracy is better, and at the same accuracy a lower loss."""
+        top1, loss = figures["top1"], figures["loss"]
+        assert top1 is not None
+        assert loss is not None
+        return top1, -loss
+
+    def describe_data(self) -> list[str]:
+        """Return lines with the number of images and the first classes."""
+        return describe_data(self._config, self.loaders.sets, self._contents)
+
+    def describe_training(self, figures: Figures) -> str:
+        """Return the training accuracy in words."""
+        return f"accuracy {figures['top1']:.1f} %"
+
+    def describe_epoch(self, row: Mapping[str, Any]) -> str:
+        """Return loss and accuracy of an epoch, training and held out, in words."""
+        ema = "" if row["ema_top1"] is None else f"  EMA {row['ema_top1']:5.1f} %"
+        return (
+            f"training: loss {row['train_loss']:.3f}, {row['train_top1']:5.1f} %  "
+            f"held out: loss {row['val_loss']:.3f}, {row['val_top1']:5.1f} %{ema}"
+        )
+
+    def describe_best(self, best: Figures) -> str:
+        """Return the best held-out accuracy in words."""
+        return f"{best['top1']:.2f} % of the held-out images right"
+
+    def draw_curves(self, history: Sequence[Mapping[str, Any]], path: Path) -> None:
+        """Draw loss, accuracy and learning rate of all epochs into a PNG file."""
+        draw_curves(history, path, f"{self._config.recipe}: {self._config.model.name}")
+
+    def write_samples(self, folder: Path) -> None:
+        """Write an image of each class, if the held-out images are in memory."""
+        held_out = self.loaders.sets.val
+        if isinstance(held_out, TensorImages):
+            write_samples(folder, held_out, self.class_names)
+
+    def example_image(self) -> Path | None:
+        """Return a held-out image that is a file of its own, or `None`."""
+        return first_readable_file(self.loaders.sets.val)
+
+    def facts(self) -> Iterator[tuple[str, Any]]:
+        """Yield the classes and the images of both splits, by name."""
+        return data_facts(self.class_names, self._contents)
+
+    def write_data_record(self, path: Path) -> None:
+        """Write the images of both splits, with their classes, into a file."""
+        write_record(path, self._contents)
+
+    def data_changes(self, path: Path) -> list[str]:
+        """Return lines on how the images differ from the record in a file."""
+        return changes_since_record(path, self._contents)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the names of the classes."""
+        return {"class_names": list(self.class_names)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if a checkpoint has other classes."""
+        changes = class_changes(state["class_names"], self.class_names)
+        if changes is not None:
+            raise ValueError(
+                f"the classes of the data are not what they were: {changes}, and their labels would mean others"
+            )
+
+    def weights_metadata(self) -> dict[str, str]:
+        """Return the settings and the names of the classes, as the header of a safetensors file."""
+        return weights_metadata(self._config, self.class_names)

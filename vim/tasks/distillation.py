@@ -1,4 +1,4 @@
-"""Distillation: a teacher's answers as a part of the loss."""
+"""Distillation: a teacher's predictions as a part of the loss."""
 
 from typing import Any
 
@@ -13,7 +13,9 @@ from vim.inference.trained_model import load_trained_model
 
 
 class Teacher:
-    """A trained model, frozen, that says what it thinks of the images that the student sees.
+    """A frozen trained model that classifies the images that the student sees.
+
+    Loading it leaves the global random generators as they are.
 
     Args:
         config: The settings of the run.
@@ -28,7 +30,8 @@ class Teacher:
     def __init__(self, config: TrainConfig, class_names: tuple[str, ...], device: torch.device) -> None:
         distill = config.distill
         assert distill.teacher is not None
-        loaded = load_trained_model(distill.teacher, model_name=distill.teacher_model)
+        with torch.random.fork_rng(devices=[]):  # building it must not change the weights that the run begins with
+            loaded = load_trained_model(distill.teacher, model_name=distill.teacher_model)
         model: Any = loaded.model
         student, teacher = Preprocessing.from_config(config), loaded.preprocessing
         for what, of_teacher, of_run in (
@@ -72,9 +75,9 @@ class Teacher:
         return self._model(inputs)
 
     def loss(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """Return how far the student is from the teacher, a mean over the batch.
+        """Return the distance between student and teacher, a mean over the batch.
 
-        Soft: the divergence of the softened probabilities, times the temperature squared, which keeps the size of its
+        Soft: the divergence of the softened probabilities, times the temperature squared, which keeps the size of the
         gradient (Hinton et al. 2015, arXiv:1503.02531, section 2). Hard: cross-entropy with the teacher's first guess
         (Touvron et al. 2021, arXiv:2012.12877, section 3).
 

@@ -1,4 +1,4 @@
-"""Which parameters learn, and when: linear probes and frozen backbones."""
+"""Frozen parameters: linear probes, and backbones that are frozen for some epochs."""
 
 from fnmatch import fnmatch
 
@@ -8,17 +8,17 @@ from vim.config.schema import OptimConfig
 
 
 class Freezer:
-    """Freezes the parameters that no pattern of `optim.trainable` names, and lets them learn later if asked to.
+    """Freezes the parameters that match no pattern of `optim.trainable`, for the whole run or its first epochs.
 
-    A module of which every parameter is frozen is in evaluation mode: without dropout or stochastic depth, and with the
-    averages of its batch normalisation as they are.
+    A module whose parameters are all frozen is in evaluation mode: it has no dropout and no stochastic depth, and the
+    running averages of its batch normalisation stay unchanged.
 
     Args:
         model: The model.
-        optim: The patterns, and when the rest is let go.
+        optim: The settings of the optimizer.
 
     Raises:
-        ValueError: A pattern names no parameter.
+        ValueError: A pattern matches no parameter.
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
@@ -36,15 +36,18 @@ class Freezer:
         ]
 
     def learning(self, epoch: int) -> int:
-        """Return how many numbers the model learns in an epoch, counted from 0."""
+        """Return the number of trained parameters in an epoch, counted from 0."""
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         return parameters - (sum(p.numel() for p in self._frozen) if self._is_frozen(epoch) else 0)
 
     def begin_epoch(self, epoch: int) -> bool:
-        """Put the model into training mode, with what is frozen in an epoch, counted from 0, left out.
+        """Put the model into training mode, and freeze or unfreeze its parameters.
+
+        Args:
+            epoch: The epoch, counted from 0.
 
         Returns:
-            Whether other parameters learn than before.
+            True if the set of trained parameters has changed.
         """
         self._model.train()
         frozen = self._is_frozen(epoch)

@@ -2,41 +2,42 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from vim.inference.evaluation import EvalResult
+from vim.tasks.task import Evaluation
 
-_SUMS = ("steps", "images", "loss", "hits", "grad_norm", "waited", "skipped", "unreadable")
+_SUMS = ("steps", "images", "loss", "grad_norm", "waited", "skipped", "unreadable")
 
 
 class EpochMeter:
-    """Sums over the optimizer steps of an epoch, in a whole or in the parts before and after an interruption.
+    """Sums over the optimizer steps of an epoch, also across an interruption of the run.
 
     Args:
-        state: What `state` of an earlier part returned.
+        task_sums: Names of the counts of the task; see `Task.sums`.
+        state: The sums of the part before the interruption, as `state` returned them.
     """
 
-    def __init__(self, state: Mapping[str, float] | None = None) -> None:
-        sums = dict.fromkeys((*_SUMS, "seconds"), 0) if state is None else dict(state)
+    def __init__(self, task_sums: Sequence[str], state: Mapping[str, float] | None = None) -> None:
+        sums = dict.fromkeys((*_SUMS, *task_sums, "seconds"), 0) if state is None else dict(state)
         self.steps = int(sums["steps"])
         """Optimizer steps taken."""
         self.images = int(sums["images"])
-        """Images in them."""
+        """Images in these steps."""
         self.loss = float(sums["loss"])
         """Sum over the steps of the mean loss."""
-        self.hits = float(sums["hits"])
-        """Images whose class was the first guess."""
+        self.task_sums = {name: float(sums[name]) for name in task_sums}
+        """Counts of the task."""
         self.grad_norm = float(sums["grad_norm"])
-        """Sum over the steps of the norm of the gradient before clipping."""
+        """Sum over the steps of the gradient norm before clipping."""
         self.waited = float(sums["waited"])
         """Seconds that a process waited for images, on average."""
         self.skipped = int(sums["skipped"])
-        """Steps that were not taken, since the loss or its gradient was not finite."""
+        """Steps skipped because the loss or its gradient was not finite."""
         self.unreadable = int(sums["unreadable"])
-        """Images that could not be read, and others stood in for."""
+        """Images that could not be read and were replaced by others."""
         self._last = (float("nan"), float("nan"))
         self._began = time.perf_counter() - float(sums["seconds"])
 
@@ -47,14 +48,22 @@ class EpochMeter:
 
     def state(self) -> dict[str, float]:
         """Return the sums, for a checkpoint in the middle of the epoch."""
-        return {name: getattr(self, name) for name in _SUMS} | {"seconds": self.seconds}
+        return {name: getattr(self, name) for name in _SUMS} | self.task_sums | {"seconds": self.seconds}
 
-    def add(self, images: int, loss: float, hits: float, grad_norm: float) -> None:
-        """Count a step that was taken."""
+    def add(self, images: int, loss: float, task_sums: Sequence[float], grad_norm: float) -> None:
+        """Count a step that was taken.
+
+        Args:
+            images: Images of the step.
+            loss: Mean loss of the step.
+            task_sums: Counts of the task, in the order of their names.
+            grad_norm: Norm of the gradient before clipping.
+        """
         self.steps += 1
         self.images += images
         self.loss += loss
-        self.hits += hits
+        for name, value in zip(self.task_sums, task_sums, strict=True):
+            self.task_sums[name] += value
         self.grad_norm += grad_norm
         self._last = (loss, grad_norm)
 
@@ -74,50 +83,41 @@ class EpochMeter:
         """Mean loss; NaN before the first step."""
         return self.loss / self.steps if self.steps else float("nan")
 
-    @property
-    def top1(self) -> float:
-        """Training accuracy in percent; NaN before the first step."""
-        return 100 * self.hits / self.images if self.images else float("nan")
-
     def row(
         self,
         seconds: float,
         memory_gib: float | None,
-        raw: EvalResult,
-        averaged: EvalResult | None,
-        val_unreadable: int,
+        training: Mapping[str, float],
+        raw: Evaluation,
+        averaged: Evaluation | None,
     ) -> dict[str, Any]:
         """Return the figures of the whole epoch by name, as in `summary.csv`.
 
         Args:
-            seconds: What `seconds` was when training ended and evaluation began.
-            memory_gib: The most memory used so far.
+            seconds: The value of `seconds` when training ended and evaluation began.
+            memory_gib: The peak memory so far.
+            training: The training figures of the task.
             raw: The evaluation of the weights.
             averaged: The evaluation of the averaged weights, if there are any.
-            val_unreadable: Held-out images that could not be read, and are not in the evaluation.
         """
         return {
             "train_loss": self.mean_loss,
-            "train_top1": self.top1,
-            "val_loss": raw.loss,
-            "val_top1": raw.top1,
-            "val_top5": raw.top5,
-            "ema_loss": averaged.loss if averaged else None,
-            "ema_top1": averaged.top1 if averaged else None,
-            "ema_top5": averaged.top5 if averaged else None,
+            **{f"train_{name}": value for name, value in training.items()},
+            **{f"val_{name}": value for name, value in raw.figures.items()},
+            **{f"ema_{name}": averaged.figures[name] if averaged else None for name in raw.figures},
             "grad_norm": self.grad_norm / self.steps if self.steps else None,
             "skipped_steps": self.skipped,
             "images_per_second": self.images / seconds,
             "data_wait_percent": 100 * self.waited / seconds,
             "train_unreadable": self.unreadable,
-            "val_unreadable": val_unreadable,
+            "val_unreadable": raw.unreadable,
             "memory_gib": memory_gib,
             "seconds": self.seconds,
         }
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """Return the most memory used so far in GiB: of the GPU, or of this process; `None` on Windows, which lacks it."""
+    """Return the peak memory in GiB, of the GPU or of this process; `None` on Windows, which does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":

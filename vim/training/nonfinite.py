@@ -1,4 +1,4 @@
-"""Find the tensor where infinity or NaN came in."""
+"""Steps with an infinite or undefined loss or gradient: find the first bad tensor, and keep it out of checkpoints."""
 
 import math
 from collections.abc import Iterator
@@ -9,13 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-CHECKPOINT_FROM_BEFORE = (
-    "the last checkpoint is from before: try a lower optim.lr, optim.clip_grad or another precision"
-)
+ADVICE = "the last checkpoint is older: try a lower optim.lr, optim.clip_grad or another precision"
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or its gradient stayed infinite or not a number; the message names the step and the first bad tensor."""
+    """The loss or its gradient was infinite or not a number; the message names the step and the first bad tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +22,7 @@ class BadTensor:
 
     kind: Literal["parameter", "input", "activation", "gradient"]
     name: str
-    """The parameter or module it belongs to, or words for an input."""
+    """Name of the parameter or module, or words for an input."""
 
     def __str__(self) -> str:
         return f"the {self.kind} {self.name}"
@@ -35,6 +33,41 @@ def bad_parameter(model: nn.Module) -> BadTensor | None:
     names = (name for name, parameter in model.named_parameters() if not _finite(parameter))
     name = next(names, None)
     return None if name is None else BadTensor("parameter", name)
+
+
+def check_weights_finite(model: nn.Module, step: int) -> None:
+    """Raise if a parameter is not finite, to keep it out of the checkpoints.
+
+    Args:
+        model: The model.
+        step: Optimizer steps done, for the message.
+
+    Raises:
+        NonFiniteError: A parameter is infinite or not a number; the message names it.
+    """
+    bad = bad_parameter(model)
+    if bad is not None:
+        raise NonFiniteError(f"{bad} is not finite after step {step}, and {ADVICE}")
+
+
+class SuspectBatch:
+    """The micro-batch of a step to examine when the step fails: the first with a bad loss, else the last.
+
+    Args:
+        device: Where the images are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.images = torch.empty(0, device=device)
+        """(batch, in_chans, height, width)."""
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, images: Tensor, loss: Tensor) -> None:
+        """Take the next micro-batch into account, without synchronising with the device."""
+        if len(self.images):
+            images = torch.where(self._bad, self.images, images)
+        self.images = images
+        self._bad = self._bad | ~loss.detach().isfinite()
 
 
 def first_bad_tensor(model: nn.Module, images: Tensor, autocast: Any) -> BadTensor | None:
@@ -66,13 +99,13 @@ def first_bad_tensor(model: nn.Module, images: Tensor, autocast: Any) -> BadTens
 
 
 def describe_nonfinite(loss: float, grad_norm: float) -> str:
-    """Say which of the two is not finite."""
+    """Return which of the two is not finite, in words."""
     return f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
 
 
 @contextmanager
 def _watch(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of modules whose output is not finite, in the order they finish: the innermost comes first."""
+    """Collect the names of modules whose output is not finite, in the order of their calls' ends: innermost first."""
     bad: list[str] = []
 
     def hook(name: str) -> Any:

@@ -19,8 +19,8 @@ _FUSED = ("adam", "adamw", "sgd")  # PyTorch's own, in one kernel for all parame
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Create the optimizer, at the peak learning rate.
 
-    No weight decay acts on parameters with one axis, on what the model's `no_weight_decay()` names and on what
-    `optim.no_weight_decay` matches.
+    Three kinds of parameters have no weight decay: those with one axis, the model's `no_weight_decay()`, and matches of
+    `optim.no_weight_decay`.
 
     Raises:
         ValueError: timm knows no such optimizer; the message names the nearest.
@@ -59,10 +59,10 @@ def _parameter_groups(optim: OptimConfig) -> Callable[[nn.Module], list[dict[str
 
 
 class Schedule:
-    """The learning rate as a function of the position in the run, so that resuming needs no state of it.
+    """The learning rate, a function of the position in the run: resuming needs no further state.
 
     Args:
-        optimizer: Whose rate is set; its present rate is the peak.
+        optimizer: The optimizer; its current rate is the peak.
         config: The settings of the run.
         updates_per_epoch: Optimizer steps in one epoch.
     """
@@ -83,7 +83,7 @@ class Schedule:
         )
 
     def set(self, epoch: int, step: int) -> float:
-        """Set the rate for an optimizer step and return it; blocks that `optim.layer_decay` slows down get less.
+        """Set the rate for an optimizer step and return it; `optim.layer_decay` lowers it for some blocks.
 
         Args:
             epoch: Epochs before this one.
@@ -96,7 +96,7 @@ class Schedule:
 
 
 def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
-    """Return an average of the weights that starts from the present ones, or `None` without a decay."""
+    """Return averaged weights that start from the current ones, or `None` without a decay."""
     return None if decay is None else ModelEmaV3(model, decay=decay)
 
 
@@ -106,11 +106,11 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, optim: OptimConfig, norm: Tensor) -> None:
-    """Clip the gradients in place as the settings say.
+    """Clip the gradients in place, as set by `optim.clip_grad` and `optim.clip_mode`.
 
     Args:
         model: The model with its gradients.
-        optim: The largest gradient, and how it is measured.
+        optim: The settings of the optimizer.
         norm: The global norm of the gradients.
     """
     if optim.clip_grad is not None and optim.clip_mode == "norm":

@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and those that are written once."""
+"""The folder of a run: the names of its files, the settings and the record of its starts."""
 
 import datetime
 import json
@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from vim.checkpoints.io import write_text
 from vim.config.load import CONFIG_FILE, dump_config
 from vim.config.schema import TrainConfig
 from vim.data.listing import printable
-from vim.data.tensors import TensorImages
 from vim.runtime.machine import describe_environment
 from vim.training.run_lock import RunLock
 
@@ -42,49 +40,37 @@ class RunFolder:
         self.lock = RunLock(path / ".lock")
 
     def write_start(self, config: TrainConfig, device: torch.device) -> None:
-        """Write the settings, and add this start of the run to the record of its environments."""
+        """Write the settings, and add this start of the run to `environment.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
+        for leftover in self.path.glob(".*.tmp"):  # from a run that was killed while writing
             leftover.unlink()
         write_text(self.config, _HEADER.format(path=self.config) + dump_config(config))
         write_text(self.environment, json.dumps([*self.starts(), describe_environment(device)], indent=2) + "\n")
 
     def starts(self) -> list[Any]:
-        """Return the record of the environments that this run was started in.
+        """Return the environment of each start of the run, as recorded in `environment.json`.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: The file is damaged.
         """
         if not self.environment.exists():
             return []
         try:
             starts = json.loads(self.environment.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.environment} is no JSON ({error}): move it away") from error
+            raise ValueError(f"{self.environment} is not JSON ({error}): move it away") from error
         if not isinstance(starts, list):
             raise ValueError(
                 f"{self.environment} must hold a list of starts, got {type(starts).__name__}: move it away"
             )
         return starts
 
-    def write_samples(self, images: TensorImages, class_names: tuple[str, ...]) -> list[Path]:
-        """Write the first held-out image of each class, up to ten of them, as `CLASS_INDEX.png`."""
-        self.samples.mkdir(exist_ok=True)
-        paths = []
-        for label, name in list(enumerate(class_names))[:10]:
-            found = (images.labels == label).nonzero()
-            if len(found):
-                index = int(found[0])
-                paths.append(self.samples / f"{name}_{index:04d}.png")
-                _to_image(images.images[index]).save(paths[-1])
-        return paths
-
 
 def choose_run_folder(config: TrainConfig, output: Path | None) -> RunFolder:
-    """Return the folder for a new run: the one asked for, or a new name under `runs/`.
+    """Return the folder for a new run: `output`, or a new name under `runs/`.
 
     Raises:
-        ValueError: The folder asked for is a file, has files in it, or has a name that is not text.
+        ValueError: `output` is a file, is not empty, or has a name that is not text.
     """
     if output is not None:
         if printable(str(output)) != str(output):  # TensorBoard cannot write into it
@@ -103,9 +89,3 @@ def choose_run_folder(config: TrainConfig, output: Path | None) -> RunFolder:
         copies += 1
         path = Path("runs") / f"{stem}-{copies}"
     return RunFolder(path)
-
-
-def _to_image(pixels: torch.Tensor) -> Image.Image:
-    """Return (channels, height, width), uint8, as an image."""
-    array = pixels.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

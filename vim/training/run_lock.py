@@ -1,4 +1,4 @@
-"""A lock on the folder of a run: two processes that write into it would undo each other's checkpoints."""
+"""A lock on the folder of a run, whose checkpoints a second run would overwrite."""
 
 import errno
 import json
@@ -23,12 +23,12 @@ class FolderInUse(ValueError):
 
 
 class RunLock:
-    """A lock that the operating system releases when its process ends, however it ends.
+    """A lock that the operating system releases when the process ends, even if it is killed.
 
-    It is POSIX's, which works on NFS, and which processes that read images do not inherit.
+    It is a POSIX record lock: it works on NFS, and worker processes do not inherit it.
 
     Args:
-        path: A file that is there as long as the lock is held; one that a killed process left is taken over.
+        path: The lock file, which exists while the lock is held. A file left by a killed process is reused.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,10 +36,10 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Take the lock, unless this object has it; the folder is made if it is missing.
+        """Take the lock, unless this object holds it; create the folder if it is missing.
 
         Raises:
-            FolderInUse: Another process has it.
+            FolderInUse: Another process holds it.
             OSError: The folder cannot be written.
         """
         if self._file is not None:
@@ -67,7 +67,7 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Give the lock back, if this object has it."""
+        """Release the lock, if this object holds it."""
         if self._file is None:
             return
         self._path.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class RunLock:
         self._file = None
 
     def _is_current(self, file: IO[str]) -> bool:
-        """Return True if the file is the one of that name; else its owner removed it before the lock was taken."""
+        """Return True if the open file is still the lock file, and was not removed before it was locked."""
         try:
             current = os.stat(self._path)
         except FileNotFoundError:

@@ -1,133 +1,152 @@
-"""What a checkpoint holds of a run, and putting a run back to where a checkpoint left it."""
+"""The state of a run: everything that changes as it trains, saved to and restored from a checkpoint."""
 
 import dataclasses
-import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
 
 from vim.checkpoints.io import CheckpointError, load_into, rng_state, set_rng_state
 from vim.config.load import check_resumable, config_from_dict, config_to_dict
-from vim.config.run import SaveConfig
-from vim.data.contents import class_changes
+from vim.config.schema import TrainConfig
+from vim.runtime.distributed import Processes
+from vim.tasks.task import Task
 from vim.training.metrics import EpochMeter
-
-if TYPE_CHECKING:
-    from vim.training.trainer import Trainer
-
-
-class SaveClock:
-    """When the next checkpoint within an epoch is due.
-
-    Args:
-        config: How often.
-    """
-
-    def __init__(self, config: SaveConfig) -> None:
-        self._config = config
-        self._saved = time.monotonic()
-
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint should follow the optimizer step, counted from 1 over the whole run."""
-        steps, minutes = self._config.steps, self._config.minutes
-        by_steps = steps is not None and step % steps == 0
-        return by_steps or (minutes is not None and time.monotonic() - self._saved >= 60 * minutes)
-
-    def restart(self) -> None:
-        """Count the minutes from now."""
-        self._saved = time.monotonic()
 
 
 @dataclasses.dataclass(slots=True)
 class Position:
-    """Where a run is, and what it has found so far."""
+    """The position of a run in its epochs and steps, and its figures so far."""
 
     epoch: int = 0
-    """Whole epochs done."""
+    """Completed epochs."""
     updates: int = 0
-    """Optimizer steps done in the epoch after them."""
+    """Completed optimizer steps of the current epoch."""
     step: int = 0
-    """Optimizer steps done in the whole run, those that were skipped among them."""
+    """Completed optimizer steps of the whole run, skipped ones included."""
     skipped_in_a_row: int = 0
-    """Steps just before this one that were skipped, since the loss or its gradient was not finite."""
+    """Steps skipped just before this one, because the loss or its gradient was not finite."""
     meter: dict[str, float] | None = None
-    """The sums of the epoch that is not done; see `EpochMeter.state`."""
+    """Sums of the current epoch; see `EpochMeter.state`."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Figures of the epochs done, one row each."""
+    """Figures of the completed epochs, one row each."""
     best: dict[str, Any] | None = None
-    """The best held-out figures so far: epoch, weights (`raw` or `ema`), top1 and loss."""
+    """Best held-out figures so far: `epoch`, `weights` (`raw` or `ema`), and the headline figures of the task."""
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any], updates_per_epoch: int, task: Task) -> "Position":
+        """Return a saved position, checked.
+
+        Args:
+            saved: The fields by name.
+            updates_per_epoch: Optimizer steps in an epoch.
+            task: The task of the run, which names its figures.
+
+        Raises:
+            ValueError: No run of this task can be at the position.
+            TypeError: A field is unknown or has a wrong type.
+        """
+        position = cls(**saved)
+        for name in ("epoch", "updates", "step", "skipped_in_a_row"):
+            value = getattr(position, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"position.{name} must be a whole number >= 0, got {value!r}")
+        if position.updates > updates_per_epoch:
+            raise ValueError(f"position.updates must be <= {updates_per_epoch}, got {position.updates}")
+        EpochMeter(task.sums, position.meter)
+        first = position.history[0].keys() if position.history else set()
+        rows = [{"epoch", "step"} <= row.keys() and row.keys() == first for row in position.history]
+        if len(rows) != position.epoch or not all(rows):
+            raise ValueError(
+                f"position.history must have a row of the same figures for each of {position.epoch} epochs"
+            )
+        best = position.best or {}
+        if position.epoch > 0 and not all(
+            isinstance(best.get(name), (int, float)) for name in ("epoch", *task.headline)
+        ):
+            raise ValueError(f"position.best must hold the best figures so far, got {position.best!r}")
+        return position
 
 
-def capture_weights(trainer: "Trainer") -> dict[str, Any]:
-    """Return what `vim.predict` and timm need of a checkpoint."""
-    return {
-        "config": config_to_dict(trainer.config),
-        "class_names": list(trainer.loaders.class_names),
-        "model": trainer.model.state_dict(),
-        "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
-    }
-
-
-def capture_rest(trainer: "Trainer") -> dict[str, Any]:
-    """Return what else it takes to carry the run on to the bit; every process must call it."""
-    return {
-        "position": dataclasses.asdict(trainer.position),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "rng": trainer.processes.gather(rng_state()),
-    }
-
-
-def restore(trainer: "Trainer", state: Mapping[str, Any]) -> None:
-    """Put a run back to where a checkpoint left it.
+class RunState:
+    """Weights, averaged weights, optimizer, gradient scale, random generators and position of a run.
 
     Args:
-        trainer: A run with the same settings, not begun.
-        state: What `capture_weights` and `capture_rest` returned.
-
-    Raises:
-        CheckpointError: The checkpoint has another model, other settings or other classes, or lacks something.
+        config: The settings of the run.
+        task: The task of the run.
+        model: The model, on its device.
+        ema: The averaged weights, or `None`.
+        optimizer: The optimizer of the model.
+        scaler: The gradient scaler.
+        updates_per_epoch: Optimizer steps in an epoch.
+        processes: The processes that train together; each has random generators of its own.
     """
-    path = trainer.folder.last
-    missing = {"config", "class_names", "model", "model_ema", "position", "optimizer", "scaler", "rng"} - set(state)
-    if missing:
-        raise CheckpointError(f"{path} cannot be resumed from: it lacks {min(missing)!r}")
-    changes = class_changes(state["class_names"], trainer.loaders.class_names)
-    if changes is not None:
-        raise CheckpointError(
-            f"{path} cannot be resumed from: the classes of the data are not what they were: {changes}, and their "
-            "labels would mean others"
-        )
-    try:
-        load_into(trainer.model, state["model"], path)
-        if trainer.ema is not None:
-            load_into(trainer.ema.module, state["model_ema"] or {}, path)
-        check_resumable(config_from_dict(state["config"], str(path)), trainer.config)
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
-        trainer.position = _position(state["position"], trainer.updates_per_epoch)
-        states, rank = state["rng"], trainer.processes.rank
-        if len(states) == trainer.processes.size:  # with another number each keeps the stream that it began
-            set_rng_state(states[rank])
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be resumed from: {' '.join(str(error).split())}") from error
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        model: nn.Module,
+        ema: ModelEmaV3 | None,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        updates_per_epoch: int,
+        processes: Processes,
+    ) -> None:
+        self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
+        self.position = Position()
+        self._config, self._task = config, task
+        self._updates_per_epoch, self._processes = updates_per_epoch, processes
 
-def _position(saved: Mapping[str, Any], updates_per_epoch: int) -> Position:
-    """Return a saved position, once it is one that a run can have."""
-    position = Position(**saved)
-    for name in ("epoch", "updates", "step", "skipped_in_a_row"):
-        value = getattr(position, name)
-        if type(value) is not int or value < 0:
-            raise ValueError(f"position.{name} must be a whole number >= 0, got {value!r}")
-    if position.updates > updates_per_epoch:
-        raise ValueError(f"position.updates must be <= {updates_per_epoch}, got {position.updates}")
-    EpochMeter(position.meter)
-    columns = [{"epoch", "step"} <= row.keys() and row.keys() == position.history[0].keys() for row in position.history]
-    if len(columns) != position.epoch or not all(columns):
-        raise ValueError(f"position.history must have a row of the same figures for each of {position.epoch} epochs")
-    best = position.best or {}
-    if position.epoch > 0 and not all(isinstance(best.get(name), (int, float)) for name in ("epoch", "top1", "loss")):
-        raise ValueError(f"position.best must hold the best figures so far, got {position.best!r}")
-    return position
+    def weights_dict(self) -> dict[str, Any]:
+        """Return the part of a checkpoint that is needed to use the model: settings, task and weights."""
+        return {
+            "config": config_to_dict(self._config),
+            **self._task.state_dict(),
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that is needed to resume the run to the bit; every process must call it."""
+        return self.weights_dict() | {
+            "position": dataclasses.asdict(self.position),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": self._processes.gather(rng_state()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None:
+        """Restore what `state_dict` returned, in a run with the same settings.
+
+        Args:
+            state: The contents of a checkpoint.
+            source: The file of the checkpoint, for messages.
+
+        Raises:
+            CheckpointError: The checkpoint has another model, other settings or other classes, or lacks something.
+        """
+        needed = {"config", "model", "model_ema", "position", "optimizer", "scaler", "rng", *self._task.state_dict()}
+        missing = needed - set(state)
+        if missing:
+            raise CheckpointError(f"{source} cannot be resumed from: it lacks {min(missing)!r}")
+        try:
+            self._task.load_state_dict(state)
+            load_into(self.model, state["model"], source)
+            if self.ema is not None:
+                load_into(self.ema.module, state["model_ema"] or {}, source)
+            check_resumable(config_from_dict(state["config"], str(source)), self._config)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.position = Position.from_dict(state["position"], self._updates_per_epoch, self._task)
+            generators = state["rng"]
+            if len(generators) == self._processes.size:  # else each process keeps the generators that it started with
+                set_rng_state(generators[self._processes.rank])
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(f"{source} cannot be resumed from: {' '.join(str(error).split())}") from error

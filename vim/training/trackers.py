@@ -1,4 +1,4 @@
-"""Programs that draw figures while a run goes on: TensorBoard, Weights & Biases, MLflow."""
+"""Trackers that draw figures during a run: TensorBoard, Weights & Biases, MLflow."""
 
 import importlib.util
 import json
@@ -14,20 +14,20 @@ _logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Something that takes figures by name."""
+    """A program that records figures by name."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Take the figures of an optimizer step."""
+        """Record the figures of an optimizer step."""
 
     def close(self) -> None:
-        """Send what is not sent yet."""
+        """Flush the figures and close."""
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Check that the trackers are installed; TensorBoard, the default, may be missing.
+    """Check that the trackers are installed, except TensorBoard, the default, which may be missing.
 
     Raises:
-        ModuleNotFoundError: One is not; the message has the line that installs it.
+        ModuleNotFoundError: A tracker is not installed; the message has the command that installs it.
     """
     for name in names:
         if name != "tensorboard" and importlib.util.find_spec(name) is None:
@@ -37,13 +37,13 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
 def open_trackers(
     names: Sequence[TrackerName], folder: Path, settings: Mapping[str, Any], first_step: int = 0
 ) -> list[Tracker]:
-    """Open the trackers of a run; one that is carried on goes on in the same record.
+    """Open the trackers of a run; a resumed run continues its records.
 
     Args:
-        names: Which ones.
-        folder: Folder of the run; what a tracker needs to be found again is kept in its `trackers.json`.
+        names: Names of the trackers.
+        folder: Folder of the run; its `trackers.json` keeps the identifiers of the records.
         settings: The settings of the run by dotted name.
-        first_step: Optimizer steps done before.
+        first_step: Optimizer steps done before the run was resumed.
     """
     openers: dict[TrackerName, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
         "tensorboard": _TensorBoard,
@@ -63,7 +63,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, settings: Mapping[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter as Board
 
-        # What the files hold of later steps is of a run that was cut short.
+        # An interrupted run has written later steps, which this one takes again.
         self._board = Board(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run says about its images when it starts, and writes down to notice when they change."""
+"""The record of a run's images, which shows on resuming how they changed, and their description at the start."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ _SHOWN = 5  # classes
 
 
 def describe_data(config: TrainConfig, sets: ImageSets, contents: Mapping[str, SplitContents]) -> list[str]:
-    """Return lines on the data: how many images there are, what is passed over, and the first classes."""
+    """Return lines about the data: number of images, skipped files, and the first classes."""
     where = f" in {config.data.path}" if config.data.path else ""
     others = describe_passed_over(passed_over(sets.train, sets.val))
     names, counts = sets.class_names, contents["training"].class_counts()
@@ -31,14 +31,14 @@ def describe_data(config: TrainConfig, sets: ImageSets, contents: Mapping[str, S
 
 
 def write_record(path: Path, contents: Mapping[str, SplitContents]) -> None:
-    """Write down which images a run has."""
+    """Write the contents of the splits into a gzipped JSON file."""
     text = json.dumps({split: found.to_dict() for split, found in contents.items()})
     with atomic_writer(path) as file:
         file.write(gzip.compress(text.encode("ascii"), compresslevel=1, mtime=0))
 
 
 def changes_since_record(path: Path, contents: Mapping[str, SplitContents]) -> list[str]:
-    """Return lines on what differs from the images that were written down.
+    """Return lines on how the images differ from the record in a file.
 
     Raises:
         ValueError: The file is damaged.
