@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import on_device
+from vim.ops.common.triton_tensors import on_device
 
 # Programs of the backward pass, each with one share of the weight's gradient.
 _SHARES = 1024

@@ -6,7 +6,6 @@ Triton when `vim` is imported, and there is nothing to fuse into a sequential sc
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -60,21 +59,6 @@ def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _say_once(name: str, dtype: str) -> None:
     _logger.warning("backend 'triton' does not compute %s in %s: the reference runs, which is slow", name, dtype)
-
-
-@functools.cache
-def lanes(device: torch.device) -> int:
-    """Threads that a GPU runs in lockstep."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    return 32
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch kernels on the GPU that holds the tensor."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import on_device
 from vim.ops.causal_conv1d.triton import (
     CHANNELS,
     TOKENS,
@@ -16,7 +15,7 @@ from vim.ops.causal_conv1d.triton import (
     partials,
     tiles,
 )
-from vim.ops.common.triton_tensors import contiguous, place_tile, rows, store_tile
+from vim.ops.common.triton_tensors import contiguous, on_device, place_tile, rows, store_tile
 
 
 @triton.jit

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import on_device
 from vim.ops.common.layout import empty_like_layout
-from vim.ops.common.triton_tensors import Rows, contiguous, load_tile, place_tile, rows, store_tile
+from vim.ops.common.triton_tensors import Rows, contiguous, load_tile, on_device, place_tile, rows, store_tile
 
 # Tokens and channels of a tile.
 TOKENS, CHANNELS = 16, 128

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,6 +61,21 @@ def channels_last(A: Tensor) -> tuple[Tensor, int, int]:
 def common_alignment(strides: Iterable[int]) -> int:
     """The widest load of B and C, up to 8 numbers, that divides all of these strides."""
     return math.gcd(8, *strides)
+
+
+@functools.cache
+def lanes(device: torch.device) -> int:
+    """Return how many threads a GPU runs in lockstep; 32 in Triton's interpreter."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
+    return 32
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on the GPU that holds the tensor."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 @triton.jit

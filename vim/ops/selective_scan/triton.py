@@ -16,23 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import lanes, on_device
 from vim.ops.common.layout import empty_like_layout, num_chunks
 from vim.ops.common.triton_tensors import (
     Map,
     channels_last,
     common_alignment,
     contiguous,
+    lanes,
     load_map,
     load_rows,
     load_states,
+    on_device,
     optional_rows,
     rows,
     softplus,
     store_rows,
     store_states,
 )
-from vim.ops.selective_scan.reference import is_constant
+from vim.ops.selective_scan.inputs import ScanInputs, is_constant, split_backward
 
 # Tokens whose states the backward pass holds in registers at a time.
 SUBCHUNK = 4
@@ -372,20 +373,9 @@ def selective_scan_bwd_kernel(
     )  # fmt: skip
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`vim::selective_scan_triton`: the results of the reference."""
+def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement `vim::selective_scan_triton`; arguments and results are the reference's."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = ScanInputs(*arguments)
     batch, dim, seqlen = u.shape
     d_state = A.shape[1]
     out, last_state = empty_like_layout(u), A.new_empty(batch, dim, d_state)
@@ -400,23 +390,10 @@ def selective_scan(
     return out, last_state, entry
 
 
-def selective_scan_backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    checkpoints: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`vim::selective_scan_backward_triton`: the results of the reference."""
+def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Implement `vim::selective_scan_backward_triton`; arguments and results are the reference's."""
+    inputs, checkpoints = split_backward(arguments)
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = inputs
     batch, dim, seqlen = u.shape
     d_state = A.shape[1]
     cut = _Cut(u, B, C)
