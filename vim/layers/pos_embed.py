@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vim.layers.token_sequence import extract_tokens, insert_tokens
-from vim.ops import check_memory
+from vim.ops.common.checks import check_memory
 
 CLS_POSITIONS = ("none", "head", "middle", "double", "random")
 
