@@ -20,9 +20,9 @@ Merge = Literal["mean", "sum"]
 
 
 class _Direction(NamedTuple):
-    """The modules and parameters of one direction; the two directions run the same code on theirs."""
+    """Modules and parameters of one direction."""
 
-    # Usually Conv1d and Linear, but users may put anything callable in their place.
+    # Usually Conv1d and Linear, but users may replace them by anything callable.
     conv1d: Any
     x_proj: Any
     dt_proj: Any
@@ -32,11 +32,11 @@ class _Direction(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """Mamba mixer that sees the sequence from one side or from both.
+    """Mamba mixer that scans the sequence in one direction or in both.
 
-    `in_proj`, `x_proj` and `out_proj` are called as modules. The convolutions and `dt_proj` are read by the kernels;
-    one that carries a hook, a wrapper or a quantised weight is called instead, for the direction it belongs to.
-    `A_log`, `D` and `dt_proj.bias` take part in float32 whatever their dtype.
+    `in_proj`, `x_proj` and `out_proj` are called as modules. Of the convolutions and `dt_proj` the kernels read the
+    weights. If one of them has a hook, a wrapper or a quantised weight, its direction calls it as a module instead.
+    `A_log`, `D` and `dt_proj.bias` are used in float32, whatever their dtype.
 
     Args:
         d_model: Width of the tokens.
@@ -50,7 +50,7 @@ class Mamba(nn.Module):
         conv_bias: Give the convolutions a bias.
         bias: Give `in_proj` and `out_proj` a bias.
         directions: "none" scans forward only; "v1" shares everything but the decay (`A_b_log`) with the backward
-            direction, whose input is the forward convolution; "v2" gives it its own conv1d, x_proj, dt_proj, A and D.
+            direction, whose input is the forward convolution; "v2" has separate conv1d, x_proj, dt_proj, A and D.
         merge: "mean" or "sum" of the two directions.
         layer_scale: Initial value of a factor per channel on the output; `None` leaves it out.
 
@@ -107,7 +107,7 @@ class Mamba(nn.Module):
         self.directions, self.merge, self.layer_scale = directions, merge, layer_scale
         place: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        # Registered in the order of the released state dicts, which optimizer states kept by index rely on.
+        # Registered in the order of the released state dicts: optimizer states refer to parameters by index.
         self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(d_model, **place))
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
         self._add_convolution("conv1d", conv_bias, place)
@@ -137,7 +137,7 @@ class Mamba(nn.Module):
             self.register_parameter(D_name, nn.Parameter(torch.empty(self.d_inner, **place)))
 
     def reset_parameters(self) -> None:
-        """Draw everything anew: linear layers and convolutions as PyTorch does, the rest as Mamba does."""
+        """Initialise all parameters: linear layers and convolutions as PyTorch does, the rest as Mamba does."""
         for module in self.children():
             if isinstance(module, (nn.Linear, nn.Conv1d)):
                 module.reset_parameters()
@@ -145,7 +145,7 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def _init_own_parameters(self) -> None:
-        """Decay -(1..d_state), D = 1, step sizes log-uniform, layer scale at its initial value."""
+        """Set decays to -(1..d_state), D to 1, step sizes log-uniformly, and layer scale to its initial value."""
         log_states = torch.arange(1, self.d_state + 1, dtype=torch.float32).log()
         for direction in self._directions():
             direction.A_log.copy_(log_states.to(direction.A_log.device).expand_as(direction.A_log))
@@ -155,7 +155,7 @@ class Mamba(nn.Module):
             self.gamma.fill_(self.layer_scale)
 
     def init_in_model(self, depth: int) -> None:
-        """What a model of `depth` blocks changes: a smaller out_proj, and biases of zero."""
+        """Initialise for a model of `depth` blocks: a smaller out_proj, and biases of zero."""
         init_out_proj(self.out_proj, depth)
         init_bias(self.in_proj)
 
@@ -194,12 +194,12 @@ class Mamba(nn.Module):
         return is_causal_convolution(d.conv1d, self.act) and is_projection(d.dt_proj, self.dt_rank, self.d_inner)
 
     def _scan_together(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
-        """Both directions in fused kernels, (batch, len, d_inner)."""
+        """Run both directions in fused kernels, (batch, len, d_inner)."""
         forward, backward = (_inner_weights(d) for d in directions)
         return bidirectional_mixer(x, z, forward, backward, self.merge)
 
     def _scan_each(self, x: Tensor, z: Tensor, directions: list[_Direction]) -> Tensor:
-        """One direction after the other, calling modules that the kernels may not read, (batch, len, d_inner)."""
+        """Run one direction after the other, calling modules that the kernels may not read, (batch, len, d_inner)."""
         outputs: list[Tensor] = []
         u = x_dbl = x
         for d in directions:
@@ -220,7 +220,7 @@ class Mamba(nn.Module):
         return u.flip(1) if d.reverse else u
 
     def _scan(self, u: Tensor, x_dbl: Tensor, z: Tensor, d: _Direction) -> Tensor:
-        """Gated scan of one direction, (batch, len, d_inner)."""
+        """Scan one direction and gate the result, (batch, len, d_inner)."""
         dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if is_projection(d.dt_proj, self.dt_rank, self.d_inner):
             delta, delta_bias = nn.functional.linear(dt, d.dt_proj.weight.to(dt.dtype)), d.dt_proj.bias
@@ -234,7 +234,7 @@ class Mamba(nn.Module):
 
 
 def _inner_weights(d: _Direction) -> InnerWeights:
-    """What the fused kernels read of a direction whose layers are plain."""
+    """Return the weights that the fused kernels read of a direction whose layers are plain."""
     conv, dt_proj = d.conv1d._parameters, d.dt_proj._parameters
     return InnerWeights(
         conv["weight"].flatten(1), conv["bias"], d.x_proj, dt_proj["weight"], dt_proj["bias"], d.A_log, d.D

@@ -41,7 +41,7 @@ _TOKENS, _CHANNELS = 8, 128
 
 
 class Direction(NamedTuple):
-    """Operands of one direction, and its sums over states."""
+    """Operands of one direction as kernels take them, and its sums over states."""
 
     u: Rows
     x_dbl: Map
@@ -94,7 +94,7 @@ def bidirectional_scan_bwd_kernel(
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
-    """Sweep both directions backwards; programs are (batch elements times blocks of channels, directions)."""
+    """Differentiate both directions; programs are (batch elements times blocks of channels, directions)."""
     batch, block, first, channels, inside = place_program(blocks, dim, BLOCK)
     if tl.program_id(1) == 0:
         scan_backward(

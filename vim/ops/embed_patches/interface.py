@@ -26,7 +26,7 @@ def embed_patches(
     stride: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Project patches to tokens, put class tokens among them and add the position embedding, in one op.
+    """Project patches to tokens, insert class tokens and add the position embedding, in one op.
 
     Args:
         images: (batch, in_chans, height, width); float32, bfloat16, float16 or float64, any strides.
@@ -40,8 +40,8 @@ def embed_patches(
         backend: Name of a backend (see `available_backends`), or `None` for the fastest that applies.
 
     Returns:
-        (batch, patches + class tokens, embed_dim), patches row by row, in the dtype of `images`; under autocast in the
-        widest dtype among autocast's, the tokens' and the position embedding's.
+        (batch, patches + class tokens, embed_dim), patches row by row, in the dtype of `images`. Under autocast the
+        dtype is the widest of autocast's, the tokens' and the position embedding's.
 
     Raises:
         ValueError: A shape or device disagrees with `images`, or `places` and `tokens` do not fit together.
