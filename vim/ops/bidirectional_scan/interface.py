@@ -82,5 +82,5 @@ def _check_operands(side: str, operands: ScanOperands, forward: ScanOperands) ->
         ("D", (dim,), "(dim,)"),
     ):
         check_operand(f"{side}.{name}", getattr(operands, name), shape, axes, u, "forward.u")
-    shape, axes = (batch, seqlen, dt_rank + 2 * d_state), "(batch, len, dt_rank + 2 d_state)"
-    check_like(f"{side}.x_dbl", operands.x_dbl, shape, axes, u, "forward.u")
+    projected = (batch, seqlen, dt_rank + 2 * d_state)
+    check_like(f"{side}.x_dbl", operands.x_dbl, projected, "(batch, len, dt_rank + 2 d_state)", u, "forward.u")

@@ -30,17 +30,20 @@ def bidirectional_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
         arguments: The operands of the forward and of the backward direction (see `ScanOperands`), z, scale, and
             `checkpoint_every` of `ScanInputs`.
     """
-    return compose(selective_scan, *arguments)
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return compose(selective_scan, *arguments)
 
 
 def compose(scan: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Run both directions on an implementation of `vim::selective_scan`; the arguments are `bidirectional_scan`'s."""
+    """Run both directions on an implementation of `vim::selective_scan`; the arguments are `bidirectional_scan`'s.
+
+    The caller turns autocast off, except in exports, where that would become a subgraph of the exported program.
+    """
     *operands, z, scale, checkpoint_every = arguments
     gate = z.to(accumulate_dtype(z.dtype)).mT
     outputs, checkpoints = [], []
     for direction, reverse in zip(split_directions(operands), (False, True), strict=True):
-        with torch.autocast(z.device.type, enabled=False):
-            inputs = project(direction)
+        inputs = project(direction)
         out, _, entry_states = scan(*inputs, gate, direction.dt_bias, True, reverse, checkpoint_every)
         outputs.append(out)
         checkpoints.append(entry_states)

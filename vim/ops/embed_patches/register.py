@@ -43,7 +43,8 @@ def _backward(backward_op: Any, forward_op: Any, ctx: Any, dout: Tensor) -> Any:
 
 
 def _again(images: Tensor, *arguments: Any) -> Tensor:
-    return reference.embed_patches(images, *arguments[:-1], torch.promote_types(images.dtype, torch.float32))
+    inputs: Any = (images, *arguments[:-1], torch.promote_types(images.dtype, torch.float32))
+    return reference.embed_patches(*inputs)
 
 
 def _flops(images: Any, weight: Any, *arguments: Any, **settings: Any) -> int:
