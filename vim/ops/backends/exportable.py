@@ -1,8 +1,8 @@
 """Implementations of the ops for exports, made of operators that exporters know.
 
 The recurrence is torch's `scan` operator, which torch.onnx turns into ONNX's Scan. So an exported model stays small
-whatever its length, and runs in any ONNX runtime. A convolution is one operator here, and one for each tap in its
-reference. In PyTorch every backend is faster. Arguments and results are as the registered ops have them.
+whatever its length, and runs in any ONNX runtime. A convolution is one operator; its reference takes one for each tap.
+In PyTorch every backend is faster. Arguments and results are as the registered ops have them.
 """
 
 from __future__ import annotations

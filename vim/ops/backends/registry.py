@@ -206,6 +206,8 @@ def _suffix(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
     return "" if is_portable else record.suffix
 
 
+# Every call of an op asks. Libraries load once per process, so only registering or pinning a backend, which clears the
+# cache, changes an answer.
 @functools.cache
 def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> Backend:
     device = torch.device(device_type)
@@ -234,7 +236,7 @@ def _find(name: str) -> Backend:
     return record
 
 
-@functools.cache
+@functools.cache  # a memory of what was logged
 def _warn_once(name: str, device_type: str, reason: str) -> None:
     _logger.warning("backend %r is not used on %s: %s", name, device_type, reason)
 

@@ -63,7 +63,7 @@ def common_alignment(strides: Iterable[int]) -> int:
     return math.gcd(8, *strides)
 
 
-@functools.cache
+@functools.cache  # a fact of the hardware
 def lanes(device: torch.device) -> int:
     """Return how many threads a GPU runs in lockstep; 32 in Triton's interpreter."""
     if device.type == "cuda" and torch.cuda.is_available():
