@@ -124,7 +124,7 @@ def test_compiles_and_counts():
         ({"weight": torch.zeros(20, 4, 8, 8)}, ValueError, "weight must be"),
         ({"weight": torch.zeros(20, 3, 8)}, ValueError, "weight must be"),
         ({"bias": torch.zeros(19)}, ValueError, r"bias must be \(embed_dim,\) = \(20,\), got \(19,\)"),
-        ({"places": (21,)}, ValueError, r"places must be 1 different ones below 21"),
+        ({"places": (21,)}, ValueError, r"places must be 1 different numbers below 21"),
         ({"places": ()}, ValueError, "places must be 1"),
         ({"pos_embed": torch.zeros(20, 20)}, ValueError, r"pos_embed must be .* = \(21, 20\), got \(20, 20\)"),
         ({"stride": (0, 8)}, ValueError, "stride must be positive"),

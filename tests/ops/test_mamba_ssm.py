@@ -82,11 +82,9 @@ def rms_norm_fn(
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    for cached in (mamba_ssm._functions, registry._choose):
-        cached.cache_clear()
+    registry._choose.cache_clear()
     yield
-    for cached in (mamba_ssm._functions, registry._choose):
-        cached.cache_clear()
+    registry._choose.cache_clear()
 
 
 @pytest.fixture

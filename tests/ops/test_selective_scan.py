@@ -18,11 +18,11 @@ from tests.helpers import (
     make_scan_inputs,
 )
 from vim.ops import available_backends, selective_scan
-from vim.ops.common.layout import CHECKPOINT_EVERY
-from vim.ops.selective_scan import reference
+from vim.ops.selective_scan import chunked, reference
 
 BACKENDS = available_backends("selective_scan")
 CASES = golden_names("scan")
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
 def test_all_golden_cases_are_there():
@@ -44,6 +44,10 @@ def test_golden(case, backend):
         assert_golden(grad, tensors[f"grad.{name}"], listed[f"grad.{name}"], f"grad.{name}")
 
 
+def _page(inputs: dict[str, torch.Tensor], softplus: bool, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.selective_scan(*(inputs.get(name) for name in NAMES), softplus, reverse)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_golden_in_float64(case):
     metadata, tensors = load_golden("scan", case)
@@ -52,13 +56,14 @@ def test_golden_in_float64(case):
         for key, tensor in tensors.items()
         if key.startswith("in.")
     }
-    out = selective_scan(**inputs, delta_softplus=metadata["delta_softplus"] == "true", backend="reference")
-    assert out.dtype == torch.float64
-    assert_close(out, tensors["out64"], 1e-10, "out")
+    softplus = metadata["delta_softplus"] == "true"
+    for out in (_page(inputs, softplus)[0], selective_scan(**inputs, delta_softplus=softplus, backend="reference")):
+        assert out.dtype == torch.float64
+        assert_close(out, tensors["out64"], 1e-10, "out")
 
 
-def _kinds() -> dict[str, dict[str, torch.Tensor | None]]:
-    """Changes to `make_scan_inputs(2, 4, 5, 3)` that cover the kinds of input."""
+def _kinds(seqlen: int) -> dict[str, dict[str, torch.Tensor | None]]:
+    """Changes to `make_scan_inputs(2, 4, seqlen, 3)` that cover the kinds of input."""
     rng = torch.Generator().manual_seed(3)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -68,10 +73,10 @@ def _kinds() -> dict[str, dict[str, torch.Tensor | None]]:
     return {
         "plain": {},
         "bare": {"D": None, "z": None, "delta_bias": None},
-        "grouped": {"B": normal(2, 2, 3, 5), "C": normal(2, 4, 3, 5)},
+        "grouped": {"B": normal(2, 2, 3, seqlen), "C": normal(2, 4, 3, seqlen)},
         "constant": {"B": normal(4, 3), "C": normal(4, 3)},
-        "mixed": {"B": normal(4, 3), "C": normal(2, 1, 3, 5)},
-        "complex": {"A": complex_A, "B": normal(2, 3, 10), "C": normal(2, 2, 3, 10)},
+        "mixed": {"B": normal(4, 3), "C": normal(2, 1, 3, seqlen)},
+        "complex": {"A": complex_A, "B": normal(2, 3, 2 * seqlen), "C": normal(2, 2, 3, 2 * seqlen)},
         "complex constant": {
             "A": complex_A,
             "B": normal(4, 3, dtype=torch.complex128),
@@ -80,31 +85,28 @@ def _kinds() -> dict[str, dict[str, torch.Tensor | None]]:
     }
 
 
-@pytest.mark.parametrize("every", [CHECKPOINT_EVERY, 2], ids=["one chunk", "chunks of 2"])
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("kind", list(_kinds()))
-def test_gradcheck_reference(kind, reverse, every, monkeypatch):
-    monkeypatch.setattr("vim.ops.common.layout.CHECKPOINT_EVERY", every)
-    inputs = {**make_scan_inputs(2, 4, 5, 3, dtype=torch.float64), **_kinds()[kind]}
-    names = [name for name, tensor in inputs.items() if tensor is not None]
-    leaves = [inputs[name].detach().requires_grad_() for name in names]
-
-    def scan(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        named = {**dict.fromkeys(("D", "z", "delta_bias")), **dict(zip(names, tensors, strict=True))}
-        operands = [named[n] for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
-        return torch.ops.vim.selective_scan_reference(*operands, True, reverse, every)[:2]
-
-    assert torch.autograd.gradcheck(scan, leaves)
+# Each kind with each length of a chunk, and every pair of the other settings: (kind, chunk, reverse, softplus, tokens).
+PAIRS = [
+    (kind, every, (i + j) % 2 == 1, ((i + 1) // 2 + (j > 0)) % 2 == 1, 1 if j == 0 else 5)
+    for i, kind in enumerate(_kinds(5))
+    for j, every in enumerate((1, 2, 64))
+]
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_written_backward_equals_autograd_through_the_written_forward(reverse):
-    inputs = make_scan_inputs(2, 4, 9, 3, dtype=torch.float64)
-    leaves = list(inputs.values())
-    plain = reference.selective_scan(*leaves, True, reverse, 4)[0]
-    op = torch.ops.vim.selective_scan_reference(*leaves, True, reverse, 4)[0]
-    for expected, actual in zip(gradients(plain, leaves), gradients(op, leaves), strict=True):
-        assert_close(actual, expected, 1e-12)
+@pytest.mark.parametrize(("kind", "every", "reverse", "softplus", "seqlen"), PAIRS)
+def test_chunks_equal_the_loop_over_tokens(kind, every, reverse, softplus, seqlen):
+    """Values, and gradients of out and last state: written by hand in the op, from autograd in the loop."""
+    inputs = {**make_scan_inputs(2, 4, seqlen, 3, dtype=torch.float64), **_kinds(seqlen)[kind]}
+    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
+    arguments = [inputs.get(name) for name in NAMES]
+    actual = torch.ops.vim.selective_scan_reference(*arguments, softplus, reverse, every)[:2]
+    expected = _page(inputs, softplus, reverse)
+    cotangents = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=t.dtype) for t in expected]
+    actual_grads = torch.autograd.grad(actual, list(inputs.values()), cotangents)
+    expected_grads = torch.autograd.grad(expected, list(inputs.values()), cotangents)
+    names = ("out", "last_state", *inputs)
+    for name, got, wanted in zip(names, (*actual, *actual_grads), (*expected, *expected_grads), strict=True):
+        assert_close(got, wanted, 1e-12, name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -176,9 +178,9 @@ def test_backward_memory_does_not_grow_with_the_length():
 
     batch, dim, seqlen, d_state, every = 2, 64, 512, 16, 32
     inputs = [tensor.detach() for tensor in make_scan_inputs(batch, dim, seqlen, d_state).values()]
-    _, _, checkpoints = reference.selective_scan(*inputs, True, False, every)
+    _, _, checkpoints = chunked.selective_scan(*inputs, True, False, every)
     with Largest() as largest:
-        reference.selective_scan_backward(torch.ones_like(inputs[0]), None, *inputs, checkpoints, True, False, every)
+        chunked.selective_scan_backward(torch.ones_like(inputs[0]), None, *inputs, checkpoints, True, False, every)
     assert 0 < largest.numel <= batch * dim * d_state * every
 
 

@@ -135,7 +135,7 @@ def test_golden_scan(case, caplog):
     metadata, tensors = load_golden("scan", case)
     inputs = {k[3:]: t.to(DEVICE).requires_grad_() for k, t in tensors.items() if k.startswith("in.")}
     softplus = metadata["delta_softplus"] == "true"
-    triton_backend._say_once.cache_clear()
+    triton_backend._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "vim"):
         out, state = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, backend="triton")
     expected = "does not compute selective_scan in complex64: the reference runs" if case.startswith("complex") else ""

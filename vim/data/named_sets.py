@@ -39,7 +39,7 @@ def open_named(data: DataConfig, split: str) -> tuple[ImageSource, tuple[str, ..
         )
     if kind == "hfds":
         return _open_hugging_face(data, split)
-    with _errors_name(data):
+    with _refused(data):
         dataset: Any = create_dataset(name, root=data.path, split=split, download=data.download)
     names = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)
     title = f"{name} {split}"

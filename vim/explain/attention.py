@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from vim.explain.checks import check_images, check_layers, check_vision_mamba, mixers_of
 from vim.explain.modes import in_evaluation
 from vim.layers import Mamba
+from vim.layers.checks import check_kind
 from vim.layers.token_sequence import TokenSequence
-from vim.models.checks import check_kind
 from vim.models.vision_mamba import VisionMamba
 from vim.ops import selective_scan
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vim.explain.checks import check_gradients, check_images, check_target, check_vision_mamba
 from vim.explain.modes import frozen, in_evaluation
+from vim.layers.checks import check_kind
 from vim.layers.token_sequence import TokenSequence, class_tokens_first, extract_tokens
-from vim.models.checks import check_kind
 from vim.models.vision_mamba import VisionMamba
 
 # The names that people know, and what grad-cam calls them.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vim.explain.checks import check_gradients, check_images, check_target
 from vim.explain.modes import frozen, in_evaluation
-from vim.models.checks import check_counts, check_kind
+from vim.layers.checks import check_counts, check_kind
 
 PixelMethod = Literal["saliency", "integrated_gradients", "smoothgrad"]
 PIXEL_METHODS = ("saliency", "integrated_gradients", "smoothgrad")

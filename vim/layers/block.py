@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vim.layers.plain_block import plain_weights
-from vim.ops import run_bidirectional_block
+from vim.ops.bidirectional_block.interface import run_bidirectional_block
 
 
 class Block(nn.Module):

@@ -13,7 +13,8 @@ from vim.layers.checks import check_counts, check_kind
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
 from vim.layers.traced import fx_leaf
 from vim.layers.watched import is_causal_convolution, is_projection
-from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, check_memory, selective_scan
+from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, selective_scan
+from vim.ops.common.checks import check_memory
 
 Directions = Literal["none", "v1", "v2"]
 Merge = Literal["mean", "sum"]

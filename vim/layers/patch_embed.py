@@ -15,7 +15,7 @@ from vim.layers.checks import check_counts
 from vim.layers.token_sequence import insert_tokens
 from vim.layers.traced import fx_leaf, is_symbolic
 from vim.layers.watched import is_patch_projection, is_watched
-from vim.ops import embed_patches, runs_embedding
+from vim.ops.embed_patches.interface import embed_patches, runs_embedding
 
 Size = int | tuple[int, int]
 _Pair = tuple[int, int]

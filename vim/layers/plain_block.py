@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from vim.layers.mixer import Mamba
 from vim.layers.norm import RMSNorm
 from vim.layers.watched import is_causal_convolution, is_watched
-from vim.ops import BlockWeights, runs_block
+from vim.ops.bidirectional_block.interface import BlockWeights, runs_block
 
 _LINEAR = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
 # The forwards that these classes are defined with, to notice a patched class.

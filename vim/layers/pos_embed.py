@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vim.layers.token_sequence import extract_tokens, insert_tokens
 from vim.layers.traced import is_symbolic
-from vim.ops import check_memory
+from vim.ops.common.checks import check_memory
 
 CLS_POSITIONS = ("none", "head", "middle", "double", "random")
 

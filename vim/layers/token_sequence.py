@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim.ops import is_eager
+from vim.ops.common.eager import is_eager
 
 
 def insert_tokens(patches: Tensor, tokens: list[Tensor], indices: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ops of Vision Mamba: one folder an op, `interface.py` is what users call, `reference.py` is the specification."""
+"""The ops of Vision Mamba, in a folder each: `interface.py` has the function, `reference.py` the specification."""
 
 from vim.ops.add_rms_norm.interface import add_rms_norm
 from vim.ops.backends import exportable as exportable
@@ -6,19 +6,12 @@ from vim.ops.backends import mamba_ssm as mamba_ssm
 from vim.ops.backends import native as native
 from vim.ops.backends import triton as triton
 from vim.ops.backends.registry import available_backends, default_backend, exportable_ops, unavailable_backends
-from vim.ops.bidirectional_block.interface import (
-    BlockWeights,
-    bidirectional_block,
-    run_bidirectional_block,
-    runs_block,
-)
+from vim.ops.bidirectional_block.interface import BlockWeights, bidirectional_block
 from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
-from vim.ops.common.checks import check_memory
-from vim.ops.common.eager import is_eager
-from vim.ops.embed_patches.interface import embed_patches, runs_embedding
+from vim.ops.embed_patches.interface import embed_patches
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [
@@ -32,14 +25,9 @@ __all__ = [
     "bidirectional_mixer",
     "bidirectional_scan",
     "causal_conv1d",
-    "check_memory",
     "default_backend",
     "embed_patches",
     "exportable_ops",
-    "is_eager",
-    "run_bidirectional_block",
-    "runs_block",
-    "runs_embedding",
     "selective_scan",
     "unavailable_backends",
 ]

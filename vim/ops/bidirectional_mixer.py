@@ -1,6 +1,6 @@
 """The inner block of a bidirectional mixer: convolutions, projections and scans, with x_proj as a module.
 
-A layer whose parts are all plain runs as one op instead, which keeps less for its backward pass: `bidirectional_block`.
+A layer whose parts are all plain runs `bidirectional_block` instead, which keeps less for its backward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vim.ops.common.layout import accumulate_dtype, as_dtype
 
 
 class InnerWeights(NamedTuple):
-    """What one direction of the inner block owns.
+    """Weights of one direction of the inner block.
 
     Attributes:
         conv_weight: (dim, width).
@@ -38,8 +38,8 @@ class InnerWeights(NamedTuple):
     D: Tensor
 
 
-_OF_A_SIDE = tuple(name for name in InnerWeights._fields if name != "x_proj")
-_TENSORS = (*(f"forward.{name}" for name in _OF_A_SIDE), *(f"backward.{name}" for name in _OF_A_SIDE))
+_NAMES = tuple(name for name in InnerWeights._fields if name != "x_proj")
+_TENSORS = (*(f"forward.{name}" for name in _NAMES), *(f"backward.{name}" for name in _NAMES))
 
 
 def bidirectional_mixer(
@@ -51,7 +51,7 @@ def bidirectional_mixer(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Run everything of a bidirectional mixer between in_proj and out_proj.
+    """Run the part of a bidirectional mixer between in_proj and out_proj.
 
     Args:
         x, z: Halves of in_proj's output, (batch, len, dim) each; any strides.
@@ -63,14 +63,14 @@ def bidirectional_mixer(
         y, (batch, len, dim), in the dtype of `x`.
 
     Raises:
-        ValueError: Sizes do not belong together; the message names both.
+        ValueError: Sizes do not fit together; the message names both.
         RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1, lines 5 to 20.
     """
     _check_sizes(x, z, forward, backward)
     check_choice("merge", merge, tuple(MERGES))
-    # All at once: see `as_dtype`.
+    # All at once, because `as_dtype` converts several tensors with one kernel.
     tensors = as_dtype(accumulate_dtype(x.dtype), _TENSORS, (*_tensors(forward), *_tensors(backward)))
     forward, backward = _with_tensors(forward, tensors[:6]), _with_tensors(backward, tensors[6:])
     u, u_b = run_bidirectional_conv1d(x, *forward[:2], *backward[:2], backend=backend)
@@ -96,7 +96,7 @@ def _scan_operands(u: Tensor, weights: InnerWeights) -> ScanOperands:
 
 
 def _check_sizes(x: Tensor, z: Tensor, forward: InnerWeights, backward: InnerWeights) -> None:
-    """Sizes must belong together. Few questions, because they are asked in every block of a model."""
+    """Raise unless the sizes fit together. The checks are few, because every block of a model runs them."""
     check_length("x", x.shape[1])
     if z.shape != x.shape:
         raise ValueError(f"z must be like x, {tuple(x.shape)}, got {tuple(z.shape)}")

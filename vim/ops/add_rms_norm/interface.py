@@ -1,4 +1,4 @@
-"""`add_rms_norm`: what users call."""
+"""`add_rms_norm`, the function for users."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from torch import Tensor
 
 from vim.ops.add_rms_norm import register as register
 from vim.ops.backends.registry import resolve_backend
-from vim.ops.common.checks import FLOATING, check_device, check_operand, needs_grad
+from vim.ops.common.checks import check_floating, check_operand, check_tensor
+from vim.ops.common.eager import needs_grad
 from vim.ops.common.layout import accumulate_dtype, as_dtype
 
 
@@ -29,29 +30,25 @@ def add_rms_norm(
 
     Raises:
         ValueError: A shape or device disagrees with `x`, `dim` is 0, or `eps` is not positive.
-        TypeError: An argument is no floating tensor.
+        TypeError: An argument is not a floating tensor.
         RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor (..., dim), got {type(x).__name__}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    check_floating("x", check_tensor("x", x, "(..., dim)"))
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be (..., dim) with dim > 0, got shape {tuple(x.shape)}")
     check_operand("weight", weight, (x.shape[-1],), "(dim,)", x, "x")
     if residual is not None:
         check_operand("residual", residual, x.shape, "(..., dim)", x, "x")
-        check_device("residual", residual, x, "x")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
     acc = accumulate_dtype(x.dtype)
-    weight_to_convert = None if _reads_as_it_is(x, residual, weight) else weight
+    weight_to_convert = None if _takes_weight_in_dtype_of_x(x, residual, weight) else weight
     residual, converted = as_dtype(acc, ("residual", "weight"), (residual, weight_to_convert))
     return resolve_backend("add_rms_norm", backend, x)(x, residual, weight if converted is None else converted, eps)
 
 
-def _reads_as_it_is(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
-    """Whether kernels take the weight in the dtype of `x`, which saves its conversion in inference on a GPU."""
+def _takes_weight_in_dtype_of_x(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
+    """Return True if kernels take the weight in the dtype of `x`, which saves its conversion in inference on a GPU."""
     return x.is_cuda and weight.dtype is x.dtype and not needs_grad(x, residual, weight)

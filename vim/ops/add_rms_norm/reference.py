@@ -25,7 +25,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_backward(
     dy: Tensor | None, dr: Tensor | None, r: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of r (that of both x and residual) and of weight; a missing gradient counts as zero."""
+    """Return the gradients of r (x and residual have the same one) and weight; a missing `dy` or `dr` is zero."""
     total = torch.zeros_like(r) if dr is None else dr.to(r.dtype, copy=True)
     if dy is None:
         return total, torch.zeros_like(weight)
@@ -36,5 +36,5 @@ def add_rms_norm_backward(
 
 
 def inverse_rms(r: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(r^2) + eps), (..., 1)."""
+    """Return 1 / sqrt(mean(r^2) + eps), (..., 1)."""
     return torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)

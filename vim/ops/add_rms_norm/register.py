@@ -1,4 +1,4 @@
-"""`vim::add_rms_norm` and its backward, as torch knows them."""
+"""Registration of `vim::add_rms_norm` and its backward with torch."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import on_device
+from vim.ops.common.triton_tensors import on_device
 
 # Programs of the backward pass, each with one share of the weight's gradient.
 _SHARES = 1024
@@ -32,7 +32,7 @@ def add_rms_norm_fwd_kernel(x, residual, weight, y, r, eps, dim, x_stride, resid
 def add_rms_norm_bwd_kernel(
     dy, dr, r, weight, dtotal, dweight, eps, dim, rows, rows_each, dy_stride, dr_stride, r_stride, BLOCK: tl.constexpr
 ):
-    """The gradient of r, and the share of some rows in that of weight."""
+    """Write the gradient of r, and the share of some rows in the gradient of weight."""
     program = tl.program_id(0)
     channels = tl.arange(0, BLOCK)
     mask = channels < dim
@@ -55,7 +55,7 @@ def add_rms_norm_bwd_kernel(
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`vim::add_rms_norm_triton`: the results of the reference."""
+    """Implement `vim::add_rms_norm_triton`; results are the reference's."""
     y, r = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32)
     dim = x.shape[-1]
     x, residual = _as_rows(x), None if residual is None else _as_rows(residual)
@@ -70,7 +70,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_backward(
     dy: Tensor | None, dr: Tensor | None, r: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`vim::add_rms_norm_backward_triton`: the results of the reference."""
+    """Implement `vim::add_rms_norm_backward_triton`; results are the reference's."""
     if dy is None:
         dtotal = torch.zeros_like(r) if dr is None else dr.to(r.dtype, copy=True)
         return dtotal.contiguous(), torch.zeros_like(weight)
@@ -89,12 +89,12 @@ def add_rms_norm_backward(
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(..., dim) as (rows, dim), dense within a row; a copy only where strides do not allow a view."""
+    """Return (..., dim) as (rows, dim), contiguous within a row; copy only if the strides allow no view."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _settings(dim: int) -> dict[str, int]:
-    """A row in one block, with a warp for every 256 channels."""
+    """Return the launch settings: a row is one block, with a warp for every 256 channels."""
     block = triton.next_power_of_2(dim)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}

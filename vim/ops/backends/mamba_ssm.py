@@ -1,14 +1,14 @@
-"""The mamba_ssm backend: the original's kernels under our ops, to check against and to measure beside.
+"""The mamba_ssm backend: the original's kernels as `vim.ops`, to check and to measure other backends against.
 
-A backward direction is a forward one over flipped sequences, and the kernels want channels before tokens: both are
-copies, as they are in the original. Only public functions of causal-conv1d and mamba-ssm are called, arguments that
-moved between versions by name. They bring gradients of their own, so these are plain functions and no registered ops:
-torch.compile breaks its graph at each. Signatures and results are those of the registered ops; no entry states.
+The backward direction is a forward scan over flipped copies, and the kernels need copies with channels before tokens,
+as in the original. Only public functions of causal-conv1d and mamba-ssm are called; arguments that moved between their
+versions are passed by name. Those functions have gradients of their own, so the functions here are plain, not
+registered ops: torch.compile breaks its graph at each. Arguments and results are as the registered ops have them, but
+no entry states are saved.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,23 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vim.ops.backends.registry import Backend, Inapplicable, register_backend
-from vim.ops.selective_scan.reference import is_constant
+from vim.ops.bidirectional_scan.operands import split_directions
+from vim.ops.selective_scan.inputs import ScanInputs, is_constant
 
 _DEVICES = ("cuda",)  # torch calls AMD's GPUs cuda, too
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The first with the argument order and the module names that are used here.
+# The first versions with the argument order and the module names that are used here.
 _OLDEST = {"causal_conv1d": (1, 2), "mamba_ssm": (2, 0)}
 
 
 class _Functions(NamedTuple):
-    """What the two packages offer."""
+    """Functions of the two packages."""
 
     causal_conv1d: Any
     selective_scan: Any
     rms_norm: Any
 
 
-@functools.cache
 def _functions() -> _Functions:
     from causal_conv1d import causal_conv1d_fn
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -43,20 +43,9 @@ def _functions() -> _Functions:
     return _Functions(causal_conv1d_fn, selective_scan_fn, rms_norm_fn)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One scan, (batch, dim, len); the last state has no gradient, because the package gives it none."""
+def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one scan, (batch, dim, len); the last state has no gradient, because the package gives it none."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, _ = ScanInputs(*arguments)
     if reverse:
         u, delta = u.flip(-1), delta.flip(-1)
         z = None if z is None else z.flip(-1)
@@ -68,22 +57,22 @@ def selective_scan(
     return out.flip(-1) if reverse else out, last_state.detach(), entry
 
 
-def bidirectional_scan(*operands: Any) -> tuple[Tensor, Tensor]:
-    """Both scans, each with its own gate, added."""
-    *tensors, z, scale, _ = operands
+def bidirectional_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run both scans, each with its own gate, and add them."""
+    *operands, z, scale, _ = arguments
     total: Any = 0
-    for direction, reverse in ((tensors[:6], False), (tensors[6:], True)):
+    for direction, reverse in zip(split_directions(operands), (False, True), strict=True):
         u, x_dbl, dt_weight, dt_bias, A_log, D = direction
         dt, B, C = x_dbl.split([dt_weight.shape[1], A_log.shape[1], A_log.shape[1]], dim=-1)
         delta = F.linear(dt, dt_weight.to(dt.dtype)).mT
-        scan_inputs = (u.mT, delta, -torch.exp(A_log), B.mT, C.mT, D, z.mT, dt_bias)
-        total = total + selective_scan(*scan_inputs, True, reverse, 0)[0]
-    A_log, u = tensors[4], tensors[0]
-    return (scale * total).mT.contiguous(), A_log.new_empty(2, u.shape[0], 0, A_log.shape[1], u.shape[2])
+        inputs = (u.mT, delta, -torch.exp(A_log), B.mT, C.mT, D, z.mT, dt_bias)
+        total = total + selective_scan(*inputs, True, reverse, 0)[0]
+    entry = A_log.new_empty(2, z.shape[0], 0, A_log.shape[1], z.shape[2])
+    return (scale * total).mT.contiguous(), entry
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """One convolution, (batch, dim, len)."""
+    """Run one convolution, (batch, dim, len)."""
     x = x.flip(-1) if reverse else x
     out = _functions().causal_conv1d(x.contiguous(), weight, bias=bias, activation="silu" if silu else None)
     return out.flip(-1) if reverse else out
@@ -92,18 +81,18 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
 def bidirectional_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, weight_b: Tensor, bias_b: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Both convolutions, (batch, len, dim)."""
+    """Run both convolutions, (batch, len, dim)."""
     out, out_b = causal_conv1d(x.mT, weight, bias, True, False), causal_conv1d(x.mT, weight_b, bias_b, True, True)
     return out.mT.contiguous(), out_b.mT.contiguous()
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Sum and norm; the sum is float32."""
+    """Run sum and norm; the sum is float32."""
     return _functions().rms_norm(x, weight, None, residual=residual, prenorm=True, residual_in_fp32=True, eps=eps)
 
 
 def _flip_tokens(B: Tensor, A: Tensor) -> Tensor:
-    """B or C from the last token to the first; with a complex A a token is a (re, im) pair."""
+    """Flip the tokens of B or C; with a complex A each number is a (re, im) pair."""
     return B.unflatten(-1, (-1, 2)).flip(-2).flatten(-2) if A.is_complex() else B.flip(-1)
 
 

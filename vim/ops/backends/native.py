@@ -1,6 +1,7 @@
 """The native backend: compiled kernels, found or built at first use and attached to the ops of `vim`.
 
-C++ for the CPU and CUDA for NVIDIA's GPUs, a library each. Importing this module loads and builds nothing.
+There is one library in C++ for the CPU, and one in CUDA for NVIDIA's GPUs. Importing this module loads and builds
+nothing.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ _OFF = ("0", "off", "false", "no")
 
 
 class SwitchedOff(RuntimeError):
-    """The user wants no native kernels."""
+    """Error for a user who switched native kernels off."""
 
 
 class NativeLibrary:
-    """The kernels for the CPU: loaded, and built first if need be, once per process.
+    """The library of kernels for the CPU, loaded (and built if necessary) once per process.
 
     Attributes:
-        path: The library that is loaded.
-        reason: Why there is none, once it was tried.
+        path: The loaded library, or `None`.
+        reason: Why loading failed, or `None` before it was tried.
     """
 
     dispatch_key = "CPU"
@@ -55,8 +56,8 @@ class NativeLibrary:
             return self.reason
 
     def found(self) -> Iterator[Path]:
-        """What there is without building, the preferred library first."""
-        packaged = Path(__file__).parents[2] / "_lib" / compilation.LIBRARY  # of a wheel built where torch was
+        """Yield the libraries that exist without building, the preferred one first."""
+        packaged = Path(__file__).parents[2] / "_lib" / compilation.LIBRARY  # in wheels built with torch
         if compilation.is_complete(packaged):
             yield packaged
         cached = compilation.find_library(compilation.cpu_recipe())
@@ -64,7 +65,7 @@ class NativeLibrary:
             yield cached
 
     def build(self, force: bool) -> Path:
-        """Build the library and return where it is."""
+        """Build the library and return its path."""
         _logger.info("building the CPU kernels, once; this takes about ten seconds")
         return compilation.build(compilation.cpu_recipe(), _logger.debug, force)
 
@@ -82,7 +83,7 @@ class NativeLibrary:
         return self._attach(self.build(force=failed))
 
     def check_settings(self) -> None:
-        """Raise BuildError where $VIM_CPU_CAPABILITY is none of its choices: the library would use the slowest."""
+        """Raise BuildError if $VIM_CPU_CAPABILITY is unknown; the library would use the slowest kernels."""
         wanted = os.environ.get("VIM_CPU_CAPABILITY", "")
         if wanted and wanted not in compilation.instruction_sets():
             choices = ", ".join(compilation.instruction_sets())
@@ -95,36 +96,36 @@ class NativeLibrary:
         return path
 
     def runs(self, op: str) -> bool:
-        """Whether the library that was loaded has a kernel for this op."""
+        """Return True if the loaded library has a kernel for this op."""
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"vim::{op}", self.dispatch_key)
 
 
 class CUDALibrary(NativeLibrary):
-    """The kernels for the GPUs that torch sees."""
+    """The library of kernels for the GPUs that torch sees."""
 
     dispatch_key = "CUDA"
 
     def found(self) -> Iterator[Path]:
-        """A library for all these GPUs that was built before."""
+        """Yield a library for all these GPUs if one was built before."""
         cached = cuda_recipe.find_library(cuda_recipe.visible_architectures())
         if cached is not None:
             yield cached
 
     def build(self, force: bool) -> Path:
-        """Build one for all these GPUs and return where it is."""
+        """Build a library for all these GPUs and return its path."""
         recipe = cuda_recipe.recipe(cuda_recipe.visible_architectures())
         if recipe.compilers:
             _logger.warning("building the CUDA kernels, once; this takes a minute or two")
         return compilation.build(recipe, _logger.info, force)
 
     def check_settings(self) -> None:
-        """Check nothing: settings of the CPU do not matter here."""
+        """Check nothing: the settings are for the CPU."""
 
     def _attach(self, path: Path) -> Path:
         super()._attach(path)
         problem = cuda_recipe.problem(path)
         if problem is not None:
-            # Kernels cannot be detached: the ops that would run them are bypassed.
+            # Kernels cannot be detached from ops, so calls go to ops without them.
             pin_to_reference("cuda")
             raise compilation.BuildError(f"{path} cannot run here: {problem}")
         return path
@@ -135,17 +136,17 @@ cuda = CUDALibrary()
 
 
 def load() -> str | None:
-    """Load the CPU's library; `None`, or the reason in words why there is none."""
+    """Load the CPU's library; return `None`, or in words why there is none."""
     return cpu.load()
 
 
 def library_path() -> Path | None:
-    """The CPU's library that is loaded, or that would be without building; `None` where there is none."""
+    """Return the CPU's library that is loaded, or would be loaded without building; `None` if there is none."""
     return cpu.path or next(cpu.found(), None)
 
 
 def capability() -> str:
-    """Instruction set that the loaded CPU kernels use: "baseline", "avx2", "avx512" or "avx512bf16"."""
+    """Return the instruction set of the loaded CPU kernels: "baseline", "avx2", "avx512" or "avx512bf16"."""
     name = ctypes.CDLL(str(cpu.path)).vim_cpu_capability
     name.restype = ctypes.c_char_p
     return name().decode()

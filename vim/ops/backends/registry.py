@@ -1,9 +1,9 @@
-"""Backends of the ops: what exists, what runs here, and why something does not.
+"""Backends of the ops: which exist, which run here, and why the others do not.
 
-An op called `name` is defined in the torch.library namespace `vim` once per family of implementations:
-`vim::name` is the portable one (its kernel is the fastest that is attached for a tensor's device, and the
-reference where none is), `vim::name_reference` is pinned to the reference, `vim::name_triton` to Triton's kernels. A
-backend is a record that names the family; adding a backend is adding a record.
+An op called `name` is defined in the torch.library namespace `vim` once per family of implementations. `vim::name` is
+portable: it runs the native kernel if one is attached for the tensor's device, else the reference.
+`vim::name_reference` always runs the reference, and `vim::name_triton` Triton's kernels. A backend is a record that
+names its family; adding a backend is adding a record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WhyNot = Callable[[str, torch.device, torch.dtype], str | None]
 
 
 class Inapplicable(str):
-    """A reason that lies in the input and not in the machine: falling back for it is no news."""
+    """A reason that depends on the input, not on the machine; the fallback is not logged."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Backend:
     Attributes:
         name: What users pass as `backend`.
         suffix: Ending of the op's name in `torch.ops.vim` ("" for the portable family).
-        why_not: Takes (op, device, dtype); `None` when usable for such input, otherwise a sentence for the user.
-        by_name_only: Never taken by default, whatever it can run.
-        functions: Plain differentiable functions, one for each op, in place of a family of registered ops.
+        why_not: Takes (op, device, dtype); returns `None` if usable for such input, otherwise a sentence for the user.
+        by_name_only: The backend runs only if a user names it.
+        functions: Plain differentiable functions by op, for a backend that is not a family of registered ops.
     """
 
     name: str
@@ -50,34 +50,34 @@ class Backend:
 
 # Each op's reference: plain PyTorch, differentiable without any registration.
 _references: dict[str, Callable[..., Any]] = {}
-# The preferred one first, whatever the order of imports; any others come before these, the newest first.
+# Preference among these, whatever the order of imports. Backends with other names go in front, the newest first.
 _PREFERENCE = ("native", "triton", "reference")
 # In order of preference: the first that can run is the default.
 _backends: list[Backend] = []
-# Of the backends that are no family of registered ops, by suffix.
+# Functions of the backends that are not families of registered ops, by suffix.
 _functions: dict[str, Mapping[str, Callable[..., Any]]] = {}
-# Both belong to a context: a `with` block of one thread or task changes nothing in another one.
-# What runs in place of every backend while a model is exported (see `exportable.py`), and whether somebody asked.
+# Functions that replace every backend while a model is exported (see `exportable.py`).
 _exportable: dict[str, Callable[..., Any]] = {}
+# Context variables, so that a `with` block in one thread or task changes nothing in another.
 _exports: ContextVar[bool] = ContextVar("exports", default=False)
-# What `backend=None` means; `None` is the first that can run.
+# The backend that `backend=None` means; `None` is the first that can run.
 _default: ContextVar[str | None] = ContextVar("default_backend", default=None)
-# Kinds of devices whose portable ops hold kernels that turned out not to run.
+# Types of devices whose portable ops have kernels attached that cannot run.
 _pinned: set[str] = set()
 
 
 def register_reference(op: str, reference: Callable[..., Any]) -> None:
-    """Make `op` known, with the implementation that needs nothing but PyTorch."""
+    """Register `op` with the implementation that needs nothing but PyTorch."""
     _references[op] = reference
 
 
 def register_exportable(functions: Mapping[str, Callable[..., Any]]) -> None:
-    """Take these plain functions, one for each op, in place of every backend in exports."""
+    """Register plain functions, one for each op, that replace every backend in exports."""
     _exportable.update(functions)
 
 
 def register_backend(backend: Backend) -> None:
-    """Add a backend in its place in `_PREFERENCE`, or in front where it has none; last if by name only."""
+    """Add a backend at its place in `_PREFERENCE`: in front if it has none there, last if it runs by name only."""
     _backends.insert(0, backend)
     _backends.sort(key=_rank)
     if backend.functions is not None:
@@ -92,7 +92,7 @@ def _rank(backend: Backend) -> int:
 
 
 def pin_to_reference(device_type: str) -> None:
-    """Have the reference backend bypass the kernels that are attached to the portable ops of this kind of device."""
+    """Make the reference backend bypass kernels that are attached to the portable ops for this type of device."""
     _pinned.add(device_type)
     _choose.cache_clear()
 
@@ -100,7 +100,7 @@ def pin_to_reference(device_type: str) -> None:
 def available_backends(
     op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[str, ...]:
-    """Names of the backends that can run `op` on tensors of this device and dtype, the preferred one first.
+    """Return the names of the backends that can run `op` on such tensors, the preferred one first.
 
     Raises:
         ValueError: `op` is unknown; the message lists the known ones.
@@ -113,7 +113,7 @@ def available_backends(
 def unavailable_backends(
     op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, str]:
-    """The backends that cannot run `op` here, each with the reason in words.
+    """Return the backends that cannot run `op` on such tensors, each with the reason in words.
 
     Raises:
         ValueError: `op` is unknown; the message lists the known ones.
@@ -126,7 +126,7 @@ def unavailable_backends(
 
 @contextlib.contextmanager
 def default_backend(name: str | None) -> Iterator[None]:
-    """Run the ops that name no backend on this one inside a `with` block, in this thread or task alone.
+    """Set the backend of ops that name none, inside a `with` block and for this thread or task only.
 
     Args:
         name: Name of a backend, or `None` for the fastest that applies.
@@ -142,23 +142,23 @@ def default_backend(name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exportable_ops() -> Iterator[None]:
-    """Compose every op of operators that exporters know, inside a `with` block around an export, in this thread.
+    """Replace every op by operators that exporters know, inside a `with` block around an export, in this thread.
 
-    `torch.onnx.export` needs no such block.
+    `torch.onnx.export` does not need this block.
     """
     with _set(_exports, True):
         yield
 
 
 def _is_exported() -> bool:
-    # torch.onnx is asked while graphs are recorded only: its answer takes two imports.
+    # Ask torch.onnx only while a graph is recorded: its answer takes two imports.
     records = torch.compiler.is_exporting() or torch.jit.is_tracing()
     return _exports.get() or (records and _is_in_onnx_export())
 
 
 @torch.compiler.assume_constant_result
 def _is_in_onnx_export() -> bool:
-    """Return True inside `torch.onnx.export`; inside a graph of torch.compile its own answer is always False."""
+    """Return True inside `torch.onnx.export`; traced as a constant, because in a graph torch answers False."""
     return torch.onnx.is_in_onnx_export()
 
 
@@ -172,12 +172,12 @@ def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The torch op that runs `op` on tensors like `tensor`.
+    """Return the torch op that runs `op` on tensors like `tensor`.
 
     Args:
         op: Name of the op.
         backend: Name of a backend, or `None` for the fastest that applies.
-        tensor: Decides device and dtype.
+        tensor: Any tensor of the device and dtype.
 
     Raises:
         ValueError: No backend has that name.
@@ -201,11 +201,13 @@ def runs_by_default(op: str, backend: str, tensor: torch.Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _suffix(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
     record = _choose(op, backend, device_type, dtype)
-    # The portable family also holds the reference, so that graphs saved here run fast elsewhere.
+    # The portable op runs the reference here, and a graph saved with it runs kernels on machines that have them.
     is_portable = backend is None and record.name == "reference" and device_type not in _pinned
     return "" if is_portable else record.suffix
 
 
+# Every call of an op asks. Libraries load once per process, so only registering or pinning a backend, which clears the
+# cache, changes an answer.
 @functools.cache
 def _choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> Backend:
     device = torch.device(device_type)
@@ -234,7 +236,7 @@ def _find(name: str) -> Backend:
     return record
 
 
-@functools.cache
+@functools.cache  # a memory of what was logged
 def _warn_once(name: str, device_type: str, reason: str) -> None:
     _logger.warning("backend %r is not used on %s: %s", name, device_type, reason)
 

@@ -1,12 +1,11 @@
-"""The Triton backend: where its kernels are, and why they do not run. Nothing here imports Triton with `vim`.
+"""The Triton backend: finds its kernels, or says why they do not run. Importing `vim` does not import Triton.
 
-Its ops are opaque to torch.compile as the others are. torch.library.triton_op, whose launches it would see, needs
-Triton when `vim` is imported, and there is nothing to fuse into a sequential scan.
+Its ops are opaque to torch.compile, as all ops of `vim` are. torch.library.triton_op would show it the launches, but
+needs Triton when `vim` is imported, and there is nothing to fuse into a sequential scan.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -26,55 +25,35 @@ _logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPUS = ("cuda", "xpu")  # torch calls AMD's GPUs cuda, too
 
-
-# The model runs these by their parts.
+# Ops that have no kernels of their own: the model runs their parts.
 _WITHOUT_KERNELS = {name + end for name in ("bidirectional_block", "embed_patches") for end in ("", "_backward")}
 
 
 def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation of `vim::<name>_triton`: Triton's kernel where it can compute, else the reference, in words.
+    """Return the implementation of `vim::<name>_triton`: Triton's kernel, or the reference where it cannot compute.
 
     Args:
-        name: Name of the op, "<folder>" or "<folder>_backward"; the kernel is a function of that name in
+        name: Name of the op, "<folder>" or "<folder>_backward"; the kernel is the function of that name in
             `vim.ops.<folder>.triton`.
         reference: The implementation that computes in any dtype.
     """
     if name in _WITHOUT_KERNELS:
         return by_reference(name, reference)
 
-    @functools.cache
-    def kernel() -> Callable[..., Any]:
-        module = importlib.import_module(f"vim.ops.{name.removesuffix('_backward')}.triton")
-        return getattr(module, name)
-
     def run(*args: Any) -> Any:
         for argument in args:
             if isinstance(argument, Tensor) and argument.dtype not in _DTYPES:
-                _say_once(name, str(argument.dtype).removeprefix("torch."))
+                _warn_once(name, str(argument.dtype).removeprefix("torch."))
                 return by_reference(name, reference)(*args)
-        return kernel()(*args)
+        module = importlib.import_module(f"vim.ops.{name.removesuffix('_backward')}.triton")
+        return getattr(module, name)(*args)
 
     return run
 
 
-@functools.cache
-def _say_once(name: str, dtype: str) -> None:
+@functools.cache  # a memory of what was logged
+def _warn_once(name: str, dtype: str) -> None:
     _logger.warning("backend 'triton' does not compute %s in %s: the reference runs, which is slow", name, dtype)
-
-
-@functools.cache
-def lanes(device: torch.device) -> int:
-    """Threads that a GPU runs in lockstep."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    return 32
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch kernels on the GPU that holds the tensor."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -97,7 +76,7 @@ def _why_not_importable() -> str | None:
         return "triton is not installed"
     try:
         importlib.import_module("vim.ops.selective_scan.triton")
-    except (ImportError, AttributeError, RuntimeError) as error:  # no driver, or a version that lacks what we use
+    except (ImportError, AttributeError, RuntimeError) as error:  # no driver, or a version without what the kernels use
         return f"triton cannot be imported: {error}"
     return None
 

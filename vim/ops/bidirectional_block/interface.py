@@ -1,4 +1,4 @@
-"""`bidirectional_block`: what a layer of the model calls where its parts are plain."""
+"""`bidirectional_block`, the function for users; a layer of the model runs it where the layer's parts are plain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from vim.ops.backends.registry import resolve_backend, runs_by_default
 from vim.ops.bidirectional_block import register as register
 from vim.ops.bidirectional_scan.interface import MERGES
-from vim.ops.common.checks import check_activation, check_choice, check_length, check_operand
+from vim.ops.common.checks import check_activation, check_axes, check_choice, check_length, check_operand
 from vim.ops.common.eager import is_eager
 from vim.ops.common.layout import accumulate_dtype, checkpoint_interval
 
@@ -63,13 +63,13 @@ def bidirectional_block(
 ) -> tuple[Tensor, Tensor]:
     """Run a layer of the model: residual addition, RMSNorm and the bidirectional mixer, in one op.
 
-    For a backward pass xz, x_dbl, the scans' entry states and the residual sum are kept; the norm and the convolutions
-    are computed again. Under autocast products and activations are in autocast's dtype.
+    For a backward pass the op keeps xz, x_dbl, the scans' entry states and the residual sum, and computes the norm and
+    the convolutions again. Under autocast, products and activations have autocast's dtype.
 
     Args:
         hidden_states: (batch, len, d_model); float32, bfloat16, float16 or float64.
         residual: Like `hidden_states` in float32 (float64 for float64), or `None` in the first layer.
-        weights: The layer's weights; they are read where they are.
+        weights: The layer's weights; nothing is copied or packed.
         eps: Added to the mean square in the norm.
         merge: "mean" or "sum" of the directions.
         backend: Name of a backend (see `available_backends`), or `None` for the fastest that applies.
@@ -113,9 +113,9 @@ def run_bidirectional_block(
 
 
 def runs_block(hidden_states: Tensor, residual: Tensor | None) -> bool:
-    """Return True if `bidirectional_block` has kernels of its own for such input, and is not being recorded.
+    """Return True if native kernels for `bidirectional_block` take such input, and no graph is recorded.
 
-    Other backends run a layer by its parts, which keeps their memory and their graphs.
+    The other backends run a layer part by part, so that autograd keeps and graphs show what they always have.
     """
     return bool(
         type(hidden_states) is Tensor
@@ -129,14 +129,10 @@ def runs_block(hidden_states: Tensor, residual: Tensor | None) -> bool:
 
 def _check_weights(weights: BlockWeights, x: Tensor) -> None:
     d_model = x.shape[2]
-    axes = {"out_proj": 2, "A_log": 2, "dt_weight": 2, "conv_weight": 3}
-    for name, count in axes.items():
-        weight = getattr(weights, name)
-        if not isinstance(weight, Tensor) or weight.dim() != count or 0 in weight.shape:
-            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"weights.{name} must be a tensor with {count} axes, none of them empty, got {got}")
-    d_inner, d_state = weights.out_proj.shape[1], weights.A_log.shape[1]
-    dt_rank, d_conv = weights.dt_weight.shape[1], weights.conv_weight.shape[2]
+    d_inner = check_axes("weights.out_proj", weights.out_proj, "(d_model, d_inner)")[1]
+    d_state = check_axes("weights.A_log", weights.A_log, "(d_inner, d_state)")[1]
+    dt_rank = check_axes("weights.dt_weight", weights.dt_weight, "(d_inner, dt_rank)")[1]
+    d_conv = check_axes("weights.conv_weight", weights.conv_weight, "(d_inner, 1, d_conv)")[2]
     channels = ((d_inner,), "(d_inner,)")
     direction = (
         ((d_inner, 1, d_conv), "(d_inner, 1, d_conv)"),
@@ -156,6 +152,6 @@ def _check_weights(weights: BlockWeights, x: Tensor) -> None:
         ((d_model, d_inner), "(d_model, d_inner)"),
         ((d_model,), "(d_model,)"),
     )
-    for name, weight, (shape, axes_of) in zip(BlockWeights._fields, weights, expected, strict=True):
+    for name, weight, (shape, axes) in zip(BlockWeights._fields, weights, expected, strict=True):
         if weight is not None or name not in _OPTIONAL:
-            check_operand(f"weights.{name}", weight, shape, axes_of, x, "hidden_states")
+            check_operand(f"weights.{name}", weight, shape, axes, x, "hidden_states")

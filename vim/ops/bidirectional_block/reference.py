@@ -23,7 +23,7 @@ from vim.ops.bidirectional_conv1d import reference as bidirectional_conv1d
 from vim.ops.bidirectional_scan import reference as bidirectional_scan
 from vim.ops.common.layout import accumulate_dtype
 
-# How many arguments are weights; see the schema in `library.py`.
+# Number of weights among the arguments; see the schema in `register.py`.
 WEIGHTS = 19
 
 _REFERENCES: dict[str, Callable[..., Any]] = {
@@ -41,7 +41,7 @@ def bidirectional_block(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 def compose(
     ops: Mapping[str, Callable[..., Any]], hidden_states: Tensor, residual: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run a layer by these implementations of the ops; the arguments are those of `vim::bidirectional_block`."""
+    """Run a layer on these implementations of the ops; the arguments are as `vim::bidirectional_block` takes them."""
     dtype, eps, scale, checkpoint_every = arguments[WEIGHTS:]
     acc = accumulate_dtype(dtype)
     weights: list[Any] = [None if w is None else w.to(acc) for w in arguments[:WEIGHTS]]
@@ -76,7 +76,7 @@ def bidirectional_block_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of r and of the weights, by autograd through the forward pass from r on.
 
-    An absent weight's gradient is empty, and so are the gradients of the products' weights unless they are wanted.
+    The gradient of an absent weight is empty. So are the gradients of the products' weights, unless `weight_grads`.
     """
     weights, (xz, _, _, eps, scale, _, weight_grads) = arguments[:WEIGHTS], arguments[WEIGHTS:]
     with torch.enable_grad():
@@ -94,5 +94,5 @@ def bidirectional_block_backward(
     )
 
 
-# Places of the products' weights and biases among the weights.
+# Indices of the products' weights and biases among the weights.
 PRODUCTS = (1, 2, 5, 12, 17, 18)

@@ -1,4 +1,4 @@
-"""`vim::bidirectional_block` and its backward, as torch knows them."""
+"""Registration of `vim::bidirectional_block` and its backward with torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _fake(hidden_states: Tensor, residual: Tensor | None, *arguments: Any) -> tu
         return out, total, out.new_empty(0), out.new_empty(0), total.new_empty(0)
     d_inner, d_state = weights[_A_LOG].shape
     columns = weights[_X_PROJ].shape[0]
-    # On a GPU rows start at multiples of 16 bytes.
+    # On a GPU each row starts at a multiple of 16 bytes.
     padded = -(-columns // 8) * 8 if hidden_states.is_cuda else columns
     states = (2, batch, num_chunks(seqlen, checkpoint_every), d_state, d_inner)
     return (
@@ -62,7 +62,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden_states, residual, *weights = inputs[: 2 + WEIGHTS]
     ctx.dtype, ctx.eps, ctx.scale, ctx.checkpoint_every = inputs[2 + WEIGHTS :]
     ctx.hidden_dtype, ctx.has_residual = hidden_states.dtype, residual is not None
-    # An exported program saves no states: its backward pass runs the forward pass again.
+    # An exported program saves no states; its backward pass runs the forward pass again.
     first = output[1:] if ctx.checkpoint_every else (hidden_states, residual)
     ctx.saved = len(first)
     ctx.save_for_backward(*first, *weights)
@@ -103,7 +103,7 @@ def _flops(hidden_states: Any, residual: Any, *arguments: Any, **settings: Any) 
 
 
 def _backward_flops(dout: Any, dresidual: Any, residual: Any, *arguments: Any, **settings: Any) -> int:
-    # The convolutions run again; a product has two gradients, a scan's backward pass counts three times.
+    # The convolutions run again. A product has two gradients, and a scan's backward pass counts three times.
     return 2 * _flops(residual, None, *arguments)
 
 

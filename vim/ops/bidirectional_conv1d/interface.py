@@ -1,4 +1,4 @@
-"""`bidirectional_conv1d`: what users call."""
+"""`bidirectional_conv1d`, the function for users."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bidirectional_conv1d(
 
     Raises:
         ValueError: A shape or device disagrees with `x`, or `len` is 0.
-        TypeError: An argument is no floating tensor.
+        TypeError: An argument is not a floating tensor.
         RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1, lines 5 to 7.
@@ -62,7 +62,7 @@ def run_bidirectional_conv1d(
     *,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """`bidirectional_conv1d` for operands that are known to fit."""
+    """Run `bidirectional_conv1d` on operands that are known to fit."""
     names = ("weight", "bias", "weight_b", "bias_b")
     weights = as_dtype(accumulate_dtype(x.dtype), names, (weight, bias, weight_b, bias_b))
     return resolve_backend("bidirectional_conv1d", backend, x)(x, *weights)

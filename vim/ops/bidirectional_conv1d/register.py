@@ -1,4 +1,4 @@
-"""`vim::bidirectional_conv1d` and its backward, as torch knows them."""
+"""Registration of `vim::bidirectional_conv1d` and its backward with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The convolutions of both directions in Triton, from one read of x; see the convolution of one direction."""
+"""The convolutions of both directions in Triton, from one read of x, built on `causal_conv1d/triton.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import on_device
 from vim.ops.causal_conv1d.triton import (
     CHANNELS,
     TOKENS,
@@ -16,7 +15,7 @@ from vim.ops.causal_conv1d.triton import (
     partials,
     tiles,
 )
-from vim.ops.common.triton_tensors import contiguous, place_tile, rows, store_tile
+from vim.ops.common.triton_tensors import contiguous, on_device, place_tile, rows, store_tile
 
 
 @triton.jit
@@ -24,7 +23,7 @@ def bidirectional_conv1d_fwd_kernel(
     x, weight, bias, weight_b, bias_b, out, out_b, seqlen, dim, WIDTH: tl.constexpr, WIDTH_B: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Both convolutions and SiLU."""
+    """Write both convolutions with SiLU."""
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
     total = convolve(x, weight, bias, batch, tokens, channels, seqlen, dim, WIDTH, False)
     total_b = convolve(x, weight_b, bias_b, batch, tokens, channels, seqlen, dim, WIDTH_B, True)
@@ -37,7 +36,7 @@ def bidirectional_conv1d_bwd_kernel(
     dout, dout_b, x, weight, bias, weight_b, bias_b, before, before_b, dweight, dbias, dweight_b, dbias_b, seqlen, dim,
     WIDTH: tl.constexpr, WIDTH_B: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients before SiLU, and each tile's share of those of the weights."""
+    """Write the gradients before SiLU, and each tile's share of the weights' gradients."""
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
     tile = tl.program_id(0)
     convolve_backward(
@@ -55,7 +54,7 @@ def bidirectional_conv1d_dx_kernel(
     before, before_b, weight, weight_b, dx, seqlen, dim, WIDTH: tl.constexpr, WIDTH_B: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x: both gradients before SiLU convolved in the other direction."""
+    """Write the gradient of x: both gradients before SiLU, convolved in the other direction."""
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
     total = convolve(before, weight, None, batch, tokens, channels, seqlen, dim, WIDTH, True)
     total += convolve(before_b, weight_b, None, batch, tokens, channels, seqlen, dim, WIDTH_B, False)
@@ -65,7 +64,7 @@ def bidirectional_conv1d_dx_kernel(
 def bidirectional_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, weight_b: Tensor, bias_b: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`vim::bidirectional_conv1d_triton`: the results of the reference."""
+    """Implement `vim::bidirectional_conv1d_triton`; results are the reference's."""
     out, out_b = x.new_empty(x.shape), x.new_empty(x.shape)
     with on_device(x):
         bidirectional_conv1d_fwd_kernel[tiles(x)](
@@ -85,7 +84,7 @@ def bidirectional_conv1d_backward(
     weight_b: Tensor,
     bias_b: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`vim::bidirectional_conv1d_backward_triton`: the results of the reference."""
+    """Implement `vim::bidirectional_conv1d_backward_triton`; results are the reference's."""
     _, seqlen, dim = x.shape
     dx, before, before_b = x.new_empty(x.shape), *torch.empty(2, *x.shape, device=x.device)
     settings = {"WIDTH": weight.shape[1], "WIDTH_B": weight_b.shape[1], "TOKENS": TOKENS, "CHANNELS": CHANNELS}

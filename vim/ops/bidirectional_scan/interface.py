@@ -1,37 +1,16 @@
-"""`bidirectional_scan`: what the mixer calls between x_proj and out_proj."""
+"""`bidirectional_scan`, the function for users; the mixer runs it between x_proj and out_proj."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from torch import Tensor
 
 from vim.ops.backends.registry import resolve_backend
 from vim.ops.bidirectional_scan import register as register
-from vim.ops.common.checks import check_activation, check_choice, check_length, check_like, check_operand
+from vim.ops.bidirectional_scan.operands import ScanOperands
+from vim.ops.common.checks import check_activation, check_axes, check_choice, check_length, check_like, check_operand
 from vim.ops.common.layout import accumulate_dtype, as_dtype, checkpoint_interval
 
 MERGES = {"mean": 0.5, "sum": 1.0}
-
-
-class ScanOperands(NamedTuple):
-    """What one direction of a bidirectional scan reads.
-
-    Attributes:
-        u: Input (the convolution's output), (batch, len, dim).
-        x_dbl: Output of x_proj, (batch, len, dt_rank + 2 d_state): dt, B and C side by side. Rows may be padded.
-        dt_weight: Weight of dt_proj, (dim, dt_rank).
-        dt_bias: Bias of dt_proj, added before softplus, (dim,).
-        A_log: The decay is A = -exp(A_log), (dim, d_state).
-        D: Skip connection per channel, (dim,).
-    """
-
-    u: Tensor
-    x_dbl: Tensor
-    dt_weight: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
 
 
 _FORWARD_WEIGHTS = tuple(f"forward.{name}" for name in ScanOperands._fields[2:])
@@ -62,7 +41,7 @@ def bidirectional_scan(
 
     Raises:
         ValueError: A shape, dtype or device disagrees with `forward.u`, `len` is 0, or `merge` is unknown.
-        TypeError: An argument is no floating tensor.
+        TypeError: An argument is not a floating tensor.
         RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Algorithm 1, lines 8 to 20.
@@ -79,7 +58,7 @@ def bidirectional_scan(
 def run_bidirectional_scan(
     forward: ScanOperands, backward: ScanOperands, z: Tensor, merge: str, backend: str | None
 ) -> Tensor:
-    """`bidirectional_scan` for operands that are known to fit."""
+    """Run `bidirectional_scan` on operands that are known to fit."""
     acc = accumulate_dtype(z.dtype)
     u, x_dbl, *weights = forward
     u_b, x_dbl_b, *weights_b = backward
@@ -89,20 +68,19 @@ def run_bidirectional_scan(
     return resolve_backend("bidirectional_scan", backend, z)(*operands, MERGES[merge], every)[0]
 
 
-def _check_operands(side: str, operands: ScanOperands, first: ScanOperands) -> None:
-    """The operands of one direction must fit `first`, those of the forward direction."""
-    u, x_dbl, dt_weight, dt_bias, A_log, D = operands
-    reference, batch_len = first.u, first.u.shape[:2]
-    dim = reference.shape[2]
-    check_like(f"{side}.u", u, reference.shape, "(batch, len, dim)", reference, "forward.u")
-    for name, weight in (("dt_weight", first.dt_weight), ("A_log", first.A_log)):
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or 0 in weight.shape:
-            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"forward.{name} must be a tensor with two axes, neither of them empty, got {got}")
-    dt_rank, d_state = first.dt_weight.shape[1], first.A_log.shape[1]
-    check_operand(f"{side}.dt_weight", dt_weight, (dim, dt_rank), "(dim, dt_rank)", reference, "forward.u")
-    check_operand(f"{side}.A_log", A_log, (dim, d_state), "(dim, d_state)", reference, "forward.u")
-    check_operand(f"{side}.dt_bias", dt_bias, (dim,), "(dim,)", reference, "forward.u")
-    check_operand(f"{side}.D", D, (dim,), "(dim,)", reference, "forward.u")
-    axes = "(batch, len, dt_rank + 2 d_state)"
-    check_like(f"{side}.x_dbl", x_dbl, (*batch_len, dt_rank + 2 * d_state), axes, reference, "forward.u")
+def _check_operands(side: str, operands: ScanOperands, forward: ScanOperands) -> None:
+    """Raise unless the operands of one direction fit the input and the weights of the forward direction."""
+    u = forward.u
+    batch, seqlen, dim = u.shape
+    dt_rank = check_axes("forward.dt_weight", forward.dt_weight, "(dim, dt_rank)")[1]
+    d_state = check_axes("forward.A_log", forward.A_log, "(dim, d_state)")[1]
+    check_like(f"{side}.u", operands.u, u.shape, "(batch, len, dim)", u, "forward.u")
+    for name, shape, axes in (
+        ("dt_weight", (dim, dt_rank), "(dim, dt_rank)"),
+        ("A_log", (dim, d_state), "(dim, d_state)"),
+        ("dt_bias", (dim,), "(dim,)"),
+        ("D", (dim,), "(dim,)"),
+    ):
+        check_operand(f"{side}.{name}", getattr(operands, name), shape, axes, u, "forward.u")
+    projected = (batch, seqlen, dt_rank + 2 * d_state)
+    check_like(f"{side}.x_dbl", operands.x_dbl, projected, "(batch, len, dt_rank + 2 d_state)", u, "forward.u")

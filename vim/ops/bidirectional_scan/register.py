@@ -1,4 +1,4 @@
-"""`vim::bidirectional_scan` and its backward, as torch knows them."""
+"""Registration of `vim::bidirectional_scan` and its backward with torch."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The scans of both directions in Triton: the selective scan's programs with dt_proj fused, twice as many.
 
-Each direction writes its sum over states in float32, and a second kernel merges and gates the two: programs that went
-through both directions would be half as many, and GPUs have too few as it is.
+Each direction writes its sum over states in float32, and a second kernel merges and gates the two. A program for both
+directions would halve the number of programs, which is too small for a GPU already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import lanes, on_device
+from vim.ops.bidirectional_scan.operands import ScanOperands, split_directions
 from vim.ops.common.layout import num_chunks
 from vim.ops.common.triton_tensors import (
     Map,
     Rows,
     channels_last,
     common_alignment,
+    lanes,
     load_tile,
+    on_device,
     place_tile,
     rows,
     store_tile,
@@ -33,12 +36,12 @@ from vim.ops.selective_scan.triton import (
     scratch_states,
 )
 
-# Tokens and channels that a program merges.
+# Tokens and channels that one program of a merging kernel takes.
 _TOKENS, _CHANNELS = 8, 128
 
 
 class Direction(NamedTuple):
-    """Operands of one direction, and its sums over states."""
+    """Operands of one direction as kernels take them, and its sums over states."""
 
     u: Rows
     x_dbl: Map
@@ -51,7 +54,7 @@ class Direction(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What one direction of a backward pass writes: gradients, partial sums of gradients, and scratch."""
+    """Outputs of one direction of a backward pass: gradients, partial sums of gradients, and scratch."""
 
     du: Rows
     ddelta: Rows
@@ -68,7 +71,7 @@ def bidirectional_scan_fwd_kernel(
     forward, backward, seqlen, dim, blocks,
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs are (batch elements times blocks of channels, directions)."""
+    """Scan both directions; programs are (batch elements times blocks of channels, directions)."""
     batch, _, first, channels, inside = place_program(blocks, dim, BLOCK)
     if tl.program_id(1) == 0:
         scan_forward(
@@ -91,7 +94,7 @@ def bidirectional_scan_bwd_kernel(
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
-    """Programs are (batch elements times blocks of channels, directions)."""
+    """Differentiate both directions; programs are (batch elements times blocks of channels, directions)."""
     batch, block, first, channels, inside = place_program(blocks, dim, BLOCK)
     if tl.program_id(1) == 0:
         scan_backward(
@@ -132,83 +135,52 @@ def merge_bwd_kernel(dout, y, y_b, z, dz, scale, seqlen, dim, TOKENS: tl.constex
     store_tile(dz, batch, tokens, channels, scale * grad * total * passed * (1 + gate * (1 - passed)), inside)
 
 
-def bidirectional_scan(
-    u: Tensor,
-    x_dbl: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    u_b: Tensor,
-    x_dbl_b: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_b: Tensor,
-    A_b_log: Tensor,
-    D_b: Tensor,
-    z: Tensor,
-    scale: float,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor]:
-    """`vim::bidirectional_scan_triton`: the results of the reference."""
-    batch, seqlen, dim = u.shape
-    d_state = A_log.shape[1]
-    entry = A_log.new_empty(2, batch, num_chunks(seqlen, checkpoint_every), d_state, dim)
-    sums, out = A_log.new_empty(2, batch, seqlen, dim), u.new_empty(u.shape)
-    forward = _direction(u, x_dbl, dt_weight, dt_bias, A_log, D, sums[0], entry[0])
-    backward = _direction(u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, sums[1], entry[1])
-    settings = _settings(forward, backward, d_state, dt_weight.shape[1], checkpoint_every)
-    blocks = triton.cdiv(dim, settings["BLOCK"])
-    with on_device(u):
+def bidirectional_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Implement `vim::bidirectional_scan_triton`; arguments and results are the reference's."""
+    *operands, z, scale, every = arguments
+    (batch, seqlen, dim), A_log = z.shape, operands[4]
+    entry = A_log.new_empty(2, batch, num_chunks(seqlen, every), A_log.shape[1], dim)
+    forward, backward = _directions(operands, entry)
+    settings = _settings(forward, backward, every)
+    blocks, out = triton.cdiv(dim, settings["BLOCK"]), z.new_empty(z.shape)
+    with on_device(z):
         bidirectional_scan_fwd_kernel[(batch * blocks, 2)](forward, backward, seqlen, dim, blocks, **settings)
-        merge_fwd_kernel[_tiles(u)](
+        merge_fwd_kernel[_tiles(z)](
             forward.y, backward.y, rows(z.mT), rows(out.mT), scale, seqlen, dim, TOKENS=_TOKENS, CHANNELS=_CHANNELS
         )
     return out, entry
 
 
-def bidirectional_scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    x_dbl: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    u_b: Tensor,
-    x_dbl_b: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_b: Tensor,
-    A_b_log: Tensor,
-    D_b: Tensor,
-    z: Tensor,
-    checkpoints: Tensor,
-    scale: float,
-    checkpoint_every: int,
-) -> tuple[Tensor, ...]:
-    """`vim::bidirectional_scan_backward_triton`: the results of the reference."""
-    batch, seqlen, dim = u.shape
-    d_state = A_log.shape[1]
-    sums, dz, checkpoints = A_log.new_empty(2, batch, seqlen, dim), z.new_empty(z.shape), checkpoints.contiguous()
-    forward = _direction(u, x_dbl, dt_weight, dt_bias, A_log, D, sums[0], checkpoints[0])
-    backward = _direction(u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, sums[1], checkpoints[1])
-    settings = _settings(forward, backward, d_state, dt_weight.shape[1], checkpoint_every)
-    blocks = triton.cdiv(dim, settings["BLOCK"])
-    gradients = [_gradients(t, blocks, d_state, checkpoint_every, settings["BLOCK"]) for t in (u, u_b)]
-    with on_device(u):
+def bidirectional_scan_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Implement `vim::bidirectional_scan_backward_triton`; arguments and results are the reference's."""
+    *operands, z, checkpoints, scale, every = arguments
+    batch, seqlen, dim = z.shape
+    forward, backward = _directions(operands, checkpoints.contiguous())
+    settings = _settings(forward, backward, every)
+    blocks, dz = triton.cdiv(dim, settings["BLOCK"]), z.new_empty(z.shape)
+    gradients = [_gradients(z, blocks, settings) for _ in range(2)]
+    with on_device(z):
         bidirectional_scan_bwd_kernel[(batch * blocks, 2)](
             forward, backward, *gradients, rows(dy.mT), rows(z.mT), scale, seqlen, dim, blocks, SUB=SUBCHUNK, **settings
         )
-        merge_bwd_kernel[_tiles(u)](
+        merge_bwd_kernel[_tiles(z)](
             rows(dy.mT), forward.y, backward.y, rows(z.mT), rows(dz.mT), scale, seqlen, dim,
             TOKENS=_TOKENS, CHANNELS=_CHANNELS,
         )  # fmt: skip
-    first = _totals(gradients[0], x_dbl, dt_weight, A_log)
-    return *first, *_totals(gradients[1], x_dbl_b, dt_weight_b, A_b_log), dz
+    totals = [_totals(g, side) for g, side in zip(gradients, split_directions(operands), strict=True)]
+    return *totals[0], *totals[1], dz
 
 
-def _direction(
-    u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, y: Tensor, entry: Tensor
-) -> Direction:
+def _directions(operands: Sequence[Tensor], entry: Tensor) -> tuple[Direction, Direction]:
+    """Return both directions as kernels take them, with new tensors for their sums over states."""
+    u, A_log = operands[0], operands[4]
+    sums = A_log.new_empty(2, *u.shape)
+    forward, backward = split_directions(operands)
+    return _direction(forward, sums[0], entry[0]), _direction(backward, sums[1], entry[1])
+
+
+def _direction(operands: ScanOperands, y: Tensor, entry: Tensor) -> Direction:
+    u, x_dbl, dt_weight, dt_bias, A_log, D = operands
     batch, token, number = x_dbl.stride()
     return Direction(
         rows(u.mT),
@@ -222,12 +194,12 @@ def _direction(
     )
 
 
-def _settings(forward: Direction, backward: Direction, d_state: int, dt_rank: int, every: int) -> dict[str, Any]:
-    """What the scans are compiled for, beside the types."""
+def _settings(forward: Direction, backward: Direction, every: int) -> dict[str, Any]:
+    """Return the values that the scans are compiled for, besides the types."""
     strides = (stride for d in (forward, backward) for stride in (d.x_dbl.batch, d.x_dbl.token))
     return {
-        "STATES": d_state,
-        "RANK": dt_rank,
+        "STATES": forward.A_log[0].shape[0],
+        "RANK": forward.dt_weight[0].shape[0],
         "EVERY": every,
         "ALIGN": common_alignment(strides),
         "BLOCK": lanes(forward.u.base.device),
@@ -236,13 +208,15 @@ def _settings(forward: Direction, backward: Direction, d_state: int, dt_rank: in
 
 
 def _tiles(u: Tensor) -> tuple[int, int]:
-    """Programs of the kernels that merge."""
+    """Return the grid of the kernels that merge."""
     batch, seqlen, dim = u.shape
     return batch * triton.cdiv(seqlen, _TOKENS), triton.cdiv(dim, _CHANNELS)
 
 
-def _gradients(u: Tensor, blocks: int, d_state: int, every: int, block: int) -> Gradients:
+def _gradients(u: Tensor, blocks: int, settings: dict[str, Any]) -> Gradients:
+    """Allocate the gradients of one direction whose input is like `u`."""
     batch, seqlen, dim = u.shape
+    d_state = settings["STATES"]
 
     def room(*shape: int) -> Tensor:
         return torch.empty(shape, device=u.device)
@@ -255,12 +229,13 @@ def _gradients(u: Tensor, blocks: int, d_state: int, every: int, block: int) -> 
         room(batch, blocks, seqlen, d_state),
         room(batch, dim),
         room(batch, dim),
-        scratch_states(u, batch * blocks, block, d_state, every),
+        scratch_states(u, batch * blocks, settings["BLOCK"], d_state, settings["EVERY"]),
     )
 
 
-def _totals(grads: Gradients, x_dbl: Tensor, dt_weight: Tensor, A_log: Tensor) -> tuple[Tensor, ...]:
-    """One direction's gradients of u, x_dbl, dt_weight, dt_bias, A_log and D, from the partial sums."""
+def _totals(grads: Gradients, operands: ScanOperands) -> tuple[Tensor, ...]:
+    """Return the gradients of one direction's operands in their order, from the partial sums."""
+    _, x_dbl, dt_weight, _, A_log, _ = operands
     du, ddelta = grads.du.base.mT, grads.ddelta.base.mT
     with torch.autocast(x_dbl.device.type, enabled=False):
         dt = x_dbl[..., : dt_weight.shape[1]].to(ddelta.dtype)

@@ -1,8 +1,8 @@
-"""Compiles kernels of `csrc/` into a library; here also what the CPU's is made of, one for every processor of its kind.
+"""Compilation of the kernels in `csrc/` into a library, and the recipe of the CPU's library.
 
-A library lies in `<cache>/<sources, flags, torch and architecture>/<compilers>/`. It is built in a folder of its own
-and moved into place, so whatever lies there is complete. One process builds at a time: the others wait for a lock that
-the operating system releases when its holder ends, however that happens.
+The path of a library is `<cache>/<hash of sources, flags, torch and architecture>/<hash of compilers>/<name>`. A
+library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
+builds at a time. The others wait for a lock, which the operating system releases when its holder ends in any way.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ import torch
 from vim.ops.build.private_folders import private_folder
 
 LIBRARY = "libvimamba.so"
-# A library ends in this and the hash of all before it: loading one that a full disk, a crash or a bad block of a disk
-# has damaged would end the process.
+# A library ends with this seal and the hash of everything before it. Loading a library that a full disk, a crash or a
+# bad block damaged would end the process.
 _SEAL = b"\0vimamba: sha256 "
 _HASH_BYTES = 32
-# Seconds after which a compiler is taken for stuck, and a process that waits for another's build goes without.
+# Seconds after which a compiler counts as stuck, and after which a process stops waiting for another's build.
 COMPILE_TIMEOUT = 300.0
 LOCK_TIMEOUT = 600.0
-# Compilers at a time: one takes up to half a gigabyte.
+# Compilers that run at a time; each takes up to half a gigabyte of memory.
 _COMPILERS = max(2, min(8, (os.cpu_count() or 2) // 2))
 
-# -ffast-math is wrong here: it cancels the rounding that range reduction relies on.
+# No -ffast-math: it removes the rounding that range reduction relies on.
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 _KERNEL_FLAGS = (*_FLAGS, "-O3", "-fno-math-errno", "-ffp-contract=fast")
 # The stable ABI from torch 2.10 on.
@@ -55,7 +55,7 @@ Report = Callable[[str], None]
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built; the message says why and what helps."""
+    """Error of a build; the message says why the library cannot be built and what helps."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What one library is made of.
+    """Description of one library.
 
     Attributes:
-        library: Its file name.
-        folders: Folders of `csrc/` whose files decide what it is.
-        units: Its object files.
-        compilers: Command for each kind of source, by suffix; empty where one is missing.
-        missing: What to say then.
-        link: Libraries to link with, beyond those of torch that every library needs.
-        target_flags: Flags of ".cu" sources that the library's name tells and its folder does not.
+        library: File name.
+        folders: Folders of `csrc/` whose files are part of the library's hash.
+        units: Object files.
+        compilers: Commands by suffix of the source; empty if a compiler is missing.
+        missing: The error message for a missing compiler.
+        link: Libraries to link with, besides torch's.
+        target_flags: Flags of ".cu" sources that are part of the library's name instead of its hash.
     """
 
     library: str
@@ -91,7 +91,7 @@ class Recipe:
 
 
 def find_sources() -> Path | None:
-    """`csrc/`: inside the package in a wheel, beside it in a repository."""
+    """Return the folder `csrc`: inside the package in a wheel, next to it in a repository; `None` if there is none."""
     package = Path(__file__).resolve().parents[2]
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / "cpu" / "kernels.cpp").is_file():
@@ -100,7 +100,7 @@ def find_sources() -> Path | None:
 
 
 def find_compiler() -> list[str] | None:
-    """Command of the C++ compiler: $CXX, else the first of g++, clang++ and c++ that exists."""
+    """Return the command of the C++ compiler: $CXX, else the first of g++, clang++ and c++ that exists."""
     try:
         wanted = shlex.split(os.environ.get("CXX", ""))
     except ValueError:
@@ -113,7 +113,7 @@ def find_compiler() -> list[str] | None:
 
 
 def cpu_recipe() -> Recipe:
-    """The kernels once per instruction set, each in a namespace of its own, and their bindings."""
+    """Return the recipe of the CPU's library: kernels per instruction set, in separate namespaces, and bindings."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = _INSTRUCTION_SETS if x86 else {"baseline": ()}
     kernels = [
@@ -132,7 +132,7 @@ def cpu_recipe() -> Recipe:
         units=(*kernels, *bindings, *others),
         compilers={} if compiler is None else {".cpp": compiler},
         missing=no_compiler(),
-        link=("-pthread",),  # a part of the C library only from glibc 2.34 on
+        link=("-pthread",),  # part of the C library from glibc 2.34 on
     )
 
 
@@ -142,7 +142,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def no_compiler() -> str:
-    """What to say where there is no C++ compiler."""
+    """Return the error message for a missing C++ compiler."""
     wanted = os.environ.get("CXX")
     what = f"the compiler CXX={wanted} does not exist" if wanted else "there is no C++ compiler"
     try:
@@ -153,7 +153,7 @@ def no_compiler() -> str:
 
 
 def source_key(sources: Path, recipe: Recipe) -> str:
-    """Hash of everything that decides what the library is, except the compilers and what its name tells."""
+    """Return the hash of everything the library depends on, except the compilers and what is in its name."""
     digest = hashlib.sha256()
     for path in sorted(p for folder in recipe.folders for p in (sources / folder).iterdir() if p.is_file()):
         digest.update(f"{path.relative_to(sources)}\0".encode() + path.read_bytes() + b"\0")
@@ -164,7 +164,7 @@ def source_key(sources: Path, recipe: Recipe) -> str:
 
 
 def compiler_key(compilers: dict[str, list[str]]) -> str:
-    """Hash of the compilers' files and arguments. Asking for versions would take longer than loading a library."""
+    """Return the hash of the compilers' files and arguments; asking for versions would be slower than loading."""
     identity = []
     for suffix, command in sorted(compilers.items()):
         path = Path(command[0]).resolve()
@@ -174,12 +174,14 @@ def compiler_key(compilers: dict[str, list[str]]) -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Where libraries are looked for, the first being preferred: $VIM_CACHE_DIR or the user's cache, then a private
-    folder among the temporary files, for where the first cannot be written.
+    """Return the folders of libraries, in order of preference.
+
+    The first is $VIM_CACHE_DIR or the user's cache. The second is a private folder among the temporary files, for
+    machines where the first cannot be written.
     """
     chosen = os.environ.get("VIM_CACHE_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vimamba")
     first = os.path.expanduser(chosen)
-    # What still begins with "~" leads nowhere; `private_folder` says so.
+    # A path that still begins with "~" has no home folder; `private_folder` raises for it.
     folders = [Path(first) if first.startswith("~") else Path(first).absolute()]
     user = os.geteuid() if hasattr(os, "geteuid") else "user"
     with contextlib.suppress(FileNotFoundError):  # no folder for temporary files
@@ -188,14 +190,14 @@ def cache_folders() -> list[Path]:
 
 
 def find_library(recipe: Recipe) -> Path | None:
-    """A library that is built already, by today's compilers or, where there are none, by whichever built one."""
+    """Return a library that is already built, by the present compilers or, without a compiler, by any."""
     return next(find_libraries(recipe, recipe.library), None)
 
 
 def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
-    """The libraries of this recipe's sources whose file names match.
+    """Yield the libraries of this recipe's sources whose file names match.
 
-    Folders after the first that can be written are not looked into: what is built does not go there.
+    The search ends at the first folder that can be written, because builds never go to the folders after it.
     """
     sources = find_sources()
     if sources is None:
@@ -214,15 +216,15 @@ def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
 
 
 def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
-    """Build the library, unless another process has done so meanwhile, and return where it is.
+    """Build the library, unless another process has just built it, and return its path.
 
     Args:
-        recipe: What it is made of.
+        recipe: Description of the library.
         report: Takes lines about the progress.
-        force: Build even where there is a library.
+        force: Build even if there is a library.
 
     Raises:
-        BuildError: It cannot be built; the message says why and what helps.
+        BuildError: The library cannot be built; the message says why and what helps.
     """
     if sys.platform == "win32":
         raise BuildError("the kernels are not built on Windows; use WSL")
@@ -243,7 +245,7 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
     """Compile and link in `folder`.
 
     Raises:
-        BuildError: A compiler failed; the message holds the first lines of what it said.
+        BuildError: A compiler failed; the message has the first lines of its errors.
     """
     torch_folder = Path(torch.__file__).parent
 
@@ -261,7 +263,7 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
         objects = list(pool.map(compile_unit, recipe.units))
     library = folder / recipe.library
     libraries = [f"-L{torch_folder / 'lib'}", *recipe.link, "-ltorch_cpu", "-lc10"]
-    # nvcc, where there is one, knows its own libraries.
+    # nvcc, if the recipe has it, links its own libraries.
     linker = recipe.compilers.get(".cu", recipe.compilers[".cpp"])
     _run([*linker, "-shared", "-o", str(library), *objects, *libraries], folder)
     with open(library, "r+b") as file:
@@ -272,7 +274,7 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
 
 
 def is_complete(library: Path) -> bool:
-    """Whether the library is there to its last byte, and every byte is as it was written."""
+    """Return True if the library exists and every byte is as it was written."""
     try:
         contents = library.read_bytes()
     except OSError:
@@ -287,7 +289,7 @@ def _hash(contents: bytes) -> bytes:
 
 def _build_aside(sources: Path, recipe: Recipe, target: Path, report: Report) -> None:
     folder = target.parent.parent
-    for leftover in folder.glob("build-*"):  # of builds that were killed: the lock is ours
+    for leftover in folder.glob("build-*"):  # from builds that were killed: this process holds the lock
         shutil.rmtree(leftover, ignore_errors=True)
     start = time.monotonic()
     try:
@@ -301,8 +303,8 @@ def _build_aside(sources: Path, recipe: Recipe, target: Path, report: Report) ->
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run a compiler to its end or its time limit, with all that it starts."""
-    # A session of its own, so that the limit ends the compiler proper too and not just its driver.
+    """Run a compiler to its end, or end it and all its children at the time limit."""
+    # In a new session, so that the time limit ends the compiler proper too, not only its driver.
     try:
         process = subprocess.Popen(
             command,
@@ -336,7 +338,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def _can_be_made(folder: Path) -> bool:
-    """Whether the folder is private and can be written, made first if it has to be."""
+    """Return True if the folder is private and can be written; create it if it is missing."""
     try:
         return os.access(private_folder(folder, create=True), os.W_OK | os.X_OK)
     except OSError:
@@ -361,14 +363,14 @@ def _writable_folder(key: str, report: Report) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path, report: Report) -> Iterator[None]:
-    """Hold the lock of `path`; the kernel frees it when its holder dies.
+    """Hold the lock of `path`; the operating system releases it when its holder dies.
 
     Raises:
-        BuildError: Another process holds it for longer than LOCK_TIMEOUT.
+        BuildError: Another process held the lock for longer than LOCK_TIMEOUT.
     """
     import fcntl  # not on Windows, where nothing is built
 
-    # Neither emptied, nor followed if it is a link.
+    # The flags neither truncate the file nor follow a link.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "r+b") as file:
         deadline, said = time.monotonic() + LOCK_TIMEOUT, False
@@ -383,6 +385,6 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise BuildError(f"another process has held {path} for {LOCK_TIMEOUT:.0f} s") from None
                 time.sleep(0.1)
-            except OSError:  # a file system without locks: os.replace alone keeps a library whole
+            except OSError:  # a file system without locks; os.replace alone keeps a library complete
                 break
         yield

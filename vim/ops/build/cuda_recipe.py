@@ -1,8 +1,7 @@
-"""What the CUDA library is made of: nvcc, architectures, and which built library serves which GPUs.
+"""The recipe of the CUDA library: nvcc, architectures, and which built library runs on which GPUs.
 
-The kernels (`.cu`) know nothing of torch and carry their CUDA runtime with them; the bindings (`.cpp`) use torch's
-stable ABI and no CUDA header. So any nvcc that the driver can follow will do, and none of the toolkit's other
-libraries has to be installed.
+The kernels (`.cu`) do not use torch and link their CUDA runtime statically. The bindings (`.cpp`) use torch's stable
+ABI and no CUDA header. So any nvcc that the driver supports will do, and no other library of the toolkit is needed.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from vim.ops.build.compilation import (
 # (major, minor) of a compute capability.
 Architecture = tuple[int, int]
 
-# Without a GPU to look at: these run on every NVIDIA GPU since 2020, newer ones through the last one's PTX.
+# The default without a GPU: these run on every NVIDIA GPU since 2020, on newer ones through the last one's PTX.
 DEFAULT_ARCHITECTURES: tuple[Architecture, ...] = ((8, 0), (9, 0))
 # The kernels need bfloat16 arithmetic and asynchronous copies to shared memory.
 OLDEST: Architecture = (8, 0)
 
-# -ffast-math's relatives are wrong here too; the kernels name the approximate instructions that they want.
+# No --use_fast_math: the kernels call approximate instructions by name where they are accurate enough.
 _KERNEL_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills")
 _PREFIX = "libvimamba_cuda"
 
 
 def find_nvcc() -> Path | None:
-    """Return nvcc, no link to it: that of $CUDA_HOME or $CUDA_PATH, of the search path, or where toolkits install."""
+    """Return the real path of nvcc: in $CUDA_HOME or $CUDA_PATH, on the search path, or where toolkits install."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     places = [Path(home) / "bin" / "nvcc" for home in homes if home]
     on_path = shutil.which("nvcc")
@@ -51,15 +50,15 @@ def find_nvcc() -> Path | None:
 
 
 def visible_architectures() -> tuple[Architecture, ...]:
-    """Of the GPUs that torch sees, each once, the oldest first."""
+    """Return the architectures of the GPUs that torch sees, without duplicates, the oldest first."""
     return tuple(sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}))
 
 
 def parse_architecture(text: str) -> Architecture:
-    """(9, 0) from "9.0", "90" or "sm_90".
+    """Return (9, 0) for "9.0", "90" or "sm_90".
 
     Raises:
-        ValueError: It is none of these, or older than the kernels support.
+        ValueError: The text has another form, or the architecture is older than the kernels support.
     """
     match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)", text)
     if match is None:
@@ -71,7 +70,7 @@ def parse_architecture(text: str) -> Architecture:
 
 
 def recipe(architectures: Iterable[Architecture]) -> Recipe:
-    """The CUDA library for GPUs of these architectures, and as PTX for those newer than the last.
+    """Return the recipe of the CUDA library for these architectures, with PTX for GPUs newer than the last.
 
     Raises:
         BuildError: This PyTorch has no CUDA, or an architecture is older than the kernels support.
@@ -100,7 +99,7 @@ def recipe(architectures: Iterable[Architecture]) -> Recipe:
 
 
 def find_library(architectures: Iterable[Architecture]) -> Path | None:
-    """A library that is built already and runs on GPUs of all these architectures, sooner as it is than through PTX."""
+    """Return a library that is already built and runs on all these architectures, if possible without PTX."""
     wanted = tuple(architectures)
     found = list(find_libraries(recipe(wanted), f"{_PREFIX}*.so"))
     for through_ptx in (False, True):
@@ -111,9 +110,9 @@ def find_library(architectures: Iterable[Architecture]) -> Path | None:
 
 
 def problem(library: Path) -> str | None:
-    """Why the loaded library's kernels cannot run on some GPU that torch sees; `None` where all can.
+    """Return why the loaded library's kernels cannot run on some GPU that torch sees; `None` if they run on all.
 
-    Asks for one kernel's attributes: a driver that is too old, or code for another architecture, shows there.
+    The library asks for one kernel's attributes, which fails for a driver that is too old or another architecture.
     """
     ask = ctypes.CDLL(str(library)).vim_cuda_problem
     ask.restype = ctypes.c_char_p
@@ -126,7 +125,7 @@ def problem(library: Path) -> str | None:
 
 
 def _serves(library: Path, architecture: Architecture, through_ptx: bool) -> bool:
-    """Whether it holds code for this architecture: that of an older one of the same generation will do."""
+    """Return True if it has code for this architecture, or for an older one of the same generation."""
     built = [(int(number[:-1]), int(number[-1])) for number in re.findall(r"_sm(\d+)", library.name)]
     major, minor = architecture
     return any(m == major and n <= minor for m, n in built) or (through_ptx and max(built) <= architecture)

@@ -1,7 +1,7 @@
 """Folders for compiled code, which nobody but this user and root can change.
 
-Loading a library runs its code, and whoever can write to one folder on the way to it can put another in its place. So
-every folder is looked at, from the root of the file system down.
+Loading a library runs its code. A user who can write to any folder on its path can replace it. So every folder is
+checked, from the root of the file system down.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import os
 import stat
 from pathlib import Path
 
-# Links on one way, as many as Linux follows.
+# Links on one path; Linux follows as many.
 _MOST_LINKS = 40
 
 
 class NotPrivate(OSError):
-    """Another user could change what lies in a folder; the message names it."""
+    """Error for a folder that another user could change; the message names it."""
 
 
 def private_folder(path: Path, create: bool = False) -> Path:
-    """Return the folder without links, once nobody but this user and root can change what lies in it.
+    """Return the folder's real path, if nobody but this user and root can change what is in it.
 
     Args:
         path: An absolute path.
-        create: Make the folders that are missing, for this user alone.
+        create: Create missing folders, for this user only.
 
     Raises:
-        NotPrivate: Another user could change what lies in it.
-        OSError: It does not exist, or cannot be read or made.
+        NotPrivate: Another user could change what is in the folder.
+        OSError: The folder does not exist, or cannot be read or created.
     """
     if not path.is_absolute():
         raise FileNotFoundError(f"{path} begins with a home folder that does not exist")
@@ -66,7 +66,7 @@ def private_folder(path: Path, create: bool = False) -> Path:
 
 
 def _check(entry: Path, below_shared: bool) -> None:
-    """Raise for a folder or a link that another user could change, except a folder in which each keeps their own."""
+    """Raise for a folder or a link that another user could change, unless a sticky bit protects its entries."""
     status = entry.lstat()
     if status.st_uid not in _owners(below_shared):
         raise NotPrivate(f"{entry} belongs to another user")
@@ -88,7 +88,7 @@ def _is_writable_by_others(status: os.stat_result) -> bool:
 
 
 def _is_own_group(group: int) -> bool:
-    """Whether this user is alone in a group: many systems give each user one, and let it write to new folders."""
+    """Return True if this user is alone in a group: many systems give each user one that may write to new folders."""
     import grp
     import pwd
 
@@ -100,16 +100,17 @@ def _is_own_group(group: int) -> bool:
 
 
 def _owners(below_shared: bool) -> set[int]:
-    """Return whom a folder may belong to."""
+    """Return the ids of the users that a folder may belong to."""
     owners = {0, os.geteuid()}
-    # In a container without privileges root's folders seem to be nobody's; so do other users', where all may write.
+    # In a container without privileges root's folders seem to belong to nobody. So do other users' folders, which
+    # matters below folders that all users can write to.
     if not below_shared and not _knows_root():
         owners.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
     return owners
 
 
 def _knows_root() -> bool:
-    """Whether the root of the machine is a user here, and not one outside of a container's user namespace."""
+    """Return True if the machine's root is a user here, not outside of a container's user namespace."""
     try:
         lines = Path("/proc/self/uid_map").read_text().splitlines()
     except OSError:

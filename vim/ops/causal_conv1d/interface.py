@@ -1,4 +1,4 @@
-"""`causal_conv1d`: what users call."""
+"""`causal_conv1d`, the function for users."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: A shape or device disagrees with `x`, `len` is 0, or `activation` is unknown.
-        TypeError: An argument is no floating tensor.
+        TypeError: An argument is not a floating tensor.
         RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Gu and Dao 2023, arXiv:2312.00752, section 3.4; argument order of causal-conv1d's `causal_conv1d_fn`.
@@ -54,7 +54,7 @@ def causal_conv1d(
 
 
 def check_filter(name: str, weight: Tensor, dim: int, x: Tensor) -> None:
-    """`weight` must be (dim, width) with at least one tap."""
+    """Raise unless `weight` is (dim, width) with at least one tap, on the device of `x`."""
     width = weight.shape[1] if isinstance(weight, Tensor) and weight.dim() == 2 else 0
     check_operand(name, weight, (dim, width), "(dim, width)", x, "x")
     if width == 0:

@@ -2,8 +2,8 @@
 
     out[l] = silu(bias + sum_k weight[k] x[l - (width - 1) + k])
 
-with zeros before the first token. `reverse` mirrors it: out[l] sees x[l] and the tokens after it, the last tap of
-`weight` always falling on x[l]. Arithmetic is float32, or float64 for float64 input.
+with zeros before the first token. `reverse` mirrors it: out[l] sees x[l] and the tokens after it. The last tap of
+`weight` always multiplies x[l]. Arithmetic is float32, or float64 for float64 input.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def causal_conv1d_backward(
 
 
 def convolve(x: Tensor, weight: Tensor, reverse: bool) -> Tensor:
-    """Causal sum of taps, (batch, dim, len)."""
+    """Return the sum over taps, (batch, dim, len)."""
     out = torch.zeros_like(x)
     for k, tap in enumerate(taps(x, weight.shape[1], reverse)):
         out = out + weight[:, k, None] * tap
@@ -48,7 +48,7 @@ def convolve(x: Tensor, weight: Tensor, reverse: bool) -> Tensor:
 
 
 def taps(x: Tensor, width: int, reverse: bool) -> list[Tensor]:
-    """What each tap of the filter sees: `x` shifted, zeros moving in, (batch, dim, len) each."""
+    """Return the input of each tap of the filter: `x` shifted, with zeros moving in, (batch, dim, len) each."""
     seqlen = x.shape[-1]
     padded = F.pad(x, (0, width - 1) if reverse else (width - 1, 0))
     starts = range(width - 1, -1, -1) if reverse else range(width)

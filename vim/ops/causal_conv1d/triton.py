@@ -1,8 +1,8 @@
 """The depthwise causal convolution in Triton; the bidirectional one builds on it.
 
-A program takes a tile of tokens and channels and reads it once for each tap, which caches serve. The backward pass
-first writes the gradient before SiLU in float32, with each program's share of the weights' gradients; the gradient of
-the input is the convolution of that in the other direction.
+A program takes a tile of tokens and channels and reads it once for each tap, mostly from a cache. The backward pass
+first writes the gradient before SiLU in float32, with each program's share of the weights' gradients. Then it convolves
+that gradient in the other direction, which gives the gradient of the input.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import on_device
 from vim.ops.common.layout import empty_like_layout
-from vim.ops.common.triton_tensors import Rows, contiguous, load_tile, place_tile, rows, store_tile
+from vim.ops.common.triton_tensors import Rows, contiguous, load_tile, on_device, place_tile, rows, store_tile
 
 # Tokens and channels of a tile.
 TOKENS, CHANNELS = 16, 128
@@ -22,14 +21,14 @@ TOKENS, CHANNELS = 16, 128
 
 @triton.jit
 def load_tap(x, batch, tokens, channels, seqlen, dim, K: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """What tap `K` of the filter sees at each token; 0 before the first and after the last."""
+    """Load the input of tap `K` of the filter at each token; 0 before the first token and after the last."""
     seen = tokens + (WIDTH - 1 - K if REVERSE else K - (WIDTH - 1))
     return load_tile(x, batch, seen, channels, (seen >= 0) & (seen < seqlen) & (channels < dim))
 
 
 @triton.jit
 def convolve(x, weight, bias, batch, tokens, channels, seqlen, dim, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Bias and sum over taps, (TOKENS, CHANNELS), in float32."""
+    """Return bias plus the sum over taps, (TOKENS, CHANNELS), in float32."""
     total = tl.zeros((tokens.shape[0], channels.shape[1]), tl.float32)
     for k in tl.static_range(WIDTH):
         tap = tl.load(weight + channels * WIDTH + k, mask=channels < dim, other=0.0).to(tl.float32)
@@ -64,7 +63,7 @@ def causal_conv1d_fwd_kernel(
     x, weight, bias, out, seqlen, dim, WIDTH: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One direction."""
+    """Write the convolution of one direction."""
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
     total = convolve(x, weight, bias, batch, tokens, channels, seqlen, dim, WIDTH, REVERSE)
     if SILU:
@@ -77,7 +76,7 @@ def causal_conv1d_bwd_kernel(
     dout, x, weight, bias, before, dweight, dbias, seqlen, dim, WIDTH: tl.constexpr, SILU: tl.constexpr,
     REVERSE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The first part of the backward pass."""
+    """Run the first part of the backward pass, `convolve_backward`, on each tile."""
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
     convolve_backward(
         dout, x, weight, bias, before, dweight, dbias, batch, tokens, channels, inside, tl.program_id(0), seqlen, dim,
@@ -86,7 +85,7 @@ def causal_conv1d_bwd_kernel(
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """`vim::causal_conv1d_triton`: the results of the reference."""
+    """Implement `vim::causal_conv1d_triton`; results are the reference's."""
     out = empty_like_layout(x)
     _launch(rows(x), weight.contiguous(), bias, rows(out), silu, reverse)
     return out
@@ -95,7 +94,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
 def causal_conv1d_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`vim::causal_conv1d_backward_triton`: the results of the reference."""
+    """Implement `vim::causal_conv1d_backward_triton`; results are the reference's."""
     batch, dim, seqlen = x.shape
     width, weight, dx = weight.shape[1], weight.contiguous(), empty_like_layout(x)
     before = torch.empty(batch, seqlen, dim, device=x.device).mT
@@ -119,12 +118,12 @@ def _launch(x: Rows, weight: Tensor, bias: Tensor | None, out: Rows, silu: bool,
 
 
 def tiles(x: Tensor) -> tuple[int, int]:
-    """Programs for x (batch, len, dim)."""
+    """Return the grid of programs for x (batch, len, dim)."""
     batch, seqlen, dim = x.shape
     return batch * triton.cdiv(seqlen, TOKENS), triton.cdiv(dim, CHANNELS)
 
 
 def partials(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Room for the shares of the tiles of x (batch, len, dim) in the gradients of weight and bias."""
+    """Allocate the shares of the tiles of x (batch, len, dim) in the gradients of weight and bias."""
     shape = (tiles(x)[0], x.shape[2])
     return torch.empty(shape[0], width, shape[1], device=x.device), torch.empty(shape, device=x.device)

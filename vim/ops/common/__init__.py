@@ -1,1 +1,1 @@
-"""What all ops share: argument checks, memory layout, registration with torch."""
+"""Code that all ops share: argument checks, memory layout, registration with torch."""

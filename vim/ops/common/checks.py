@@ -1,4 +1,4 @@
-"""Checks at the door of the ops: each names the argument, what it must be and what it is."""
+"""Checks of the ops' arguments: each error names the argument, what it must be, and what it is."""
 
 from __future__ import annotations
 
@@ -11,55 +11,78 @@ from vim.ops.common.eager import is_eager
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_activation(name: str, value: object, axes: str) -> torch.Tensor:
-    """`value` must be a floating tensor with the axes named in `axes`, for example "(batch, dim, len)"."""
+def check_tensor(name: str, value: object, axes: str) -> torch.Tensor:
+    """Raise unless `value` is a tensor; `axes` describes it, for example "(batch, dim, len)"."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor {axes}, got {type(value).__name__}")
-    if value.dim() != axes.count(",") + 1:
-        raise ValueError(f"{name} must be {axes}, got shape {tuple(value.shape)}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     return value
 
 
+def check_floating(name: str, value: torch.Tensor) -> None:
+    """Raise unless `value` has a floating dtype that the ops compute in."""
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def check_activation(name: str, value: object, axes: str) -> torch.Tensor:
+    """Raise unless `value` is a floating tensor with the axes that `axes` lists, for example "(batch, dim, len)"."""
+    tensor = check_tensor(name, value, axes)
+    if tensor.dim() != axes.count(",") + 1:
+        raise ValueError(f"{name} must be {axes}, got shape {tuple(tensor.shape)}")
+    check_floating(name, tensor)
+    return tensor
+
+
+def check_axes(name: str, value: object, axes: str) -> torch.Size:
+    """Raise unless `value` is a tensor with the axes that `axes` lists, none of them empty; return its shape."""
+    tensor = check_tensor(name, value, axes)
+    if tensor.dim() != axes.count(",") + 1 or 0 in tensor.shape:
+        raise ValueError(f"{name} must be {axes}, no axis empty, got shape {tuple(tensor.shape)}")
+    return tensor.shape
+
+
 def check_length(name: str, length: int) -> None:
-    """A sequence has at least one token."""
+    """Raise unless a sequence has at least one token."""
     if length == 0:
         raise ValueError(f"{name} must have at least one token, got a length of 0")
 
 
-def check_like(name: str, value: object, shape: Sequence[int], axes: str, like: torch.Tensor, like_name: str) -> None:
-    """`value` must have this shape and the dtype and device of `like`."""
-    check_operand(name, value, shape, axes, like, like_name)
-    assert isinstance(value, torch.Tensor)
-    if value.dtype != like.dtype:
-        raise ValueError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
-
-
 def check_operand(
     name: str, value: object, shape: Sequence[int], axes: str, like: torch.Tensor, like_name: str
-) -> None:
-    """`value` must be a real floating tensor of this shape on the device of `like`; any floating dtype."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {type(value).__name__}")
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {axes} = {tuple(shape)}, got {tuple(value.shape)}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-    check_device(name, value, like, like_name)
+) -> torch.Tensor:
+    """Raise unless `value` is a floating tensor of this shape on the device of `like`; any floating dtype."""
+    tensor = check_tensor(name, value, axes)
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {axes} = {tuple(shape)}, got {tuple(tensor.shape)}")
+    check_floating(name, tensor)
+    check_device(name, tensor, like, like_name)
+    return tensor
+
+
+def check_like(name: str, value: object, shape: Sequence[int], axes: str, like: torch.Tensor, like_name: str) -> None:
+    """Raise unless `value` has this shape and the dtype and device of `like`."""
+    tensor = check_operand(name, value, shape, axes, like, like_name)
+    if tensor.dtype != like.dtype:
+        raise ValueError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {tensor.dtype}")
 
 
 def check_device(name: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
-    """`value` must be on the device of `like`."""
+    """Raise unless `value` is on the device of `like`."""
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
 
 
-def check_memory(name: str, value: object) -> None:
-    """A plain tensor must lie within its memory, which sharding and offloading take from under tensors that keep sizes.
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
-    Torch's own kernels read what is not there: `untyped_storage().resize_(0)` makes most of them crash. Nothing is
-    asked where graphs are recorded or functions transformed: tensors may have no memory there.
+
+def check_memory(name: str, value: object) -> None:
+    """Raise unless the memory of a plain tensor is there: sharding and offloading free it and keep the tensor's sizes.
+
+    After `untyped_storage().resize_(0)` most of torch's own kernels crash. While a graph is recorded or a function is
+    transformed nothing is checked: tensors may have no memory then.
     """
     if (type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter) or not is_eager():
         return
@@ -74,16 +97,3 @@ def check_memory(name: str, value: object) -> None:
         raise RuntimeError(
             f"{name} needs {needed} bytes of memory and its storage has {held}: it was freed or cut short"
         )
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """`value` must be one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
-
-
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will record an op on these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)

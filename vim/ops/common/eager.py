@@ -1,4 +1,4 @@
-"""What torch does with the ops that run: plain eager calls, or something that registered ops do not support."""
+"""State of torch around a call: recording, transforms and gradients."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ def is_transformed() -> bool:
 def is_eager() -> bool:
     """Return True where ops run now and as they are: no graph is recorded and no function is transformed."""
     return bool(not torch.compiler.is_compiling() and not is_transformed() and torch._C._get_tracing_state() is None)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Return True if autograd will record an op on these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)

@@ -1,4 +1,4 @@
-"""Memory layout and precision that every backend agrees on."""
+"""Memory layout and precision that all backends share."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from vim.ops.common.checks import check_memory, needs_grad
-from vim.ops.common.eager import is_transformed
+from vim.ops.common.checks import check_memory
+from vim.ops.common.eager import is_transformed, needs_grad
 
-# Tokens between two saved states. A backward pass rebuilds the states of one chunk at a time.
+# Tokens between two saved states: a chunk. The backward pass rebuilds the states of one chunk at a time.
 CHECKPOINT_EVERY = 64
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of states, decays, softplus, weights and sums: float64 for float64, float32 for everything else."""
+    """Return the dtype of states, decays, softplus, weights and sums: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_dtype(
     dtype: torch.dtype, names: Sequence[str], tensors: Iterable[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:
-    """The tensors in this dtype; those that have it already, and `None`, as they are.
+    """Return the tensors in this dtype; a tensor that has it already, and `None`, are passed on.
 
-    On a GPU without gradients all are converted by one kernel: the conversions are small and their launches are not.
+    On a GPU without gradients one kernel converts them all, because launches take longer than these conversions.
+
+    Args:
+        dtype: The dtype to convert to.
+        names: Names of the tensors for errors.
+        tensors: As many tensors or `None`.
 
     Raises:
-        RuntimeError: The memory of one to convert was freed or cut short; the message has its name.
+        RuntimeError: The memory of a tensor to convert was freed or cut short; the message names the tensor.
     """
     result = list(tensors)
     others = [i for i, t in enumerate(result) if t is not None and t.dtype is not dtype]
@@ -42,7 +47,7 @@ def as_dtype(
 
 
 def to_dtype(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`t` in this dtype; an error with its name where the memory to convert was freed or cut short."""
+    """Return `t` in this dtype; raise RuntimeError with its name if its memory was freed or cut short."""
     if t.dtype is not dtype and t.is_cpu:
         check_memory(name, t)
     return t.to(dtype)
@@ -55,7 +60,7 @@ def _is_eager_inference(tensors: list[torch.Tensor]) -> bool:
 
 
 def empty_like_layout(x: torch.Tensor) -> torch.Tensor:
-    """An empty tensor like `x` (batch, dim, len): channel-last in memory where `x` is, contiguous elsewhere."""
+    """Return an empty tensor like `x` (batch, dim, len): channel-last in memory if `x` is, otherwise contiguous."""
     batch, dim, seqlen = x.shape
     if x.stride(1) == 1 and x.stride(2) != 1:
         return x.new_empty(batch, seqlen, dim).transpose(1, 2)
@@ -63,16 +68,16 @@ def empty_like_layout(x: torch.Tensor) -> torch.Tensor:
 
 
 def checkpoint_interval(*inputs: torch.Tensor | None) -> int:
-    """Tokens between the states that an op saves for its backward pass; 0 where it saves none.
+    """Return the number of tokens between the states that an op saves for its backward pass; 0 if it saves none.
 
-    An exported program saves none, and its backward pass makes them: their number is a symbol there, of which
-    torch.export asks whether it is one, and the answer would bind the program to sequences of one kind. A traced one
-    saves none either: torch.jit.trace compares the graphs that it records with gradients and without.
+    Exported programs save none; their backward pass runs the forward pass again to make them. The number of states
+    would be a symbol, torch.export would ask whether it is 1, and the answer would specialise the program to some
+    lengths. Traced programs save none either: torch.jit.trace demands the same graph with and without gradients.
     """
     records = torch.compiler.is_exporting() or torch.jit.is_tracing()
     return CHECKPOINT_EVERY if needs_grad(*inputs) and not records else 0
 
 
 def num_chunks(seqlen: int, checkpoint_every: int) -> int:
-    """Number of chunks whose entry states are saved; none where `checkpoint_every` is 0."""
+    """Return the number of chunks whose entry states are saved; 0 if `checkpoint_every` is 0."""
     return 0 if checkpoint_every == 0 else (seqlen + checkpoint_every - 1) // checkpoint_every

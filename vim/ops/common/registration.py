@@ -47,17 +47,17 @@ class _Autograd:
         differentiable = _differentiable(self.again, self.cotangents, len(backward_op._schema.returns))
 
         def backward(ctx: Any, *grads: Any) -> Any:
-            # Operations are recorded here with create_graph=True alone.
+            # Gradients are enabled here with create_graph=True only.
             return self.backward(differentiable if torch.is_grad_enabled() else backward_op, forward_op, ctx, *grads)
 
         torch.library.register_autograd(f"vim::{self.name}{family}", backward, setup_context=self.save)
 
 
 def _differentiable(again: Callable[..., Any], cotangents: int, results: int) -> Callable[..., tuple[Any, ...]]:
-    """A backward op as a function that has derivatives itself, because PyTorch differentiates the forward op again."""
+    """Return a differentiable function in place of a backward op: PyTorch differentiates the forward op again."""
 
     def backward(*arguments: Any) -> tuple[Any, ...]:
-        # Views, so that an input which another one was made from counts for itself alone.
+        # Views: an input that another input was computed from must not get the other's gradient as well.
         grads = arguments[:cotangents]
         inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in arguments[cotangents:]]
         outputs = again(*inputs)
@@ -72,7 +72,7 @@ def _differentiable(again: Callable[..., Any], cotangents: int, results: int) ->
             materialize_grads=True,
         )
         by_input = dict(zip(map(id, wanted), found, strict=True))
-        # Zeros where nobody wants a gradient; `None` stands for an absent input's.
+        # Zeros where no gradient is wanted, and `None` for an absent input.
         return tuple(
             by_input[id(t)] if id(t) in by_input else None if t is None else torch.zeros_like(t)
             for t in inputs[:results]
@@ -86,7 +86,7 @@ _autograds: list[_Autograd] = []
 
 
 def by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an op's reference with a check that the memory of every argument is there."""
+    """Return an op's reference, preceded by `check_memory` on every argument."""
     names = [argument.name for argument in getattr(torch.ops.vim, name).default._schema.arguments]
 
     @functools.wraps(reference)
@@ -98,16 +98,16 @@ def by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]
     return checked
 
 
-# Endings of the families' names: the portable one, the one pinned to the reference (see `_backends`), and those added.
+# Suffixes of the families (see `backends/registry.py`): the portable one, the reference's, and added ones.
 _families: dict[str, Implement] = {"": by_reference, "_reference": by_reference}
 
 
 def define_family(suffix: str, implement: Implement = by_reference) -> None:
-    """Define every op once more, under names that end in `suffix`.
+    """Define every op again, under names that end in `suffix`.
 
     Args:
-        suffix: Ending of the names.
-        implement: Takes (name of an op, its reference) and returns what runs wherever no kernel is attached.
+        suffix: End of the names.
+        implement: Takes (name of an op, its reference) and returns the implementation for devices without a kernel.
     """
     _families[suffix] = implement
     for op in _ops:
@@ -129,8 +129,8 @@ def define_op(
     Args:
         name: Name of the op without its namespace.
         schema: Arguments and results in torch.library's notation; fixed arity, results are tensors.
-        reference: The implementation that runs wherever no kernel is attached.
-        fake: Same signature; returns empty tensors of the right shapes, dtypes and strides.
+        reference: The implementation for devices without a kernel.
+        fake: Takes the same arguments; returns empty tensors of the right shapes, dtypes and strides.
         flops: Takes the arguments with shapes in place of tensors; returns floating point operations.
     """
     op = _Op(name, schema, reference, fake, flops)
@@ -148,16 +148,16 @@ def define_autograd(
     cotangents: int = 1,
     again: Callable[..., Any] | None = None,
 ) -> None:
-    """Connect `vim::name` with `vim::name_backward`, each family with its own.
+    """Register `vim::name_backward` as the backward pass of `vim::name`, in each family.
 
     Args:
         name: Name of the forward op; the backward op is `name_backward`.
         reference: The forward op's reference.
         save: `setup_context` of torch.library.register_autograd.
         backward: Takes (backward op, forward op, ctx, *grads); returns a gradient or `None` for each input.
-        cotangents: How many of the backward op's arguments, the first ones, are gradients.
-        again: Takes the others, returns the outputs they belong to, in plain PyTorch; the reference where those are the
-            forward op's arguments.
+        cotangents: Number of gradients at the start of the backward op's arguments.
+        again: Computes the outputs again from the backward op's other arguments, in plain PyTorch, for second
+            derivatives. `None` is the reference: for ops whose other arguments are the forward op's.
     """
     register_reference(name, reference)
     autograd = _Autograd(name, save, backward, cotangents, again or reference)

@@ -1,20 +1,23 @@
-"""What kernels in Triton share: how they read and write tensors of any strides."""
+"""Helpers that kernels in Triton share: launches, and reads and writes of tensors of any strides."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
 class Map(NamedTuple):
-    """B or C: a tensor, its strides, and how many channels share a group.
+    """B or C as kernels take it: a tensor, its strides, and the number of channels that share a group.
 
-    A constant one, (dim, d_state), is a group for each channel.
+    In a constant B or C, (dim, d_state), each channel is a group.
     """
 
     base: Tensor
@@ -26,7 +29,7 @@ class Map(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A number for each batch element, channel and token: a tensor and its strides."""
+    """A tensor (batch, channel, token) as kernels take it: the tensor and its strides."""
 
     base: Tensor
     batch: int
@@ -35,48 +38,63 @@ class Rows(NamedTuple):
 
 
 def rows(tensor: Tensor) -> Rows:
-    """A tensor (batch, channel, token) as kernels take it."""
+    """Return a tensor (batch, channel, token) as kernels take it."""
     batch, channel, token = tensor.stride()
     return Rows(tensor, batch, channel, token)
 
 
 def optional_rows(tensor: Tensor | None) -> Rows | None:
-    """The same, or none."""
+    """Return `rows(tensor)`, or `None` for `None`."""
     return None if tensor is None else rows(tensor)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, if there is one, dense."""
+    """Return `tensor.contiguous()`, or `None` for `None`."""
     return None if tensor is None else tensor.contiguous()
 
 
 def channels_last(A: Tensor) -> tuple[Tensor, int, int]:
-    """(dim, numbers) as kernels take it: dense as (numbers, dim), and the strides of dim and of numbers."""
+    """Return (dim, numbers) as kernels take it: contiguous as (numbers, dim), and the strides of dim and numbers."""
     return A.T.contiguous(), 1, A.shape[0]
 
 
 def common_alignment(strides: Iterable[int]) -> int:
-    """The widest load of B and C, up to 8 numbers, that divides all of these strides."""
+    """Return the widest load of B and C, up to 8 numbers, that divides all of these strides."""
     return math.gcd(8, *strides)
+
+
+@functools.cache  # a fact of the hardware
+def lanes(device: torch.device) -> int:
+    """Return how many threads a GPU runs in lockstep; 32 in Triton's interpreter."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
+    return 32
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on the GPU that holds the tensor."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 @triton.jit
 def load_rows(rows, batch, channels, token, mask):
-    """The numbers of a block of channels at one token, as they are stored; 0 where masked."""
+    """Load a block of channels at one token, in the stored dtype; 0 where masked."""
     start = rows.base + batch.to(tl.int64) * rows.batch + token * rows.token
     return tl.load(start + channels * rows.channel, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(rows, batch, channels, token, values, mask):
-    """The opposite of `load_rows`."""
+    """Store a block of channels at one token; the inverse of `load_rows`."""
     start = rows.base + batch.to(tl.int64) * rows.batch + token * rows.token
     tl.store(start + channels * rows.channel, values.to(rows.base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), accurate to float32 for small results too: log1p(e) by its atanh series, 0 < e <= 1."""
+    """Return log(1 + exp(x)), accurate in float32 for small results too: log1p(e) by its atanh series, 0 < e <= 1."""
     e = tl.exp(-tl.abs(x))
     s = e / (2 + e)
     q = s * s
@@ -86,9 +104,9 @@ def softplus(x):
 
 @triton.jit
 def load_map(map, batch, first, token, START: tl.constexpr, SIZE: tl.constexpr, ALIGN: tl.constexpr):
-    """`SIZE` numbers from `START` on at one token, as they are stored, padded to a power of two with 0.
+    """Load `SIZE` numbers from `START` on at one token, in the stored dtype, padded with 0 to a power of two.
 
-    Every thread loads all of them, several at a time where `ALIGN`, a divisor of the strides, allows it.
+    Every thread loads all of them, several at a time if `ALIGN`, a divisor of the strides, allows it.
     """
     PADDED: tl.constexpr = triton.next_power_of_2(SIZE)
     index = tl.arange(0, PADDED)
@@ -104,12 +122,12 @@ def load_map(map, batch, first, token, START: tl.constexpr, SIZE: tl.constexpr, 
 
 @triton.jit
 def at_states(base, channel_stride, state_stride, channels, inside, STATES: tl.constexpr):
-    """Pointers to a number for each state (padded to a power of two) and channel, and which of them exist.
+    """Return pointers to each state (padded to a power of two) of each channel, and a mask of those that exist.
 
-    The compiler shall lay channels over lanes, one each, and a channel's states into one thread. It goes by what loads
-    and stores look like: states are multiplied by a 1 that it cannot know (no grid here has a third axis), so that they
-    are not contiguous, and a 0 that it cannot know is added, so that no alignment allows several channels in a thread.
-    Tensors with channels in the last place have the layout, therefore, in every version of Triton.
+    The compiler should put one channel on a lane and all of a channel's states into its thread. It derives that layout
+    from loads and stores. So the state index is multiplied by 1 at run time (no grid here has a third axis), which
+    hides that states are contiguous. And 0 is added at run time, which hides alignment, so that no thread takes several
+    channels. Tensors whose last axis is channels get the layout this way in every version of Triton.
     """
     one = tl.num_programs(2)
     index = tl.arange(0, triton.next_power_of_2(STATES))[:, None]
@@ -119,21 +137,21 @@ def at_states(base, channel_stride, state_stride, channels, inside, STATES: tl.c
 
 @triton.jit
 def load_states(base, channel_stride, state_stride, channels, inside, STATES: tl.constexpr):
-    """A number for each state and channel of the block, (states padded to a power of two, channels); 0 outside."""
+    """Load each state of each channel of the block, (states padded to a power of two, channels); 0 outside."""
     at, mask = at_states(base, channel_stride, state_stride, channels, inside, STATES)
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_states(base, channel_stride, state_stride, values, channels, inside, STATES: tl.constexpr):
-    """The opposite of `load_states`."""
+    """Store each state of each channel of the block; the inverse of `load_states`."""
     at, mask = at_states(base, channel_stride, state_stride, channels, inside, STATES)
     tl.store(at, values, mask=mask)
 
 
 @triton.jit
 def place_tile(seqlen, dim, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Batch element, tokens (TOKENS, 1), channels (1, CHANNELS) and which of them exist.
+    """Return a program's batch element, tokens (TOKENS, 1), channels (1, CHANNELS), and a mask of those that exist.
 
     Programs are (batch elements times blocks of tokens, blocks of channels).
     """
@@ -146,14 +164,14 @@ def place_tile(seqlen, dim, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def load_tile(rows, batch, tokens, channels, mask):
-    """The numbers of a tile, in float32; 0 where masked."""
+    """Load a tile in float32; 0 where masked."""
     start = rows.base + batch.to(tl.int64) * rows.batch
     return tl.load(start + tokens * rows.token + channels * rows.channel, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(rows, batch, tokens, channels, values, mask):
-    """The opposite of `load_tile`."""
+    """Store a tile; the inverse of `load_tile`."""
     start = rows.base + batch.to(tl.int64) * rows.batch
     at = start + tokens * rows.token + channels * rows.channel
     tl.store(at, values.to(rows.base.dtype.element_ty), mask=mask)

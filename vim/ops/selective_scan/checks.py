@@ -1,11 +1,19 @@
-"""What `selective_scan` accepts."""
+"""Checks of `selective_scan`'s arguments."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vim.ops.common.checks import FLOATING, check_activation, check_device, check_length, check_like, check_operand
+from vim.ops.common.checks import (
+    FLOATING,
+    check_activation,
+    check_device,
+    check_length,
+    check_like,
+    check_operand,
+    check_tensor,
+)
 from vim.ops.common.layout import accumulate_dtype
 
 
@@ -19,7 +27,7 @@ def check_scan_inputs(
     z: Tensor | None,
     delta_bias: Tensor | None,
 ) -> None:
-    """Raise ValueError or TypeError, naming the argument, unless the inputs belong together."""
+    """Raise ValueError or TypeError, naming the argument, unless the inputs fit together."""
     check_activation("u", u, "(batch, dim, len)")
     dim, seqlen = u.shape[1:]
     check_length("u", seqlen)
@@ -36,8 +44,7 @@ def check_scan_inputs(
 
 
 def _check_decay(A: Tensor, u: Tensor) -> None:
-    if not isinstance(A, Tensor):
-        raise TypeError(f"A must be a tensor (dim, d_state), got {type(A).__name__}")
+    check_tensor("A", A, "(dim, d_state)")
     if A.dim() != 2 or A.shape[0] != u.shape[1] or A.shape[1] == 0:
         raise ValueError(f"A must be (dim, d_state) with dim = {u.shape[1]} as in u, got {tuple(A.shape)}")
     if A.dtype not in (*FLOATING, torch.complex64, torch.complex128):
@@ -46,28 +53,25 @@ def _check_decay(A: Tensor, u: Tensor) -> None:
 
 
 def _check_map(name: str, B: Tensor, A: Tensor, u: Tensor) -> None:
-    """B and C: (dim, d_state), (batch, d_state, len) or (batch, groups, d_state, len)."""
-    if not isinstance(B, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(B).__name__}")
+    """Raise unless B or C is (dim, d_state), (batch, d_state, len) or (batch, groups, d_state, len)."""
+    kinds = "(dim, d_state), (batch, d_state, len) or (batch, groups, d_state, len)"
+    check_tensor(name, B, kinds)
     batch, dim, seqlen = u.shape
     d_state = A.shape[1]
+    # With a complex A the last axis of B holds (re, im) pairs.
+    length = 2 * seqlen if A.is_complex() else seqlen
     if B.dim() == 2:
         _check_constant_map(name, B, A)
-    elif B.dim() in (3, 4):
-        # With a complex A the last axis holds (re, im) pairs.
-        length = 2 * seqlen if A.is_complex() else seqlen
-        groups = B.shape[1] if B.dim() == 4 else 1
-        if B.dim() == 4 and (groups == 0 or dim % groups):
+        check_device(name, B, u, "u")
+    elif B.dim() == 3:
+        check_like(name, B, (batch, d_state, length), "(batch, d_state, len)", u, "u")
+    elif B.dim() == 4:
+        groups = B.shape[1]
+        if groups == 0 or dim % groups:
             raise ValueError(f"{name} must have groups that divide dim = {dim}, got {groups} groups")
-        shape = (batch, d_state, length) if B.dim() == 3 else (batch, groups, d_state, length)
-        axes = "(batch, d_state, len)" if B.dim() == 3 else "(batch, groups, d_state, len)"
-        check_like(name, B, shape, axes, u, "u")
+        check_like(name, B, (batch, groups, d_state, length), "(batch, groups, d_state, len)", u, "u")
     else:
-        raise ValueError(
-            f"{name} must be (dim, d_state), (batch, d_state, len) or (batch, groups, d_state, len), "
-            f"got shape {tuple(B.shape)}"
-        )
-    check_device(name, B, u, "u")
+        raise ValueError(f"{name} must be {kinds}, got shape {tuple(B.shape)}")
 
 
 def _check_constant_map(name: str, B: Tensor, A: Tensor) -> None:
@@ -79,7 +83,7 @@ def _check_constant_map(name: str, B: Tensor, A: Tensor) -> None:
 
 
 def decay_dtype(A: Tensor, u: Tensor) -> torch.dtype:
-    """Dtype in which A and constant B and C enter the kernels."""
+    """Return the dtype in which A, and a constant B or C, enter the kernels."""
     real = accumulate_dtype(u.dtype)
     if not A.is_complex():
         return real

@@ -1,4 +1,4 @@
-"""`selective_scan`: what users call."""
+"""`selective_scan`, the function for users."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def selective_scan(
 
     Raises:
         ValueError: A shape, dtype or device disagrees with `u`, or `len` is 0; the message names both values.
-        TypeError: An argument is no tensor, or of a dtype that no scan has.
+        TypeError: An argument is not a tensor, or has a dtype that the scan does not take.
         RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Gu and Dao 2023, arXiv:2312.00752, Algorithm 2; argument order of mamba-ssm's `selective_scan_fn`.

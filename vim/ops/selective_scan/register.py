@@ -1,4 +1,4 @@
-"""`vim::selective_scan` and its backward, as torch knows them."""
+"""Registration of `vim::selective_scan` and its backward with torch."""
 
 from __future__ import annotations
 
@@ -9,52 +9,28 @@ from torch import Tensor
 
 from vim.ops.common.layout import CHECKPOINT_EVERY, accumulate_dtype, empty_like_layout, num_chunks
 from vim.ops.common.registration import define_autograd, define_op
-from vim.ops.selective_scan import reference
+from vim.ops.selective_scan import chunked
+from vim.ops.selective_scan.inputs import ScanInputs, split_backward
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 _SETTINGS = "bool delta_softplus, bool reverse, int checkpoint_every"
 
 
 def scan_flops(batch: int, dim: int, seqlen: int, d_state: int) -> int:
-    """9 operations per token, channel and state: the field's count for one scan."""
+    """Return 9 operations per token, channel and state: the count that the field uses for one scan."""
     return 9 * batch * dim * seqlen * d_state
 
 
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dim, seqlen = u.shape
-    d_state = A.shape[1]
-    checkpoints = A.new_empty(batch, num_chunks(seqlen, checkpoint_every), d_state, dim)
-    return empty_like_layout(u), A.new_empty(batch, dim, d_state), checkpoints
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = ScanInputs(*arguments)
+    batch, dim, seqlen = inputs.u.shape
+    A, d_state = inputs.A, inputs.A.shape[1]
+    checkpoints = A.new_empty(batch, num_chunks(seqlen, inputs.checkpoint_every), d_state, dim)
+    return empty_like_layout(inputs.u), A.new_empty(batch, dim, d_state), checkpoints
 
 
-def _backward_fake(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    checkpoints: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, ...]:
+def _backward_fake(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    u, delta, A, B, C, D, z, delta_bias, *_ = split_backward(arguments)[0]
     absent = u.new_empty(0, dtype=accumulate_dtype(u.dtype))
     return (
         empty_like_layout(u),
@@ -79,17 +55,15 @@ def _backward(
     backward_op: Any, forward_op: Any, ctx: Any, dout: Tensor | None, dlast_state: Tensor | None, _: Any
 ) -> Any:
     *tensors, checkpoints = ctx.saved_tensors
-    u, _delta, _A, _B, _C, D, z, delta_bias = tensors
     every = ctx.checkpoint_every
     if dout is None and dlast_state is None:
         return (None,) * 11
     if every == 0:
         every = CHECKPOINT_EVERY
         checkpoints = forward_op(*tensors, ctx.delta_softplus, ctx.reverse, every)[2]
-    dout = torch.zeros_like(u) if dout is None else dout
+    dout = torch.zeros_like(tensors[0]) if dout is None else dout
     grads = backward_op(dout, dlast_state, *tensors, checkpoints, ctx.delta_softplus, ctx.reverse, every)
-    present = (True,) * 5 + (D is not None, z is not None, delta_bias is not None)
-    return *(g if there else None for g, there in zip(grads, present, strict=True)), None, None, None
+    return *(None if t is None else g for g, t in zip(grads, tensors, strict=True)), None, None, None
 
 
 def _flops(u: Any, delta: Any, A: Any, *others: Any, **settings: Any) -> int:
@@ -98,14 +72,14 @@ def _flops(u: Any, delta: Any, A: Any, *others: Any, **settings: Any) -> int:
 
 
 def _backward_flops(dout: Any, dlast_state: Any, u: Any, delta: Any, A: Any, *others: Any, **settings: Any) -> int:
-    # The states are rebuilt, and each product of the forward has two factors to differentiate.
+    # The backward pass rebuilds the states, and each product of the forward has two factors to differentiate.
     return 3 * _flops(u, delta, A)
 
 
 define_op(
     "selective_scan",
     schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-    reference=reference.selective_scan,
+    reference=chunked.selective_scan,
     fake=_fake,
     flops=_flops,
 )
@@ -113,15 +87,15 @@ define_op(
     "selective_scan_backward",
     schema=f"(Tensor dout, Tensor? dlast_state, {_INPUTS}, Tensor checkpoints, {_SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.selective_scan_backward,
+    reference=chunked.selective_scan_backward,
     fake=_backward_fake,
     flops=_backward_flops,
 )
 define_autograd(
     "selective_scan",
-    reference=reference.selective_scan,
+    reference=chunked.selective_scan,
     save=_save,
     backward=_backward,
     cotangents=2,
-    again=lambda *arguments: reference.selective_scan(*arguments[:8], *arguments[9:]),  # without entry states
+    again=lambda *arguments: chunked.selective_scan(*split_backward(arguments)[0]),
 )

@@ -1,9 +1,9 @@
 """The selective scan in Triton, for GPUs without kernels of their own; the bidirectional scan builds on it.
 
-One program takes a block of channels of one batch element from the first token in scan order to the last; reversing is
-indexing. States are (d_state, channels): where the block is as wide as a warp, a channel lies on a lane with all its
-states in registers, so that sums over states stay inside a thread. Nothing is added atomically: programs write
-partial sums of their own, and PyTorch adds those up.
+One program takes a block of channels of one batch element from the first token in scan order to the last; a reverse
+scan only indexes tokens from the end. States are (d_state, channels). In a block as wide as a warp, each lane has one
+channel with all its states in registers, so sums over states stay inside a thread. There are no atomic additions: each
+program writes its own partial sums, and PyTorch adds them up.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim.ops.backends.triton import lanes, on_device
 from vim.ops.common.layout import empty_like_layout, num_chunks
 from vim.ops.common.triton_tensors import (
     Map,
     channels_last,
     common_alignment,
     contiguous,
+    lanes,
     load_map,
     load_rows,
     load_states,
+    on_device,
     optional_rows,
     rows,
     softplus,
     store_rows,
     store_states,
 )
-from vim.ops.selective_scan.reference import is_constant
+from vim.ops.selective_scan.inputs import ScanInputs, is_constant, split_backward
 
 # Tokens whose states the backward pass holds in registers at a time.
 SUBCHUNK = 4
@@ -41,7 +42,7 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def load_decay(A, channels, inside, STATES: tl.constexpr, RANK: tl.constexpr):
-    """A, or -exp(A_log) where dt_proj is fused."""
+    """Load A, or -exp(A_log) if dt_proj is fused."""
     decay = load_states(A[0], A[1], A[2], channels, inside, STATES)
     if RANK > 0:
         decay = -tl.exp(decay)
@@ -50,7 +51,7 @@ def load_decay(A, channels, inside, STATES: tl.constexpr, RANK: tl.constexpr):
 
 @triton.jit
 def load_step(delta, batch, first, channels, inside, token, RANK: tl.constexpr, ALIGN: tl.constexpr):
-    """What the step size is made of, as it is stored: delta, or dt where dt_proj is fused."""
+    """Load the input of the step size in the stored dtype: delta, or dt if dt_proj is fused."""
     if RANK > 0:
         step = load_map(delta, batch, first, token, 0, RANK, ALIGN)
     else:
@@ -61,7 +62,7 @@ def load_step(delta, batch, first, channels, inside, token, RANK: tl.constexpr, 
 @triton.jit
 def load_B(B, batch, first, channels, inside, token, STATES: tl.constexpr, START: tl.constexpr,
            CONSTANT: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """B or C at one token, as it is stored, to be broadcast over (states, channels)."""
+    """Load B or C at one token in the stored dtype, to be broadcast over (states, channels)."""
     if CONSTANT:
         values = load_states(B.base, B.group, B.state, channels, inside, STATES)
     else:
@@ -71,7 +72,7 @@ def load_B(B, batch, first, channels, inside, token, STATES: tl.constexpr, START
 
 @triton.jit
 def step_before_softplus(step, weight, bias, RANK: tl.constexpr):
-    """The step size before softplus, (channels,)."""
+    """Return the step size before softplus, (channels,)."""
     step = step.to(tl.float32)
     if RANK > 0:
         step = tl.sum(step[:, None] * weight, axis=0)
@@ -80,7 +81,7 @@ def step_before_softplus(step, weight, bias, RANK: tl.constexpr):
 
 @triton.jit
 def load_channels(base, channels, inside):
-    """A number for each channel; 0 where there is no tensor."""
+    """Load a number for each channel; 0 if there is no tensor."""
     if base is None:
         values = tl.zeros(channels.shape, tl.float32)
     else:
@@ -90,7 +91,7 @@ def load_channels(base, channels, inside):
 
 @triton.jit
 def load_weight(weight, channels, inside, RANK: tl.constexpr):
-    """dt_proj's weight, (rank padded to a power of two, channels); anything where there is none."""
+    """Load dt_proj's weight, (rank padded to a power of two, channels); a placeholder if there is none."""
     if RANK > 0:
         values = load_states(weight[0], weight[1], weight[2], channels, inside, RANK)
     else:
@@ -106,7 +107,7 @@ def scan_forward(
 ):  # fmt: skip
     """Scan a block of channels of one batch element.
 
-    Operands are loaded one token ahead and stay in the type that they are stored in until they are used.
+    Operands are prefetched one token ahead, and stay in the stored dtype until they are used.
     """
     C_START: tl.constexpr = RANK + STATES if RANK > 0 else 0
     decay = load_decay(A, channels, inside, STATES, RANK) * _LOG2_E
@@ -153,7 +154,7 @@ def load_drive(
     u, delta, weight, bias, B, batch, first, channels, inside, token,
     STATES: tl.constexpr, RANK: tl.constexpr, CONSTANT_B: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """What moves the state at a token, in float32: u, delta before softplus, B."""
+    """Load the inputs of the state at a token in float32: u, delta before softplus, B."""
     step = load_step(delta, batch, first, channels, inside, token, RANK, ALIGN)
     return (
         load_rows(u, batch, channels, token, inside).to(tl.float32),
@@ -187,10 +188,10 @@ def rebuild_states(
 def sweep_token(
     carry, before, B_now, C_now, A, kept, x, u_now, dy, skip
 ):  # fmt: skip
-    """Backwards through one token.
+    """Differentiate one token.
 
-    `carry` is what the gradient of the state after the token has from later tokens, `kept` the decay, `before` the
-    decayed state. Returns the next carry; the gradient of the state after the token; of `x`; of u; and of A.
+    `carry` is the part of the gradient of the state after the token that comes from later tokens. `kept` is the decay,
+    `before` the decayed state. Returns the next carry, then the gradients of the state after the token, `x`, u and A.
     """
     g = carry + dy[None, :] * C_now
     through_decay = g * before
@@ -206,7 +207,7 @@ def sweep_piece(
     STATES: tl.constexpr, RANK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Backwards through `SUB` tokens, from the state that enters the first of them; returns the new sums."""
+    """Differentiate `SUB` tokens, from the state that enters the first of them; return the new sums."""
     C_START: tl.constexpr = RANK + STATES if RANK > 0 else 0
     carry, A_grad, B_grad, C_grad, skip_grad, bias_grad = sums
     states, inputs, steps, slopes, douts, gates = (), (), (), (), (), ()
@@ -223,7 +224,7 @@ def sweep_piece(
         if SOFTPLUS:
             slopes = slopes + (tl.sigmoid(x),)
             x = softplus(x)
-        x = tl.where(valid, x, 0.0)  # a token that is not there leaves the state and its gradient as they are
+        x = tl.where(valid, x, 0.0)  # a token past the end changes neither the state nor its gradient
         states, inputs, steps = states + (state,), inputs + (u_now,), steps + (x,)
         state = tl.exp2(x[None, :] * decay) * state + (x * u_now)[None, :] * B_now
     index = tl.arange(0, A.shape[0])
@@ -275,7 +276,10 @@ def scan_backward(
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Chunk by chunk against scan order: rebuild the states at every `SUB`th token, then those between, and sweep."""
+    """Differentiate chunk by chunk against scan order.
+
+    Each chunk rebuilds the states at every `SUB`th token. Each piece of `SUB` tokens then rebuilds the states between.
+    """
     A = load_decay(A, channels, inside, STATES, RANK)
     decay = A * _LOG2_E
     weight = load_weight(weight, channels, inside, RANK)
@@ -283,12 +287,12 @@ def scan_backward(
     carry = tl.zeros_like(A)
     if dlast_state is not None:
         carry = load_states(dlast_state + batch.to(tl.int64) * dim * STATES, STATES, 1, channels, inside, STATES)
-    # What is added up over tokens: the gradients of A, a constant B and C, D, and the bias.
+    # The carry, and sums over tokens: the gradients of A, a constant B and C, D, and the bias.
     sums = (carry, tl.zeros_like(A), tl.zeros_like(A), tl.zeros_like(A), tl.zeros_like(bias), tl.zeros_like(bias))
     program = batch.to(tl.int64) * blocks + block
     SIZE: tl.constexpr = A.shape[0] * A.shape[1]
     scratch += program * tl.cdiv(EVERY, SUB) * SIZE
-    # A constant B or C has a gradient for each batch element, the others one for each program and token.
+    # The gradient of a constant B or C has a part for each batch element, any other one for each program and token.
     dB += batch.to(tl.int64) * STATES * dim if CONSTANT_B else program * seqlen * STATES
     dC += batch.to(tl.int64) * STATES * dim if CONSTANT_C else program * seqlen * STATES
     lane = channels - first
@@ -304,7 +308,7 @@ def scan_backward(
             load_states(at, 1, dim, channels, inside, STATES), scratch, u, delta, weight, bias, B, decay,
             batch, first, channels, inside, start, pieces, STATES, RANK, REVERSE, SOFTPLUS, CONSTANT_B, ALIGN, SUB,
         )  # fmt: skip
-        tl.debug_barrier()  # a thread may read what another one wrote
+        tl.debug_barrier()  # a thread may read what another thread wrote
         for p in range(pieces):
             piece = pieces - 1 - p
             state = load_states(scratch + piece * SIZE, 1, A.shape[1], lane, lane >= 0, STATES)
@@ -328,9 +332,9 @@ def scan_backward(
 
 @triton.jit
 def place_program(blocks, segment, BLOCK: tl.constexpr):
-    """Batch element, block of channels, its first channel, its channels, and which of them exist.
+    """Return a program's batch element, block, first channel, channels, and a mask of those that exist.
 
-    A block stays within one of the segments of channels that share their groups of B and of C.
+    A block stays within one segment: the channels that share both a group of B and a group of C.
     """
     program = tl.program_id(0)
     batch, block = program // blocks, program % blocks
@@ -346,7 +350,7 @@ def selective_scan_fwd_kernel(
     STATES: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs are batch elements times blocks of channels."""
+    """Scan one direction; programs are batch elements times blocks of channels."""
     batch, _, first, channels, inside = place_program(blocks, segment, BLOCK)
     scan_forward(
         u, delta, None, delta_bias, A, B, C, D, z, out, entry, last_state,
@@ -362,7 +366,7 @@ def selective_scan_bwd_kernel(
     STATES: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Programs are batch elements times blocks of channels."""
+    """Differentiate one direction; programs are batch elements times blocks of channels."""
     batch, block, first, channels, inside = place_program(blocks, segment, BLOCK)
     scan_backward(
         dout, dlast_state, u, delta, None, delta_bias, A, B, C, D, z, entry, scratch,
@@ -372,20 +376,9 @@ def selective_scan_bwd_kernel(
     )  # fmt: skip
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`vim::selective_scan_triton`: the results of the reference."""
+def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement `vim::selective_scan_triton`; arguments and results are the reference's."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = ScanInputs(*arguments)
     batch, dim, seqlen = u.shape
     d_state = A.shape[1]
     out, last_state = empty_like_layout(u), A.new_empty(batch, dim, d_state)
@@ -400,23 +393,10 @@ def selective_scan(
     return out, last_state, entry
 
 
-def selective_scan_backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    checkpoints: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`vim::selective_scan_backward_triton`: the results of the reference."""
+def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Implement `vim::selective_scan_backward_triton`; arguments and results are the reference's."""
+    inputs, checkpoints = split_backward(arguments)
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = inputs
     batch, dim, seqlen = u.shape
     d_state = A.shape[1]
     cut = _Cut(u, B, C)
@@ -439,13 +419,13 @@ def selective_scan_backward(
 
 
 def scratch_states(like: Tensor, programs: int, block: int, d_state: int, every: int) -> Tensor:
-    """Room for the states that the programs of a backward pass rebuild, one chunk at a time."""
+    """Allocate the states that the programs of a backward pass rebuild, one chunk at a time."""
     pieces = triton.cdiv(every, SUBCHUNK)
     return torch.empty(programs, pieces, triton.next_power_of_2(d_state), block, device=like.device)
 
 
 class _Cut:
-    """How channels are cut into blocks, of which each lies within one group of B and one group of C."""
+    """Partition of the channels into blocks, each within one group of B and one group of C."""
 
     def __init__(self, u: Tensor, B: Tensor, C: Tensor) -> None:
         self.batch, self.dim, self.seqlen = u.shape
@@ -458,7 +438,7 @@ class _Cut:
         return self.dim // B.shape[1] if B.dim() == 4 else self.dim
 
     def map(self, B: Tensor) -> Map:
-        """B or C as kernels take it."""
+        """Return B or C as kernels take it."""
         if is_constant(B):
             dense, channel, state = channels_last(B)
             return Map(dense, 0, channel, state, 0, 1)
@@ -467,7 +447,7 @@ class _Cut:
         return Map(B, batch, group, state, token, self._channels_in_a_group(B))
 
     def settings(self, d_state: int, reverse: bool, softplus: bool) -> dict[str, Any]:
-        """What kernels are compiled for, beside the types."""
+        """Return the values that kernels are compiled for, besides the types."""
         varying = [self.map(t) for t in (self.B, self.C) if not is_constant(t)]
         return {
             "STATES": d_state,
@@ -481,17 +461,17 @@ class _Cut:
         }
 
     def scratch(self, d_state: int, every: int) -> Tensor:
-        """Room for rebuilt states."""
+        """Allocate the rebuilt states."""
         return scratch_states(self.B, self.batch * self.blocks, self.block, d_state, every)
 
     def partials(self, t: Tensor, d_state: int) -> Tensor:
-        """Room for every program's share of the gradient of A, B or C."""
+        """Allocate every program's share of the gradient of A, B or C."""
         if is_constant(t):
             return torch.empty(self.batch, d_state, self.dim, device=self.device)
         return torch.empty(self.batch, self.blocks, self.seqlen, d_state, device=self.device)
 
     def total(self, partials: Tensor, t: Tensor) -> Tensor:
-        """The gradient of A, B or C."""
+        """Add the shares up to the gradient of A, B or C."""
         if is_constant(t):
             return partials.sum(0).T.contiguous().to(t.dtype)
         groups = t.shape[1] if t.dim() == 4 else 1

@@ -1,0 +1,180 @@
+"""The selective scan in plain PyTorch, which runs where no kernel does: `reference.py` in chunks of tokens.
+
+Gradients are written by hand: a backward pass needs the states at the entry of each chunk, and rebuilds the others.
+Forward and backward hold the states of one chunk at a time, so memory does not grow with the length of the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim.ops.common.layout import CHECKPOINT_EVERY, accumulate_dtype, empty_like_layout
+from vim.ops.selective_scan.inputs import ScanInputs, is_constant, split_backward
+
+
+def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out (batch, dim, len), last state (batch, dim, d_state), entry states (batch, chunks, d_state, dim).
+
+    Args:
+        arguments: See `ScanInputs`.
+    """
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = ScanInputs(*arguments)
+    acc = accumulate_dtype(u.dtype)
+    batch, dim, seqlen = u.shape
+    state = A.new_zeros(batch, dim, A.shape[1])
+    step = step_size(delta, delta_bias, delta_softplus)
+    every = checkpoint_every or CHECKPOINT_EVERY
+    entry_states, outputs = [], []
+    for tokens in chunks(seqlen, every, reverse):
+        entry_states.append(state.mT)
+        decay, drive = discretize(u[..., tokens].to(acc), step[..., tokens], A, expand_map(B, A, tokens))
+        states = run_states(state, decay, drive, reverse)
+        outputs.append(read_out(torch.stack(states), expand_map(C, A, tokens)))
+        state = states[0 if reverse else -1]
+    y = torch.cat(outputs[::-1] if reverse else outputs).permute(1, 2, 0) if outputs else torch.zeros_like(step)
+    if D is not None:
+        y = y + D[:, None] * u.to(acc)
+    if z is not None:
+        y = y * F.silu(z.to(acc))
+    if checkpoint_every and entry_states:
+        checkpoints = torch.stack(entry_states[::-1] if reverse else entry_states, 1)
+    else:
+        checkpoints = A.new_empty(batch, 0, A.shape[1], dim)
+    return empty_like_layout(u).copy_(y), state, checkpoints
+
+
+def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias; an empty tensor where an input is absent.
+
+    With g[l] the gradient of h[l], taken in the opposite order,
+
+        g[l] = C[l] dy[l] + exp(delta[l+1] A) g[l+1]
+
+    and everything else is elementwise in g, h and the inputs. Complex tensors follow PyTorch's conjugate convention.
+
+    Args:
+        dout: Gradient of out.
+        dlast_state: Gradient of the last state; `None` is zero.
+        arguments: See `split_backward`.
+    """
+    inputs, checkpoints = split_backward(arguments)
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = inputs
+    acc = accumulate_dtype(u.dtype)
+    step = step_size(delta, delta_bias, delta_softplus)
+    weight = 2 if A.is_complex() else 1
+    du, dstep, y = (torch.zeros_like(step) for _ in range(3))
+    dA = torch.zeros_like(A)
+    dB, dC = (torch.zeros(t.shape, dtype=t.dtype if is_constant(t) else acc, device=t.device) for t in (B, C))
+    dy = dout.to(acc) if z is None else dout.to(acc) * F.silu(z.to(acc))
+    carry = A.new_zeros(u.shape[0], *A.shape) if dlast_state is None else dlast_state.to(A.dtype)
+    for tokens in reversed(list(chunks(u.shape[-1], checkpoint_every, reverse))):
+        u_chunk, step_chunk, dy_chunk = (time_first(t[..., tokens].to(acc)) for t in (u, step, dy))
+        B_chunk, C_chunk = expand_map(B, A, tokens), expand_map(C, A, tokens)
+        decay, drive = discretize(u[..., tokens].to(acc), step[..., tokens], A, B_chunk)
+        entry = checkpoints[:, tokens.start // checkpoint_every].mT
+        states = run_states(entry, decay, drive, reverse)
+        before = torch.stack([*states[1:], entry] if reverse else [entry, *states[:-1]])
+        dstates = run_states(carry, decay.conj(), weight * dy_chunk[..., None] * C_chunk.conj(), not reverse, late=True)
+        carry = (decay.conj()[-1 if reverse else 0]) * dstates[-1 if reverse else 0]
+        g, h = torch.stack(dstates), torch.stack(states)
+        dlog_decay = g * (before * decay).conj()
+        y[..., tokens] = read_out(h, C_chunk).permute(1, 2, 0)
+        dA += (dlog_decay * step_chunk[..., None]).sum((0, 1))
+        through_drive = (g * B_chunk.conj()).real.sum(-1)
+        dstep[..., tokens] = ((dlog_decay * A.conj()).real.sum(-1) + through_drive * u_chunk).permute(1, 2, 0)
+        du[..., tokens] = (through_drive * step_chunk).permute(1, 2, 0)
+        add_map_grad(dB, g * (step_chunk * u_chunk)[..., None], A, tokens)
+        add_map_grad(dC, weight * dy_chunk[..., None] * h.conj(), A, tokens)
+    absent = u.new_empty(0, dtype=acc)
+    dD, dz, ddelta_bias = absent, absent.to(u.dtype), absent
+    if D is not None:
+        du += D[:, None] * dy
+        y += D[:, None] * u.to(acc)
+        dD = (dy * u.to(acc)).sum((0, 2))
+    if z is not None:
+        gate = torch.sigmoid(z.to(acc))
+        dz = empty_like_layout(z).copy_(dout.to(acc) * y * gate * (1 + z.to(acc) * (1 - gate)))
+    if delta_softplus:
+        dstep = dstep * -torch.expm1(-step)  # softplus'(x) = 1 - exp(-softplus(x))
+    if delta_bias is not None:
+        ddelta_bias = dstep.sum((0, 2))
+    return (
+        empty_like_layout(u).copy_(du),
+        empty_like_layout(delta).copy_(dstep),
+        dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, ddelta_bias,
+    )  # fmt: skip
+
+
+def step_size(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
+    """Return the step size (batch, dim, len) in float32, or float64 for float64 input."""
+    step = delta.to(accumulate_dtype(delta.dtype))
+    if delta_bias is not None:
+        step = step + delta_bias[:, None]
+    # Above the threshold softplus(x) equals x to the last bit of float64.
+    return F.softplus(step, threshold=40) if delta_softplus else step
+
+
+def chunks(seqlen: int, every: int, reverse: bool) -> list[slice]:
+    """Return ranges of `every` tokens in scan order."""
+    ranges = [slice(start, min(start + every, seqlen)) for start in range(0, seqlen, every)]
+    return ranges[::-1] if reverse else ranges
+
+
+def discretize(u: Tensor, step: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the decay exp(delta A) and the drive delta B u of a chunk, both (len, batch, dim, d_state)."""
+    step, u = time_first(step), time_first(u)
+    return torch.exp(step[..., None] * A), (step * u)[..., None] * B
+
+
+def run_states(state: Tensor, decay: Tensor, drive: Tensor, reverse: bool, late: bool = False) -> list[Tensor]:
+    """Return the states after each token, in token order.
+
+    A token turns the state into `decay * state + drive`. With `late` the factor is the decay of the token before in
+    scan order, and 1 at the first token: so gradients travel.
+    """
+    states: list[Tensor] = [state] * len(drive)
+    order = range(len(drive))
+    pending = None
+    for token in reversed(order) if reverse else order:
+        factor = pending if late else decay[token]
+        state = (state if factor is None else factor * state) + drive[token]
+        states[token], pending = state, decay[token]
+    return states
+
+
+def read_out(states: Tensor, C: Tensor) -> Tensor:
+    """Return <h, C> of a chunk, (len, batch, dim)."""
+    y = (states * C).sum(-1)
+    return 2 * y.real if y.is_complex() else y
+
+
+def time_first(x: Tensor) -> Tensor:
+    """Turn (batch, dim, len) into (len, batch, dim)."""
+    return x.permute(2, 0, 1)
+
+
+def expand_map(B: Tensor, A: Tensor, tokens: slice) -> Tensor:
+    """Return a chunk of B or C of any kind in a shape that broadcasts with (len, batch, dim, d_state)."""
+    if is_constant(B):
+        return B
+    grouped = as_grouped(B.to(A.real.dtype), A)[..., tokens]
+    return grouped.permute(3, 0, 1, 2).repeat_interleave(A.shape[0] // grouped.shape[1], dim=2)
+
+
+def add_map_grad(dB: Tensor, grad: Tensor, A: Tensor, tokens: slice) -> None:
+    """Add the gradient of an expanded chunk, (len, batch, dim, d_state), to the gradient of B or C."""
+    if is_constant(dB):
+        dB += grad.sum((0, 1))
+        return
+    target = as_grouped(dB, A)[..., tokens]
+    target += grad.unflatten(2, (target.shape[1], -1)).sum(3).permute(1, 2, 3, 0)
+
+
+def as_grouped(B: Tensor, A: Tensor) -> Tensor:
+    """View B or C as (batch, groups, d_state, len); with a complex A, (re, im) pairs become complex numbers."""
+    grouped = B[:, None] if B.dim() == 3 else B
+    return torch.view_as_complex(grouped.contiguous().unflatten(-1, (-1, 2))) if A.is_complex() else grouped
