@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 
 import pytest
@@ -11,17 +10,9 @@ import torch
 from torch import nn
 
 import vim
-from tests.helpers import assert_close, assert_golden, golden_names, golden_tolerances, load_golden
-from vim.checkpoints.upstream import translate_mixer_args
+from tests.helpers import assert_close, assert_golden, golden_mixer, golden_names, golden_tolerances
 
 CASES = golden_names("mixer")
-
-
-def _from_golden(case: str) -> tuple[vim.Mamba, dict[str, torch.Tensor]]:
-    metadata, tensors = load_golden("mixer", case)
-    mixer = vim.Mamba(int(metadata["d_model"]), **translate_mixer_args(**json.loads(metadata["config"])))
-    mixer.load_state_dict({k.removeprefix("param."): t for k, t in tensors.items() if k.startswith("param.")})
-    return mixer, tensors
 
 
 class _Wrapped(nn.Module):
@@ -63,7 +54,7 @@ def test_all_golden_cases_are_there():
 @pytest.mark.parametrize("path", list(_PATHS))
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, path):
-    mixer, tensors = _from_golden(case)
+    mixer, tensors = golden_mixer(case)
     parameters = dict(mixer.named_parameters())
     _PATHS[path](mixer, tuple(name for name in _READ_BY_KERNELS if hasattr(mixer, name)))
     x = tensors["x"].requires_grad_()
@@ -87,7 +78,7 @@ def test_golden_of_the_cuda_kernels(case, path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_in_float64(case):
-    mixer, tensors = _from_golden(case)
+    mixer, tensors = golden_mixer(case)
     assert_close(mixer.double()(tensors["x"].double()), tensors["out64"], 1e-10)
 
 

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 import vim.ops
-from vim.ops.backends import native, registry
+from tests.backends import registered, replace_backends
+from vim.ops.backends import native
 from vim.ops.build import compilation
 from vim.ops.build.compilation import LIBRARY, BuildError, cpu_recipe
 
@@ -409,11 +410,7 @@ def test_a_full_disk(cache, compiler, monkeypatch):
 def fresh(monkeypatch):
     """The native backend as in a new process."""
     monkeypatch.setattr(native, "cpu", native.NativeLibrary())
-    registry._choose.cache_clear()
-    registry._warn_once.cache_clear()
-    yield
-    registry._choose.cache_clear()
-    registry._warn_once.cache_clear()
+    replace_backends(monkeypatch, registered())
 
 
 @pytest.mark.parametrize("what", ["no compiler", "error", "no library"])
