@@ -106,7 +106,11 @@ def test_a_run_is_exported_with_its_size_channels_and_classes_in_float16(tmp_pat
         assert_close(torch.from_numpy(logits).float(), model(images), 1e-2)
 
 
-@pytest.mark.parametrize(("sample", "gradients"), [((72, 80), False), ((72, 80), True), ((24, 40), True)], ids=str)
+@pytest.mark.parametrize(
+    ("sample", "gradients"),
+    [((72, 80), False), ((72, 80), True), pytest.param((24, 40), True, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_torch_export_with_any_batch_and_resolution(sample, gradients):
     """Whether the image that is traced has fewer tokens than lie between two states saved for gradients, or more."""
     torch.manual_seed(0)

@@ -95,7 +95,9 @@ def test_golden_in_float64(case):
         assert abs((0.0 if grad is None else grad.norm().item()) - norm) <= 1e-10 * norm + 1e-14, name
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n != min(RECIPES, key=len) else []) for n in RECIPES]
+)
 def test_full_size(name):
     facts = json.loads((GOLDEN / "recipe" / f"{name}.json").read_text())
     _, tensors = load_golden("recipe", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -72,18 +73,21 @@ def test_default_backend_for_a_block():
         pass
 
 
-def test_import_is_light():
+def test_import_is_light(tmp_path):
     """Importing vim compiles nothing, starts no CUDA and needs no triton."""
     code = (
         "import sys, torch, timm\n"
         "before = set(sys.modules)\n"
-        "import vim\n"
+        "import vim, vim.ops, vim.doctor\n"
         "assert not torch.cuda.is_initialized()\n"
         "for name in ('triton', 'jsonargparse', 'rich', 'matplotlib', 'sklearn', 'tensorboard', 'mamba_ssm'):\n"
         "    assert name in before or name not in sys.modules, name\n"
         "assert 'causal_conv1d' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "VIM_CACHE_DIR": str(tmp_path / "cache")}, check=True
+    )
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_backend_by_name_only_is_never_the_default(monkeypatch):

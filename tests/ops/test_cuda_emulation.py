@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from vim.ops.build import compilation
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_probe(tmp_path):
     kernels, emulation = ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda"
     compiler = compilation.find_compiler()
