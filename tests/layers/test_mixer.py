@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import vim
-from tests.helpers import assert_close, assert_golden, golden_mixer, golden_names, golden_tolerances
+from tests.helpers import assert_close, golden_mixer, golden_names
+from tests.ops.conformance import check_golden_mixer
 
 CASES = golden_names("mixer")
 
@@ -51,29 +52,21 @@ def test_all_golden_cases_are_there():
     assert len(CASES) == 10
 
 
+def _take(path: str, mixer: vim.Mamba) -> None:
+    _PATHS[path](mixer, tuple(name for name in _READ_BY_KERNELS if hasattr(mixer, name)))
+
+
 @pytest.mark.parametrize("path", list(_PATHS))
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, path):
-    mixer, tensors = golden_mixer(case)
-    parameters = dict(mixer.named_parameters())
-    _PATHS[path](mixer, tuple(name for name in _READ_BY_KERNELS if hasattr(mixer, name)))
-    x = tensors["x"].requires_grad_()
-    out = mixer(x)
-    listed = golden_tolerances(f"mixer/{case}")
-    assert_golden(out, tensors["out64"], listed["out"], "out")
-    (out * tensors["cotangent"]).sum().backward()
-    assert_golden(x.grad, tensors["grad.x"], listed["grad.x"], "grad.x")
-    for name, parameter in parameters.items():
-        key = f"grad.param.{name}"
-        assert_golden(parameter.grad, tensors[key], listed[key], key)
+    check_golden_mixer(case, None, change=lambda mixer: _take(path, mixer))
 
 
 @pytest.mark.parametrize("path", ["fused", "all hooked"])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_of_the_cuda_kernels(case, path):
     """Emulated on the host"""
-    with vim.ops.default_backend("emulated"):
-        test_golden(case, path)
+    check_golden_mixer(case, "emulated", change=lambda mixer: _take(path, mixer))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,7 +80,7 @@ def test_golden_in_float64(case):
 def test_no_path_drops_the_backward_direction(directions, path):
     torch.manual_seed(0)
     mixer = vim.Mamba(16, directions=directions)
-    _PATHS[path](mixer, tuple(name for name in _READ_BY_KERNELS if hasattr(mixer, name)))
+    _take(path, mixer)
     x = torch.randn(1, 9, 16, requires_grad=True)
     (grad,) = torch.autograd.grad(mixer(x)[0, 0].sum(), x)
     assert grad[0, -1].abs().max() > 0, "the first token must see the last"

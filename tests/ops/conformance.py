@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vim
 from tests.helpers import (
     TOLERANCES,
     assert_golden,
@@ -452,11 +453,16 @@ def check_golden_scan(case: str, backend: str, device: str = "cpu", close: Calla
 
 
 def check_golden_mixer(
-    case: str, backend: str, device: str = "cpu", close: Callable[..., None] = assert_golden
+    case: str,
+    backend: str | None,
+    device: str = "cpu",
+    close: Callable[..., None] = assert_golden,
+    change: Callable[[vim.Mamba], None] = lambda mixer: None,
 ) -> None:
-    """Compare a mixer, and its gradients, with the original's numbers."""
+    """Compare a mixer, changed by what sees its modules, and its gradients with the original's numbers."""
     mixer, tensors = golden_mixer(case)
-    mixer = mixer.to(device)
+    parameters = dict(mixer.to(device).named_parameters())
+    change(mixer)
     x = tensors["x"].to(device).requires_grad_()
     with default_backend(backend):
         out = mixer(x)
@@ -464,6 +470,6 @@ def check_golden_mixer(
     listed = golden_tolerances(f"mixer/{case}")
     close(out.cpu(), tensors["out64"], listed["out"], "out")
     close(x.grad.cpu(), tensors["grad.x"], listed["grad.x"], "grad.x")
-    for name, parameter in mixer.named_parameters():
+    for name, parameter in parameters.items():
         key = f"grad.param.{name}"
         close(parameter.grad.cpu(), tensors[key], listed[key], key)

@@ -26,4 +26,4 @@ def test_probe(tmp_path):
     )
     done = subprocess.run([tmp_path / "probe"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("ok ") == 3 * 9 + 2
+    assert done.stdout.count("ok ") == 5 * 10 + 2

@@ -60,9 +60,10 @@ def test_some_kernels_in_the_interpreter():
     [
         ("triton_kernels", ""),
         ("test_conformance", "golden"),
-        ("test_conformance", "bidirectional_scan"),
-        ("test_conformance", "selective_scan"),
-        ("test_conformance", "not golden and not _scan"),
+        ("test_conformance", "test_case and bidirectional_scan"),
+        ("test_conformance", "test_case and selective_scan"),
+        ("test_conformance", "test_case and not _scan"),
+        ("test_conformance", "empty or written or registration or float64"),
     ],
 )
 def test_kernels_in_the_interpreter(file, keyword):
