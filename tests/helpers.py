@@ -5,20 +5,40 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
+import vim
+from vim.checkpoints.upstream import translate_mixer_args
+
 GOLDEN = Path(__file__).parent / "golden"
 
-# Largest difference from the reference, relative to the largest magnitude, of values and of gradients.
+
+class Tolerance(NamedTuple):
+    """Largest differences from the reference, relative to the largest magnitude.
+
+    Attributes:
+        value: Of results.
+        gradient: Of gradients through autograd, against float32 where the inputs are half.
+        backward: Of results of a backward op, from the same inputs.
+        gpu: Of either on a GPU, whose exponentials and sums are other ones.
+    """
+
+    value: float
+    gradient: float
+    backward: float
+    gpu: float
+
+
 # Half precision: inputs and result are rounded to 8 (bfloat16) or 11 (float16) bits, arithmetic is float32.
 TOLERANCES = {
-    torch.float64: (1e-12, 1e-11),
-    torch.float32: (2e-6, 2e-5),
-    torch.bfloat16: (8e-3, 1.6e-2),
-    torch.float16: (1e-3, 2e-3),
+    torch.float64: Tolerance(1e-12, 1e-11, 1e-12, 1e-12),
+    torch.float32: Tolerance(2e-6, 2e-5, 1e-5, 2e-5),
+    torch.bfloat16: Tolerance(2**-7, 1.6e-2, 2**-7, 2e-2),
+    torch.float16: Tolerance(2**-10, 2e-3, 2**-10, 4e-3),
 }
 
 
@@ -34,6 +54,14 @@ def load_golden(kind: str, name: str) -> tuple[dict[str, str], dict[str, torch.T
     for key in [key.removesuffix(".real") for key in tensors if key.endswith(".real")]:
         tensors[key] = torch.complex(tensors.pop(f"{key}.real"), tensors.pop(f"{key}.imag"))
     return metadata, tensors
+
+
+def golden_mixer(case: str) -> tuple[vim.Mamba, dict[str, torch.Tensor]]:
+    """A mixer with the weights of a golden file, and the file's tensors."""
+    metadata, tensors = load_golden("mixer", case)
+    mixer = vim.Mamba(int(metadata["d_model"]), **translate_mixer_args(**json.loads(metadata["config"])))
+    mixer.load_state_dict({k.removeprefix("param."): t for k, t in tensors.items() if k.startswith("param.")})
+    return mixer, tensors
 
 
 def golden_tolerances(case: str) -> dict[str, list[float]]:

@@ -103,6 +103,7 @@ def source_distribution(tmp_path_factory):
     return unpacked
 
 
+@pytest.mark.slow
 def test_a_source_distribution_has_the_kernels_and_the_recipes(source_distribution, tmp_path):
     """And a wheel is built from it, here by a compiler that writes empty files."""
     for name in ("csrc", "configs"):
@@ -118,6 +119,7 @@ def test_a_source_distribution_has_the_kernels_and_the_recipes(source_distributi
     assert {"vim/csrc/cpu/kernels.cpp", "vim/_lib/libvimamba.so", "vim/__init__.py"} <= names
 
 
+@pytest.mark.slow
 def test_a_folder_named_vim_does_not_hide_an_editable_install(source_distribution, tmp_path):
     """The original's clone has one, without an `__init__.py`."""
     with zipfile.ZipFile(_build("editable", source_distribution, tmp_path / "wheel")) as wheel:

@@ -40,11 +40,12 @@ def test_a_model_that_does_not_run_is_named_and_the_others_are_measured():
         1,
         1,
     )
-    assert next(row.model for row in rows) == "vim_tiny_patch16_224"
-    assert len(rows) + len(failed) == 2
-    assert all("triton" in reason for reason in failed.values())
+    assert [row.model for row in rows] == ["vim_tiny_patch16_224"]
+    (reason,) = failed.values()
+    assert "triton" in reason
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: this is about its absence")
 def test_rehearsal(tmp_path):
     command = ["bash", "scripts/gpu_suite.sh", "--output", str(tmp_path / "gpu"), "--sections", "kernels", "latency"]

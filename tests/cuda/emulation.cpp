@@ -222,17 +222,36 @@ size_t visited(size_t step, size_t threads, uint64_t pass) {
   return static_cast<size_t>((step * 7919 + pass * 104729) % threads);
 }
 
+// Whether the thread could go on; `done` counts those that have ended.
+bool advance(std::vector<Thread>& threads, size_t i, size_t& done) {
+  if (!can_run(threads[i])) return false;
+  go_on(threads[i], stacks.at(i));
+  if (machine.fault != nullptr) throw std::runtime_error(machine.fault);
+  if (threads[i].done) ++done;
+  return true;
+}
+
+// A warp until it waits for another one. In turns, all warps are equally far, and none meets what another has yet to do.
+bool run_warp(std::vector<Thread>& threads, size_t first, size_t& done) {
+  bool progress = false;
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (size_t i = first; i < first + kLanes; ++i) moved |= advance(threads, i, done);
+    progress |= moved;
+  }
+  return progress;
+}
+
 void run_block(std::vector<Thread>& threads) {
   size_t done = 0;
   for (uint64_t pass = 0; done < threads.size(); ++pass) {
     bool progress = false;
     for (size_t step = 0; step < threads.size(); ++step) {
-      const size_t i = visited(step, threads.size(), pass);
-      if (!can_run(threads[i])) continue;
-      progress = true;
-      go_on(threads[i], stacks.at(i));
-      if (machine.fault != nullptr) throw std::runtime_error(machine.fault);
-      if (threads[i].done) ++done;
+      if (order < 3) {
+        progress |= advance(threads, visited(step, threads.size(), pass), done);
+      } else if (step % kLanes == 0) {
+        progress |= run_warp(threads, order == 3 ? step : threads.size() - kLanes - step, done);
+      }
     }
     if (!progress) throw std::runtime_error("emulation: threads wait at a barrier that others never reach");
   }
@@ -314,7 +333,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 
 }  // namespace vim::emulation
 
-// The order in which the threads of a block are visited: 0 ascending, 1 descending, 2 another one in every pass.
+// The order in which the threads of a block are visited: 0 ascending, 1 descending, 2 another one in every pass; or its
+// warps one after the other, each as far as it gets: 3 the first one first, 4 the last one first.
 extern "C" __attribute__((visibility("default"))) void vim_emulation_order(int order) {
   vim::emulation::order = order;
 }

@@ -16,11 +16,13 @@ struct Pair {
 };
 
 // Every block turns its own part of an array around, through shared memory.
-template <bool kBarrier>
+template <bool kBarrier, bool kTogether = false>
 __global__ void turn_around(Pair pair) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const unsigned i = threadIdx.x, n = blockDim.x, first = blockIdx.x * n;
   shared[i] = pair.in[first + i];
+  // Where threads take turns, all have written before any is past these.
+  for (int i = 0; kTogether && i < 2; ++i) __syncwarp();
   if (kBarrier) __syncthreads();
   pair.out[first + i] = shared[n - 1 - i];
 }
@@ -96,6 +98,8 @@ void run_all(int order) {
   expect(turned(out), "blocks, barriers and shared memory");
   launch(turn_around<false>, {3, 64, 64 * sizeof(float)}, nullptr, pair);
   expect(!turned(out), "a missing barrier shows");
+  launch(turn_around<false, true>, {3, 64, 64 * sizeof(float)}, nullptr, pair);
+  expect(turned(out) == (order < 3), "a missing barrier after one of warps shows where warps run ahead");
 
   launch(shuffles, {1, 64, 0}, nullptr, out.data());
   bool right = true;
@@ -147,7 +151,7 @@ bool conversions() {
 
 int main() {
   using namespace vim::cuda;
-  for (int order = 0; order < 3; ++order) run_all(order);
+  for (int order = 0; order < 5; ++order) run_all(order);
   expect(conversions<vim::cuda::bfloat16>(), "bfloat16");
   expect(conversions<vim::cuda::float16>(), "float16");
   return failures == 0 ? 0 : 1;

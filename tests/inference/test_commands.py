@@ -63,6 +63,7 @@ def test_a_run_folder_is_converted(tmp_path):
     assert (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path):
     """It waits in place of the exporter, with its folder made."""

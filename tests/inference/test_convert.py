@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -93,6 +91,8 @@ def test_what_is_refused(contents, arguments, message, tmp_path, monkeypatch, ca
     assert os.listdir() == ["in.pth"]
 
 
-def test_help():
-    run = subprocess.run([sys.executable, "-m", "vim.convert", "--help"], capture_output=True, text=True, check=True)
-    assert "--weights" in run.stdout
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "--weights" in capsys.readouterr().out

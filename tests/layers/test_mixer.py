@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 
 import pytest
@@ -11,17 +10,10 @@ import torch
 from torch import nn
 
 import vim
-from tests.helpers import assert_close, assert_golden, golden_names, golden_tolerances, load_golden
-from vim.checkpoints.upstream import translate_mixer_args
+from tests.helpers import assert_close, golden_mixer, golden_names
+from tests.ops.conformance import check_golden_mixer
 
 CASES = golden_names("mixer")
-
-
-def _from_golden(case: str) -> tuple[vim.Mamba, dict[str, torch.Tensor]]:
-    metadata, tensors = load_golden("mixer", case)
-    mixer = vim.Mamba(int(metadata["d_model"]), **translate_mixer_args(**json.loads(metadata["config"])))
-    mixer.load_state_dict({k.removeprefix("param."): t for k, t in tensors.items() if k.startswith("param.")})
-    return mixer, tensors
 
 
 class _Wrapped(nn.Module):
@@ -60,34 +52,26 @@ def test_all_golden_cases_are_there():
     assert len(CASES) == 10
 
 
+def _take(path: str, mixer: vim.Mamba) -> None:
+    _PATHS[path](mixer, tuple(name for name in _READ_BY_KERNELS if hasattr(mixer, name)))
+
+
 @pytest.mark.parametrize("path", list(_PATHS))
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, path):
-    mixer, tensors = _from_golden(case)
-    parameters = dict(mixer.named_parameters())
-    _PATHS[path](mixer, tuple(name for name in _READ_BY_KERNELS if hasattr(mixer, name)))
-    x = tensors["x"].requires_grad_()
-    out = mixer(x)
-    listed = golden_tolerances(f"mixer/{case}")
-    assert_golden(out, tensors["out64"], listed["out"], "out")
-    (out * tensors["cotangent"]).sum().backward()
-    assert_golden(x.grad, tensors["grad.x"], listed["grad.x"], "grad.x")
-    for name, parameter in parameters.items():
-        key = f"grad.param.{name}"
-        assert_golden(parameter.grad, tensors[key], listed[key], key)
+    check_golden_mixer(case, None, change=lambda mixer: _take(path, mixer))
 
 
 @pytest.mark.parametrize("path", ["fused", "all hooked"])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_of_the_cuda_kernels(case, path):
     """Emulated on the host"""
-    with vim.ops.default_backend("emulated"):
-        test_golden(case, path)
+    check_golden_mixer(case, "emulated", change=lambda mixer: _take(path, mixer))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_in_float64(case):
-    mixer, tensors = _from_golden(case)
+    mixer, tensors = golden_mixer(case)
     assert_close(mixer.double()(tensors["x"].double()), tensors["out64"], 1e-10)
 
 
@@ -96,7 +80,7 @@ def test_golden_in_float64(case):
 def test_no_path_drops_the_backward_direction(directions, path):
     torch.manual_seed(0)
     mixer = vim.Mamba(16, directions=directions)
-    _PATHS[path](mixer, tuple(name for name in _READ_BY_KERNELS if hasattr(mixer, name)))
+    _take(path, mixer)
     x = torch.randn(1, 9, 16, requires_grad=True)
     (grad,) = torch.autograd.grad(mixer(x)[0, 0].sum(), x)
     assert grad[0, -1].abs().max() > 0, "the first token must see the last"

@@ -74,6 +74,7 @@ def test_layer_wise_decay():
     assert decays["layers.0.mixer.A_log"] == 0.05, "as in the original's recipe"
 
 
+@pytest.mark.slow
 def test_timm_backbone_of_transformers():
     transformers = pytest.importorskip("transformers", reason='needs pip install "vimamba[dense]"')
     config = transformers.TimmBackboneConfig(backbone=NAME, out_indices=[0, 2], use_pretrained_backbone=False)
@@ -82,6 +83,7 @@ def test_timm_backbone_of_transformers():
     assert [tuple(m.shape) for m in maps] == [(1, 192, 14, 14)] * 2
 
 
+@pytest.mark.slow
 def test_lora_changes_the_output_and_trains():
     peft = pytest.importorskip("peft", reason='needs pip install "vimamba[dense]"')
     model = small(drop_path_rate=0.0)
@@ -135,6 +137,7 @@ def test_a_forward_hook_fires_on_every_module_that_runs():
     assert silent == {"layers", "layers.0.drop_path"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_int8_weights_and_activations_on_real_images():
     """A small model trained on digits decides as before when its linear layers are int8."""
@@ -229,6 +232,7 @@ def little(**kwargs) -> vim.VisionMamba:
     return vim.VisionMamba(**{**sizes, "drop_path_rate": 0.0, **kwargs})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_export_called_by_users(tmp_path):
     """Without a block of `exportable_ops` around it, and with gradients on; as Lightning's `to_onnx` calls it."""
@@ -479,6 +483,6 @@ def test_autocast_runs_blocks_as_one_op(monkeypatch):
     assert len(ran) == 4
     assert not any(weights is None for weights in ran)
     assert actual.dtype is torch.bfloat16
-    value, gradient = TOLERANCES[torch.bfloat16]
+    value, gradient, *_ = TOLERANCES[torch.bfloat16]
     assert_close(actual.float(), expected, 4 * value)
     assert_close(found, wanted, 4 * gradient)

@@ -27,7 +27,7 @@ CASES = golden_names("models")
 RECIPES = golden_names("recipe")
 
 
-def _from_golden(case: str) -> tuple[vim.VisionMamba, dict[str, str], dict[str, torch.Tensor], dict]:
+def golden_model(case: str) -> tuple[vim.VisionMamba, dict[str, str], dict[str, torch.Tensor], dict]:
     metadata, tensors = load_golden("models", case)
     _, base = load_golden("models", "base_weights")
     forward = json.loads(metadata["forward"])
@@ -53,7 +53,7 @@ def _drawn(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict:
     return {"cls_index": random.randint(0, tokens - 1)}
 
 
-def _logits(model: vim.VisionMamba, x: torch.Tensor, metadata: dict[str, str], drawn: dict) -> torch.Tensor:
+def golden_logits(model: vim.VisionMamba, x: torch.Tensor, metadata: dict[str, str], drawn: dict) -> torch.Tensor:
     features = json.loads(metadata["forward"]).get("return_features", False)
     if not drawn and not features:
         return model(x)
@@ -66,9 +66,9 @@ def test_all_golden_cases_are_there():
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case):
-    model, metadata, tensors, drawn = _from_golden(case)
+    model, metadata, tensors, drawn = golden_model(case)
     x = tensors["x"].requires_grad_()
-    logits = _logits(model, x, metadata, drawn)
+    logits = golden_logits(model, x, metadata, drawn)
     listed = golden_tolerances(f"models/{case}")
     assert_golden(logits, tensors["logits64"], listed["logits"], "logits")
     (logits * tensors["cotangent"]).sum().backward()
@@ -85,9 +85,9 @@ def test_golden(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_in_float64(case):
-    model, metadata, tensors, drawn = _from_golden(case)
+    model, metadata, tensors, drawn = golden_model(case)
     model.double()
-    logits = _logits(model, tensors["x"].double(), metadata, drawn)
+    logits = golden_logits(model, tensors["x"].double(), metadata, drawn)
     assert_close(logits, tensors["logits64"], 1e-10, "logits")
     (logits * tensors["cotangent"].double()).sum().backward()
     for name, norm in json.loads(metadata["grad_norms"]).items():
@@ -95,7 +95,9 @@ def test_golden_in_float64(case):
         assert abs((0.0 if grad is None else grad.norm().item()) - norm) <= 1e-10 * norm + 1e-14, name
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n != min(RECIPES, key=len) else []) for n in RECIPES]
+)
 def test_full_size(name):
     facts = json.loads((GOLDEN / "recipe" / f"{name}.json").read_text())
     _, tensors = load_golden("recipe", name)

@@ -55,6 +55,7 @@ print(train(True), train(False))
     assert with_checkpoints <= 0.4 * without
 
 
+@pytest.mark.slow
 def test_4096_px_take_the_memory_of_their_tokens_however_many_blocks():
     shallow, deep = measure("""
 def infer(depth, side=4096):

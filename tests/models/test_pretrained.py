@@ -80,6 +80,7 @@ def test_offline_the_error_comes_at_once_and_says_what_to_do():
     _check_message(time.monotonic() - start, str(error.value))
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_comes_at_once_and_says_what_to_do():
     script = (
         "import time, timm, vim; start = time.monotonic()\n"

@@ -117,7 +117,9 @@ def segmentation(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("head", ["UPerNet", "FPN", "Unet", "Segformer", "DPT"])
+@pytest.mark.parametrize(
+    "head", ["FPN", *(pytest.param(head, marks=pytest.mark.slow) for head in ("UPerNet", "Unet", "Segformer", "DPT"))]
+)
 def test_segmentation_models_pytorch_trains_a_step(head, segmentation):
     net = segmentation(head)
     logits = net(torch.randn(2, 3, 64, 96))
@@ -129,6 +131,7 @@ def test_segmentation_models_pytorch_trains_a_step(head, segmentation):
         assert net.eval()(torch.randn(1, 3, 128, 64)).shape == (1, 5, 128, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["UPerNet", "DPT"])
 @torch.no_grad()
 def test_segmentation_models_pytorch_exports(head, segmentation):
@@ -136,12 +139,14 @@ def test_segmentation_models_pytorch_exports(head, segmentation):
     assert_close(torch.export.export(net, (x,)).module()(x), net(x), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_segmentation_head_in_onnxruntime(segmentation, monkeypatch, tmp_path):
     monkeypatch.setitem(variants._TINY_SIZE, "depth", 1)
     net = segmentation("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32).eval()
     assert write_onnx(net, tmp_path / "fpn.onnx", 3, (64, 64), tolerance=1e-4) < 1e-5
 
 
+@pytest.mark.slow
 def test_upernet_of_transformers_trains_a_step():
     transformers = pytest.importorskip("transformers", reason='needs pip install "vimamba[dense]"')
     backbone = transformers.TimmBackboneConfig(backbone=NAME, out_indices=[0, 1, 2, 3], use_pretrained_backbone=False)
@@ -170,7 +175,9 @@ class DetectorBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(x))))
 
 
-@pytest.mark.parametrize("masks", [False, True], ids=["Faster R-CNN", "Mask R-CNN"])
+@pytest.mark.parametrize(
+    "masks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["Faster R-CNN", "Mask R-CNN"]
+)
 def test_detectors_of_torchvision_train_a_step(masks):
     from torchvision.models.detection import FasterRCNN, MaskRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
@@ -202,6 +209,7 @@ def test_detectors_of_torchvision_train_a_step(masks):
         assert {"boxes", "labels", "scores", *(["masks"] if masks else [])} <= set(net.eval()(images)[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_backbone_of_a_detector_exports():
     """A detector of torchvision does not, with any backbone: how many boxes it keeps depends on the image."""

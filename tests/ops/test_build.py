@@ -22,7 +22,8 @@ import pytest
 import torch
 
 import vim.ops
-from vim.ops.backends import native, registry
+from tests.backends import registered, replace_backends
+from vim.ops.backends import native
 from vim.ops.build import compilation
 from vim.ops.build.compilation import LIBRARY, BuildError, cpu_recipe
 
@@ -106,6 +107,7 @@ def _processor_time() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.slow
 def test_a_real_build_takes_less_than_a_minute(cache):
     """The whole way: nothing cached, the compiler of this machine, then the library in use."""
     if compilation.find_compiler() is None:
@@ -119,12 +121,6 @@ def test_a_real_build_takes_less_than_a_minute(cache):
     assert [p.name for p in path.parents[1].glob("build-*")] == []
     out, err = _python(CALL).communicate()
     assert (out.strip(), "LOG" in err) == ("native", False), err
-
-
-def test_import_builds_nothing(cache):
-    out, err = _python("import vim, vim.ops, vim.doctor; print('done')").communicate()
-    assert out.strip() == "done", err
-    assert not cache.exists()
 
 
 def test_switched_off(cache):
@@ -409,11 +405,7 @@ def test_a_full_disk(cache, compiler, monkeypatch):
 def fresh(monkeypatch):
     """The native backend as in a new process."""
     monkeypatch.setattr(native, "cpu", native.NativeLibrary())
-    registry._choose.cache_clear()
-    registry._warn_once.cache_clear()
-    yield
-    registry._choose.cache_clear()
-    registry._warn_once.cache_clear()
+    replace_backends(monkeypatch, registered())
 
 
 @pytest.mark.parametrize("what", ["no compiler", "error", "no library"])

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.backends import chosen_suffix, keep_backends, registered, replace_backends
 from vim import build as build_command
+from vim.ops import unavailable_backends
 from vim.ops.backends import native, registry
 from vim.ops.build import compilation, cuda_recipe
 from vim.ops.build.compilation import BuildError
@@ -56,11 +58,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cuda_recipe, "visible_architectures", lambda: ((9, 0),))
     monkeypatch.setattr(native, "cuda", native.CUDALibrary())
     monkeypatch.setattr(registry, "_pinned", set())
-    registry._choose.cache_clear()
-    registry._warn_once.cache_clear()
-    yield
-    registry._choose.cache_clear()
-    registry._warn_once.cache_clear()
+    replace_backends(monkeypatch, registered())
 
 
 def _quiet(line: str) -> None:
@@ -157,12 +155,12 @@ def test_a_failure_is_one_warning_and_the_next_backend(what, cache, tools, gpu, 
     tools("echo 'conv.cu(1): error: boom'; exit 2" if what == "error" else "")
     if what == "no nvcc":
         _no_nvcc(monkeypatch)
-    monkeypatch.setattr(registry, "_backends", [b for b in registry._backends if b.name in ("native", "reference")])
+    keep_backends(monkeypatch, "native", "reference")
     with caplog.at_level(logging.WARNING, "vim"):
         for _ in range(2):
             for op in OPS:
-                assert registry._suffix(op, None, "cuda", torch.float32) == ""
-                assert registry._suffix(op, None, "cuda", torch.float64) == ""
+                assert chosen_suffix(op, None, "cuda") == ""
+                assert chosen_suffix(op, None, "cuda", torch.float64) == ""
     building, warning = [r.getMessage() for r in caplog.records][:-1], caplog.records[-1].getMessage()
     assert building == ([] if what == "no nvcc" else ["building the CUDA kernels, once; this takes a minute or two"])
     assert warning.startswith("backend 'native' is not used on cuda: ")
@@ -173,7 +171,7 @@ def test_a_failure_is_one_warning_and_the_next_backend(what, cache, tools, gpu, 
     }
     assert words[what] in warning
     with pytest.raises(RuntimeError, match="backend 'native' cannot run add_rms_norm on cuda"):
-        registry._suffix("add_rms_norm", "native", "cuda", torch.float32)
+        chosen_suffix("add_rms_norm", "native", "cuda")
 
 
 def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, caplog):
@@ -183,10 +181,10 @@ def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, ca
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(native.CUDALibrary, "runs", lambda self, op: True)
     monkeypatch.setattr(cuda_recipe, "problem", lambda path: "H100: CUDA driver version is insufficient")
-    monkeypatch.setattr(registry, "_backends", [b for b in registry._backends if b.name in ("native", "reference")])
+    keep_backends(monkeypatch, "native", "reference")
     with caplog.at_level(logging.WARNING, "vim"):
-        assert registry._suffix("add_rms_norm", None, "cuda", torch.float32) == "_reference"
-        assert registry._suffix("add_rms_norm", None, "cuda", torch.float64) == "_reference"
+        assert chosen_suffix("add_rms_norm", None, "cuda") == "_reference"
+        assert chosen_suffix("add_rms_norm", None, "cuda", torch.float64) == "_reference"
     assert "cannot run here: H100: CUDA driver version is insufficient" in caplog.text
     assert len(caplog.records) == 1
 
@@ -194,7 +192,7 @@ def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, ca
 def test_without_a_gpu_nothing_is_tried(cache, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.WARNING, "vim"):
-        reason = native._why_not("add_rms_norm", torch.device("cuda"), torch.float32)
+        reason = unavailable_backends("add_rms_norm", "cuda")["native"]
     assert reason == "torch finds no GPU"
     assert not caplog.records
     assert not cache.exists()
@@ -243,6 +241,7 @@ LOAD = (
 )
 
 
+@pytest.mark.slow
 def test_a_real_library_of_the_norm_loads_without_a_gpu(cache):
     """The real compilers, on the smallest kernels: one file takes a few seconds, all of them a minute or more."""
     recipe = cuda_recipe.recipe([(8, 0)])

@@ -69,9 +69,9 @@ def test_half_is_computed_in_float32_and_rounded_once(dtype, backend):
     actual = torch.stack(bidirectional_conv1d(x, *weights, backend=backend))
     expected = torch.stack(bidirectional_conv1d(wide, *weights, backend="reference"))
     assert actual.dtype == dtype
-    assert_close(actual, expected, TOLERANCES[dtype][0] / 2)
+    assert_close(actual, expected, TOLERANCES[dtype].value / 2)
     for got, wanted in zip(gradients(actual, [x, *weights]), gradients(expected, [wide, *weights]), strict=True):
-        assert_close(got, wanted, TOLERANCES[dtype][1])
+        assert_close(got, wanted, TOLERANCES[dtype].gradient)
 
 
 @pytest.mark.parametrize("backend", BOTH)

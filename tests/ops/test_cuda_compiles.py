@@ -17,6 +17,7 @@ import sass_counts  # noqa: E402
 HAS_NVCC = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_NVCC, reason="no nvcc")
 def test_main_loops_of_the_fast_scan():
     done = subprocess.run(

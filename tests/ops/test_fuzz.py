@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_ops.py"
 
 
+@pytest.mark.slow
 def test_every_call_returns_or_raises():
     command = [sys.executable, str(SCRIPT), "--calls", "150", "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
-from tests.ops.kernel_checks import noise
+from tests.ops.conformance import noise
 from tests.ops.test_native_kernels import pytestmark as pytestmark
 from vim.ops import (
     ScanOperands,

@@ -153,6 +153,7 @@ def test_denormals_are_the_callers_choice():
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.slow
 def test_exits_right_after_use():
     """A process that has used the pool forks, its child uses it too, and both end as any other."""
     code = """
@@ -178,6 +179,7 @@ def test_exits_right_after_use():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_pool_under_stress(tmp_path):
     """More callers, threads and jobs than there is room for, jobs within jobs, and the quotas of containers."""
     compiler = compilation.find_compiler()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.kernel_checks import FLOATS
+from tests.ops.conformance import FLOATS
 from vim.ops.backends import native
 
 REASON = native.load()

@@ -1,4 +1,4 @@
-"""The Triton backend: its kernels in Triton's interpreter (or on a GPU), its reasons, what it compiles to."""
+"""The Triton backend: its kernels in Triton's interpreter, its reasons, what it compiles to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.backends import chosen_suffix, keep_backends
 from vim.ops import available_backends, unavailable_backends
-from vim.ops.backends import registry
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -23,17 +23,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _run_kernel_tests(keyword: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", keyword]
-    done = subprocess.run(
-        [*command, "tests/ops/triton_kernels.py"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _run_interpreted(file: str, keyword: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", "-k", keyword, file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 def _interpreter_misses_numpy() -> bool:
@@ -45,20 +40,39 @@ def _interpreter_misses_numpy() -> bool:
     return triton <= (3, 6) and numpy >= (2, 4)
 
 
-# Shares of about the same length, so that workers can take one each.
-@pytest.mark.skipif(
+interpreter_works = pytest.mark.skipif(
     _interpreter_misses_numpy(), reason="this Triton's interpreter needs an older NumPy: pip install 'numpy<2.4'"
 )
+
+
+@interpreter_works
+def test_some_kernels_in_the_interpreter():
+    _run_interpreted(
+        "tests/ops/test_conformance.py", "(add_rms_norm or conv1d) and bfloat16 and test_case or every_output"
+    )
+
+
+# Shares of about the same length, so that workers can take one each.
+@pytest.mark.slow
+@interpreter_works
 @pytest.mark.parametrize(
-    "keyword", ["golden_scan", "golden_mixer", "bidirectional", "not golden and not bidirectional"]
+    ("file", "keyword"),
+    [
+        ("triton_kernels", ""),
+        ("test_conformance", "golden"),
+        ("test_conformance", "test_case and bidirectional_scan"),
+        ("test_conformance", "test_case and selective_scan"),
+        ("test_conformance", "test_case and not _scan"),
+        ("test_conformance", "empty or written or registration or float64"),
+    ],
 )
-def test_kernels_in_the_interpreter(keyword):
-    _run_kernel_tests(keyword, TRITON_INTERPRET="1")
+def test_kernels_in_the_interpreter(file, keyword):
+    _run_interpreted(f"tests/ops/{file}.py", keyword)
 
 
 # The bidirectional scan's backward pass is the selective scan's, twice, and takes as long again to compile; the script
 # compiles everything.
-@pytest.mark.parametrize("ops", [["selective_scan"], ["add_rms_norm"]])
+@pytest.mark.parametrize("ops", [pytest.param(["selective_scan"], marks=pytest.mark.slow), ["add_rms_norm"]], ids=str)
 def test_kernels_compile_for_a_gpu(ops, tmp_path):
     command = [sys.executable, "scripts/check_triton_compiles.py", "sm_90", "--json", tmp_path / "rows", "--ops", *ops]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
@@ -74,6 +88,7 @@ def test_kernels_compile_for_a_gpu(ops, tmp_path):
         assert rows["selective_scan_fwd_kernel"]["shuffles"] == 0, "a channel's states are in one thread"
 
 
+@pytest.mark.slow
 def test_each_target_is_compiled_for(tmp_path):
     """Triton keeps kernels by device: without a device of its own, a target would be given another one's."""
     command = [sys.executable, "scripts/check_triton_compiles.py", "sm_90", "gfx942", "--json", tmp_path / "rows"]
@@ -85,23 +100,17 @@ def test_each_target_is_compiled_for(tmp_path):
     assert {(row["target"], "shuffles" in row) for row in rows} == {("sm_90", True), ("gfx942", False)}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_kernels_on_the_gpu():
-    _run_kernel_tests("test")
-
-
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set")
 def test_reasons():
     assert "its kernels are for GPUs" in unavailable_backends("selective_scan", "cpu")["triton"]
     assert "float64" in unavailable_backends("selective_scan", "cuda", torch.float64)["triton"]
     assert "does not compile for mps" in unavailable_backends("selective_scan", "mps")["triton"]
-    assert available_backends("selective_scan", "cuda") == ("triton", "reference")
 
 
 def test_a_gpu_runs_on_triton_and_a_machine_without_it_is_told_so(monkeypatch):
-    registry._choose.cache_clear()
-    assert registry._suffix("selective_scan", None, "cuda", torch.float32) == "_triton"
-    assert registry._suffix("selective_scan", None, "cuda", torch.float64) == ""
+    keep_backends(monkeypatch, "triton", "reference")  # a machine with a GPU and nvcc has native kernels, too
+    assert available_backends("selective_scan", "cuda") == ("triton", "reference")
+    assert chosen_suffix("selective_scan", None, "cuda") == "_triton"
+    assert chosen_suffix("selective_scan", None, "cuda", torch.float64) == ""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert unavailable_backends("selective_scan", "cuda")["triton"] == "triton is not installed"
-    registry._choose.cache_clear()

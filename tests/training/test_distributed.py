@@ -281,6 +281,7 @@ def test_processes_that_evaluate_something_else_are_refused(tmp_path, capfd, mor
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_trains_on_a_cpu(tmp_path):
     folder = tmp_path / "run"
     command = [

@@ -33,7 +33,7 @@ def results(folder):
     return [*checkpoints, read_summary(files.summary), files.best_weights.read_bytes()]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, workers, pytestconfig):
     images = write_image_folder(tmp_path / "images", ["ant", "bee"], {"train": 12, "val": 4}, (20, 20))
     config = tiny_config(
