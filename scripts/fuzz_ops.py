@@ -146,7 +146,7 @@ class Mutator:
             for size in sizes:
                 if self.random.random() < 0.3:
                     self.renamed[size] = self.random.choice(SIZES)
-        return [self._value(str(a.type), t) for a, t in zip(schema.arguments, template, strict=True)]
+        return [self._value(str(a.real_type), t) for a, t in zip(schema.arguments, template, strict=True)]
 
     def _value(self, kind: str, template: Any) -> Any:
         if kind.startswith(("List[", "Sequence[")):
@@ -169,6 +169,8 @@ class Mutator:
             return self.random.choice(FLOATS) if template is None or self._odd() else template
         if kind == "bool":
             return self.random.random() < 0.5
+        if kind == "ScalarType":  # no other numbers: torch itself reads out of bounds for those that no dtype has
+            return self.random.choice(DTYPES) if template is None or self._odd() else template
         return template
 
     def _list_of(self, kind: str, template: Any) -> list[Any]:
