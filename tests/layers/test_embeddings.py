@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.layers import PatchEmbed as TimmPatchEmbed
+from torch import nn
 
+import vim
 from tests.helpers import assert_close, load_golden
 from vim.layers import GridRotary, LayerNorm, PatchEmbed, RMSNorm
 from vim.layers.pos_embed import cls_indices, resample_pos_embed
@@ -95,6 +97,19 @@ def test_resampled_filters_see_the_same_picture():
 )
 def test_places_of_class_tokens(position, indices):
     assert cls_indices(position, 7) == indices
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "cls_token"])
+@pytest.mark.parametrize("batched", [True, False], ids=["images", "tokens"])
+def test_embeddings_that_are_broadcast_otherwise_reach_every_image_and_token(name, batched):
+    """A prompt or a position embedding of its own for each image; one vector for all tokens."""
+    model = vim.VisionMamba(img_size=16, patch_size=8, embed_dim=16, depth=1, num_classes=3).eval()
+    tokens, images = (5 if name == "pos_embed" else 1), torch.randn(2, 3, 16, 16)
+    shape = (2, tokens, 16) if batched else (1, 1, 16)
+    setattr(model, name, nn.Parameter(torch.randn(shape)))
+    plain = model(images)
+    model.patch_embed.proj.register_forward_hook(lambda *_: None)
+    assert_close(plain, model(images), 1e-5)
 
 
 @pytest.mark.parametrize("indices", [(), (0,), (3,), (7,), (0, 8), (2, 5)])

@@ -152,7 +152,7 @@ class PatchEmbed(nn.Module):
         Returns:
             (batch, len, embed_dim).
         """
-        if self._is_plain(x, (*tokens, pos_embed)):
+        if self._is_plain(x, tokens, pos_embed):
             table = torch.cat([token[0] for token in tokens]) if tokens else None
             positions = None if pos_embed is None else pos_embed[0]
             weight, bias = self.proj.weight, self.proj.bias
@@ -161,9 +161,9 @@ class PatchEmbed(nn.Module):
         y = insert_tokens(y, [token.expand(y.shape[0], -1, -1) for token in tokens], places)
         return y if pos_embed is None else y + pos_embed
 
-    def _is_plain(self, x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
-        """Return True if one op may compute `embed` instead of the modules."""
-        tensors = [t for t in (self.proj._parameters.get("weight"), *others) if t is not None]
+    def _is_plain(self, x: Tensor, tokens: Sequence[Tensor], pos_embed: Tensor | None) -> bool:
+        """Return True if one op may run in place of this module and what follows."""
+        tensors = [t for t in (self.proj._parameters.get("weight"), *tokens, pos_embed) if t is not None]
         return (
             runs_embedding(x)
             and type(self) is PatchEmbed
@@ -174,6 +174,9 @@ class PatchEmbed(nn.Module):
             and self.proj.stride == self.stride
             and type(self.norm) is nn.Identity
             and not is_watched(self.norm)
+            # Others are broadcast, to the images of a batch or to the tokens of a sequence.
+            and all(token.shape[:2] == (1, 1) for token in tokens)
+            and (pos_embed is None or (pos_embed.shape[0] == 1 and pos_embed.shape[1] > 1))
             and all(type(t) is nn.Parameter or type(t) is Tensor for t in tensors)
             and (torch.is_autocast_enabled(x.device.type) or all(t.dtype is x.dtype for t in tensors))
         )
