@@ -220,12 +220,35 @@ def test_another_forward_of_a_class_is_called(kind, calls, monkeypatch):
 
 def _convolution(**settings) -> nn.Conv1d:
     torch.manual_seed(2)
-    return nn.Conv1d(48, 48, 4, **{"padding": 3, "groups": 48, **settings})
+    return nn.Conv1d(48, 48, **{"kernel_size": 4, "padding": 3, "groups": 48, **settings})
 
 
 class _Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
+
+
+class _Tripled(nn.Parameter):
+    """A weight that changes what functions do with it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            y = function(*args, **(kwargs or {}))
+            return 3 * y if function is nn.functional.linear else y
+
+
+def _tripled(linear: nn.Linear) -> None:
+    linear.weight = _Tripled(linear.weight.detach())
+
+
+def _sparse(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+def _widened(made: Block) -> None:
+    """More outputs than the block's inputs: its last layer may have them."""
+    made.mixer.out_proj = nn.Linear(48, 32)
 
 
 CHANGES = {
@@ -244,6 +267,11 @@ CHANGES = {
     "dilated filter": lambda made: setattr(made.mixer, "conv1d", _convolution(dilation=2, padding=6)),
     "circular padding": lambda made: setattr(made.mixer, "conv1d", _convolution(padding_mode="circular")),
     "more padding": lambda made: setattr(made.mixer, "conv1d_b", _convolution(padding=4)),
+    "another width": lambda made: setattr(made.mixer, "conv1d_b", _convolution(padding=0, kernel_size=1)),
+    "no bias of dt_proj": lambda made: setattr(made.mixer, "dt_proj", nn.Linear(2, 48, bias=False)),
+    "a subclass of a weight": lambda made: _tripled(made.mixer.dt_proj),
+    "sparse weights": lambda made: _sparse(made.mixer.in_proj),
+    "more outputs": _widened,
     "a wrapper": lambda made: setattr(made.mixer, "in_proj", nn.Sequential(made.mixer.in_proj)),
 }
 
@@ -261,6 +289,45 @@ def test_other_blocks_are_left_to_their_modules(change, calls):
     for actual, hooked in zip(plain, made(x, residual), strict=True):
         assert_close(actual, hooked, 1e-5)
     assert calls == [False] * 2
+
+
+def test_a_module_that_takes_no_part_changes_nothing(calls):
+    made, inputs = make_block(), make_inputs()
+    made.mixer.register_module("adapter", None)
+    made.mixer.probe = nn.Dropout()
+    assert_same(made, *inputs)
+    assert calls == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("of_model", [torch.float32, torch.bfloat16])
+def test_a_residual_of_another_dtype_is_summed_as_the_norm_does(of_model, dtype, calls):
+    x, residual = make_inputs(dtype=of_model)
+    assert_same(make_block(of_model), x, residual.to(dtype))
+    assert calls == [False]
+
+
+def test_settings_that_are_wrong_have_the_words_of_the_modules(calls):
+    made, inputs = make_block(), make_inputs()
+    with pytest.raises(ValueError, match=r"residual must be .* = \(2, 7, 24\), got \(1, 7, 24\)"):
+        made(inputs[0], inputs[1][:1])
+    made.mixer.merge = "max"
+    with pytest.raises(ValueError, match=r"merge must be one of .*'max'"):
+        made(*inputs)
+    made.norm.eps = -1.0
+    with pytest.raises(ValueError, match="eps must be > 0, got -1"):
+        made(*inputs)
+    assert calls == [False] * 3
+
+
+def test_a_mixer_whose_output_nobody_uses_has_no_gradients():
+    """Zeros would let an optimizer decay its weights."""
+    made, (x, residual) = make_block(), make_inputs()
+    x.requires_grad_()
+    total = made(x, residual)[1]
+    grads = torch.autograd.grad(total.sum(), [x, *made.mixer.parameters()], allow_unused=True)
+    assert torch.equal(grads[0], torch.ones_like(x))
+    assert all(gradient is None for gradient in grads[1:])
 
 
 @pytest.mark.parametrize("merge", ["mean", "sum"])

@@ -11,10 +11,13 @@ from torch.nn.modules import module as torch_module
 from vim.layers.mixer import Mamba
 from vim.layers.norm import RMSNorm
 from vim.layers.watched import is_causal_convolution, is_watched
-from vim.ops.bidirectional_block.interface import BlockWeights, runs_block
+from vim.ops import OPTIONAL_WEIGHTS, BlockWeights, runs_block
 
 _LINEAR = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
-# The forwards that these classes are defined with, to notice a patched class.
+_READ = (*_LINEAR, "conv1d", "conv1d_b")
+# Places of the weights that the op cannot do without.
+_REQUIRED = [i for i, name in enumerate(BlockWeights._fields) if name not in OPTIONAL_WEIGHTS]
+# A class may be given another forward.
 _CLASSES = (Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU)
 _FORWARDS = tuple(kind.forward for kind in _CLASSES)
 
@@ -28,7 +31,7 @@ def plain_weights(norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor
     if not (runs_block(x, residual) and type(mixer) is Mamba and type(norm) is RMSNorm and _is_plain(norm, mixer)):
         return None
     weights = _weights(norm, mixer)
-    return weights if weights is not None and _fit(weights, x) else None
+    return weights if weights is not None and _fit(weights, x, residual) else None
 
 
 def _is_plain(norm: RMSNorm, mixer: Mamba) -> bool:
@@ -36,7 +39,9 @@ def _is_plain(norm: RMSNorm, mixer: Mamba) -> bool:
     linear = [parts.get(name) for name in _LINEAR]
     return (
         mixer.directions == "v2"
+        and mixer.merge in ("mean", "sum")
         and mixer.gamma is None
+        and norm.eps > 0
         and not torch_module._has_any_global_hook()
         and tuple(kind.forward for kind in _CLASSES) == _FORWARDS
         and not (is_watched(norm) or is_watched(mixer))
@@ -49,7 +54,8 @@ def _is_plain(norm: RMSNorm, mixer: Mamba) -> bool:
 def _weights(norm: RMSNorm, mixer: Mamba) -> BlockWeights | None:
     """Return all weights if each is a plain parameter or tensor under its usual name, else `None`."""
     own: dict[str, Any] = mixer._parameters
-    parts: dict[str, Any] = {name: part._parameters for name, part in mixer._modules.items()}  # type: ignore[union-attr]
+    modules: dict[str, Any] = mixer._modules
+    parts = {name: modules[name]._parameters for name in _READ}
     try:
         if parts["x_proj"]["bias"] is not None or parts["x_proj_b"]["bias"] is not None:
             return None
@@ -76,12 +82,23 @@ def _weights(norm: RMSNorm, mixer: Mamba) -> BlockWeights | None:
         )
     except KeyError:  # a weight is a buffer, an attribute or a parametrization
         return None
+    if any(weights[i] is None for i in _REQUIRED):
+        return None
     return weights if all(type(w) is nn.Parameter or type(w) is Tensor or w is None for w in weights) else None
 
 
-def _fit(weights: BlockWeights, x: Tensor) -> bool:
-    """Return True if the weights of the products have the dtype of `x`, as linear layers demand, or under autocast."""
-    if torch.is_autocast_enabled(x.device.type):
-        return True
+def _fit(weights: BlockWeights, x: Tensor, residual: Tensor | None) -> bool:
+    """Return True if sizes, dtypes and layouts are those that the op takes; modules take more."""
     products = (weights.in_proj, weights.in_bias, weights.x_proj, weights.x_proj_b, weights.out_proj, weights.out_bias)
-    return all(w is None or w.dtype is x.dtype for w in products)
+    # Linear layers demand the dtype of `x`; autocast casts both.
+    any_dtype = torch.is_autocast_enabled(x.device.type)
+    return (
+        (residual is None or (residual.shape == x.shape and residual.dtype is _sum_dtype(x)))
+        and weights.conv_weight.shape == weights.conv_weight_b.shape
+        and weights.out_proj.shape[0] == x.shape[2]
+        and all(w is None or ((any_dtype or w.dtype is x.dtype) and w.layout is torch.strided) for w in products)
+    )
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -70,4 +71,8 @@ def _has_plain_weights(module: nn.Module, shape: tuple[int, ...], optional_bias:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
+    if type(weight) is nn.Parameter or type(weight) is Tensor:
+        return True
+    # Of subclasses, those that stand for a tensor while a graph is recorded, and have no say in what functions do.
+    quiet = type(weight).__torch_function__ is torch._C._disabled_torch_function_impl
+    return quiet and not is_traceable_wrapper_subclass(weight)

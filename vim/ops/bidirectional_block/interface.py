@@ -49,7 +49,7 @@ class BlockWeights(NamedTuple):
     out_bias: Tensor | None
 
 
-_OPTIONAL = ("in_bias", "conv_bias", "conv_bias_b", "out_bias")
+OPTIONAL_WEIGHTS = ("in_bias", "conv_bias", "conv_bias_b", "out_bias")
 
 
 def bidirectional_block(
@@ -152,6 +152,6 @@ def _check_weights(weights: BlockWeights, x: Tensor) -> None:
         ((d_model, d_inner), "(d_model, d_inner)"),
         ((d_model,), "(d_model,)"),
     )
-    for name, weight, (shape, axes) in zip(BlockWeights._fields, weights, expected, strict=True):
-        if weight is not None or name not in _OPTIONAL:
-            check_operand(f"weights.{name}", weight, shape, axes, x, "hidden_states")
+    for name, weight, (shape, axes_of) in zip(BlockWeights._fields, weights, expected, strict=True):
+        if weight is not None or name not in OPTIONAL_WEIGHTS:
+            check_operand(f"weights.{name}", weight, shape, axes_of, x, "hidden_states")

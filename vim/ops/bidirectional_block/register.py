@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vim.ops.bidirectional_block import reference
@@ -73,8 +72,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     backward_op: Any, forward_op: Any, ctx: Any, dout: Tensor | None, dresidual: Tensor | None, *_: Any
 ) -> Any:
-    if dout is None and dresidual is None:
-        return (None,) * (6 + WEIGHTS)
+    if dout is None:  # nobody used the mixer's output: the residual sum alone has a gradient, and no weight took part
+        of_hidden = None if dresidual is None else dresidual.to(ctx.hidden_dtype)
+        return of_hidden, dresidual if ctx.has_residual else None, *(None,) * (4 + WEIGHTS)
     saved_tensors = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
     first, weights = saved_tensors[: ctx.saved], saved_tensors[ctx.saved :]
     every = ctx.checkpoint_every
@@ -82,8 +82,6 @@ def _backward(
         every = CHECKPOINT_EVERY
         first = forward_op(*first, *weights, ctx.dtype, ctx.eps, ctx.scale, every)[1:]
     total, *saved = first
-    if dout is None:
-        dout = torch.zeros_like(total, dtype=ctx.dtype)
     needed = ctx.needs_input_grad[2 : 2 + WEIGHTS]
     weight_grads = any(needed[i] for i in PRODUCTS)
     settings = (ctx.eps, ctx.scale, every, weight_grads)
