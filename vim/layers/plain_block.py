@@ -11,13 +11,13 @@ from torch.nn.modules import module as torch_module
 from vim.layers.mixer import Mamba
 from vim.layers.norm import RMSNorm
 from vim.layers.watched import is_causal_convolution, is_watched
-from vim.ops import OPTIONAL_WEIGHTS, BlockWeights, runs_block
+from vim.ops.bidirectional_block.interface import OPTIONAL_WEIGHTS, BlockWeights, runs_block
 
 _LINEAR = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
 _READ = (*_LINEAR, "conv1d", "conv1d_b")
-# Places of the weights that the op cannot do without.
+# Indices of the weights that the op requires.
 _REQUIRED = [i for i, name in enumerate(BlockWeights._fields) if name not in OPTIONAL_WEIGHTS]
-# A class may be given another forward.
+# The forwards that these classes are defined with, to notice a patched class.
 _CLASSES = (Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU)
 _FORWARDS = tuple(kind.forward for kind in _CLASSES)
 
@@ -88,7 +88,7 @@ def _weights(norm: RMSNorm, mixer: Mamba) -> BlockWeights | None:
 
 
 def _fit(weights: BlockWeights, x: Tensor, residual: Tensor | None) -> bool:
-    """Return True if sizes, dtypes and layouts are those that the op takes; modules take more."""
+    """Return True if the op takes the sizes, dtypes and layouts; the modules take more."""
     products = (weights.in_proj, weights.in_bias, weights.x_proj, weights.x_proj_b, weights.out_proj, weights.out_bias)
     # Linear layers demand the dtype of `x`; autocast casts both.
     any_dtype = torch.is_autocast_enabled(x.device.type)

@@ -6,13 +6,7 @@ from vim.ops.backends import mamba_ssm as mamba_ssm
 from vim.ops.backends import native as native
 from vim.ops.backends import triton as triton
 from vim.ops.backends.registry import available_backends, default_backend, exportable_ops, unavailable_backends
-from vim.ops.bidirectional_block.interface import (
-    OPTIONAL_WEIGHTS,
-    BlockWeights,
-    bidirectional_block,
-    run_bidirectional_block,
-    runs_block,
-)
+from vim.ops.bidirectional_block.interface import BlockWeights, bidirectional_block
 from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
@@ -21,7 +15,6 @@ from vim.ops.embed_patches.interface import embed_patches
 from vim.ops.selective_scan.interface import selective_scan
 
 __all__ = [
-    "OPTIONAL_WEIGHTS",
     "BlockWeights",
     "InnerWeights",
     "ScanOperands",
