@@ -104,6 +104,15 @@ def set_in(name, **values):
     return change(lambda contents: contents[name].update(values))
 
 
+def first_state(edit):
+    """Change what the optimizer keeps of its first parameter."""
+    return change(lambda contents: edit(contents["optimizer"]["state"][0]))
+
+
+def first_group(edit):
+    return change(lambda contents: edit(contents["optimizer"]["param_groups"][0]))
+
+
 DAMAGES = {
     "empty": (cut(0.0), "is truncated, damaged or not a checkpoint"),
     "a tenth": (cut(0.1), "is truncated, damaged or not a checkpoint"),
@@ -133,6 +142,15 @@ DAMAGES = {
         change(lambda contents: contents["optimizer"]["param_groups"].pop()),
         "cannot be resumed from: loaded state dict has a different number of parameter groups",
     ),
+    "an average of another shape": (
+        first_state(lambda state: state.update(exp_avg=torch.zeros(3))),
+        "cannot be resumed from: the optimizer's 'exp_avg' of ",
+    ),
+    "an average of text": (first_state(lambda state: state.update(exp_avg_sq="0")), "got of type str"),
+    "no average": (first_state(lambda state: state.pop("exp_avg")), "got of type NoneType"),
+    "many counts of steps": (first_state(lambda state: state.update(step=torch.zeros(2))), "must be a tensor (), got"),
+    "a decay of text": (first_group(lambda group: group.update(weight_decay="x")), "optimizer's 'weight_decay' must"),
+    "no betas": (first_group(lambda group: group.pop("betas")), "the optimizer's 'betas' must be like (0.9, 0.999)"),
     "a position of a wrong kind": (change(lambda contents: contents.update(position=7)), "cannot be resumed from"),
     "an epoch that is text": (set_in("position", epoch="1"), "position.epoch must be a whole number >= 0, got '1'"),
     "settings of a wrong kind": (change(lambda contents: contents.update(config=[1])), "must hold settings by name"),

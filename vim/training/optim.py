@@ -1,5 +1,6 @@
 """Optimizer, learning rate and averaged weights: timm's, set up from the settings."""
 
+import copy
 import difflib
 from collections.abc import Callable
 from typing import Any, cast
@@ -121,3 +122,40 @@ def clip_gradients(model: nn.Module, optim: OptimConfig, norm: Tensor) -> None:
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.grad is not None]
+
+
+def check_optimizer_state(optimizer: Optimizer, model: nn.Module, config: TrainConfig) -> None:
+    """Compare a loaded state with the state of a new optimizer after a step; if they differ, the next step would fail.
+
+    Raises:
+        ValueError: A setting or a tensor is missing or of another kind; the message names it.
+    """
+    probe = copy.deepcopy(model)
+    fresh = build_optimizer(probe, config)
+    for parameter in probe.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    fresh.step()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for wanted_group, group in zip(fresh.param_groups, optimizer.param_groups, strict=True):
+        for key, wanted in wanted_group.items():
+            if key != "params" and _kind(group.get(key)) != _kind(wanted):
+                raise ValueError(f"the optimizer's {key!r} must be like {wanted!r}, got {group.get(key)!r}")
+        for new, parameter in zip(wanted_group["params"], group["params"], strict=True):
+            state = optimizer.state.get(parameter)
+            if state is None:  # the parameter was frozen
+                continue
+            for key, wanted in fresh.state.get(new, {}).items():
+                found = state.get(key)
+                if _kind(found) != _kind(wanted):
+                    raise ValueError(
+                        f"the optimizer's {key!r} of {names[parameter]} must be {_kind(wanted)}, got {_kind(found)}"
+                    )
+
+
+def _kind(value: object) -> str:
+    """Return the kind of a value in words: a tensor with its shape, a number, or another type."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "a number"
+    return f"of type {type(value).__name__}"

@@ -16,6 +16,7 @@ from vim.config.schema import TrainConfig
 from vim.runtime.distributed import Processes
 from vim.tasks.task import Task
 from vim.training.metrics import EpochMeter
+from vim.training.optim import check_optimizer_state
 
 
 @dataclasses.dataclass(slots=True)
@@ -141,6 +142,7 @@ class RunState:
                 load_into(self.ema.module, state["model_ema"] or {}, source)
             check_resumable(config_from_dict(state["config"], str(source)), self._config)
             self.optimizer.load_state_dict(state["optimizer"])
+            check_optimizer_state(self.optimizer, self.model, self._config)
             self.scaler.load_state_dict(state["scaler"])
             self.position = Position.from_dict(state["position"], self._updates_per_epoch, self._task)
             generators = state["rng"]
