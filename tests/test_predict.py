@@ -62,7 +62,7 @@ def held_out(run, tmp_path):
 
 def best_model(run):
     weights = load_predictor(str(run.folder.path)).model.state_dict()
-    averaged = run.ema.module.state_dict()
+    averaged = run.state.ema.module.state_dict()
     return weights, averaged
 
 
@@ -143,7 +143,7 @@ def test_every_file_of_a_run_predicts_alike_where_it_holds_the_same_weights(run,
     image = [Image.open(held_out[0] / "000.png")]
     raw = load_predictor(str(run.folder.last), weights="raw")
     averaged = load_predictor(str(run.folder.last), weights="ema")
-    for predictor, module in ((raw, run.model), (averaged, run.ema.module)):
+    for predictor, module in ((raw, run.model), (averaged, run.state.ema.module)):
         for name, tensor in module.state_dict().items():
             assert torch.equal(predictor.model.state_dict()[name], tensor)
     assert not torch.equal(raw.probabilities(image), averaged.probabilities(image))

@@ -77,7 +77,7 @@ def test_a_run_gets_the_figures_that_it_had_in_training(run, tmp_path, capsys, w
 def test_the_files_hold_the_confusion_matrix_and_the_table_of_the_classes(run, images):
     assert validate.main([str(run.folder.path), "--device", "cpu"]) == 0
     folder = run.folder.path / "validation"
-    model = run.ema.module if results(folder)["weights"] == "ema" else run.model
+    model = run.state.ema.module if results(folder)["weights"] == "ema" else run.model
     if run.position.best["epoch"] != 2:
         model.load_state_dict(timm.models.load_state_dict(str(run.folder.best_weights)))
     expected = torch.zeros(6, 6, dtype=torch.int64)

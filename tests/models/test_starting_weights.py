@@ -111,7 +111,7 @@ def test_a_run_of_ours_gives_its_best_weights_by_its_folder_or_its_files(run):
     for place in (run.folder.path, run.folder.best, run.folder.best_weights):
         assert_same(build_model(change_checkpoint(config, place), 10), expected)
     averaged = build_model(change_checkpoint(config, run.folder.last, "ema"), 10)
-    assert_same(averaged, run.ema.module.state_dict())
+    assert_same(averaged, run.state.ema.module.state_dict())
 
 
 def change_checkpoint(config, place, weights="best"):
