@@ -216,3 +216,16 @@ def test_help_names_the_module_and_its_settings(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("usage: python -m vim.train [--config FILE]")
     assert "--optim.lr LR" in printed
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, kind):
+    """`| head`, or a terminal that is closed under a run which ignores the signal: the files are what matters."""
+    reader, writer = os.pipe() if kind == "pipe" else os.openpty()
+    command = [sys.executable, "-m", "vim.train", *SYNTHETIC, *TINY_BATCH, "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer)
+    os.close(writer)
+    os.close(reader)
+    assert process.wait(timeout=300) == 0
+    assert len(rows(tmp_path / "run")) == 1
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["position"]["epoch"] == 1

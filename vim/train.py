@@ -128,4 +128,7 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    from vim.runtime.terminal import outlive_reader
+
+    outlive_reader()
     sys.exit(main())

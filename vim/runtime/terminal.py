@@ -1,9 +1,16 @@
 """Standard output of the command lines: odd file names and closed pipes."""
 
+from __future__ import annotations
+
+import errno
 import io
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def show_any_name() -> None:
@@ -16,6 +23,36 @@ def end_with_reader() -> None:
     """Let the process end silently when its output pipe is closed (`| head`), as other filters do."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+class _LastingFile(io.FileIO):
+    """The file under a standard stream: what is written after its reader has gone is dropped."""
+
+    def write(self, data: ReadableBuffer) -> int | None:
+        """Write to the file, or to nowhere from the first time on that nobody reads it any more."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # of a pipe, and of a terminal that was closed
+                raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        return memoryview(data).nbytes
+
+
+def outlive_reader() -> None:
+    """Let the process go on when nobody reads its output any more (`| head`, a closed terminal): its files matter."""
+    if os.name == "nt":
+        return
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.flush()
+        file = io.BufferedWriter(_LastingFile(stream.fileno(), "w", closefd=False))
+        lasting = io.TextIOWrapper(file, stream.encoding, stream.errors, None, stream.line_buffering)
+        setattr(sys, name, lasting)
 
 
 def write_out(text: str) -> None:
