@@ -326,15 +326,16 @@ def _outcome(call: Callable[[], Any]) -> str:
     _timed = True
     signal.alarm(SECONDS_A_CALL)
     try:
-        call()
+        try:
+            call()
+        finally:  # before anything else, or the alarm ends the process while an error is described
+            _timed = False
+            signal.alarm(0)
     except _TooSlow:
         return "took too long"
     except Exception as error:
         # Any exception of the library or of torch is fine here.
         return f"{type(error).__name__}: {error}"
-    finally:
-        _timed = False
-        signal.alarm(0)
     return "returned"
 
 
