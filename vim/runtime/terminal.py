@@ -28,7 +28,7 @@ def end_with_reader() -> None:
 class _LastingFile(io.FileIO):
     """The file under a standard stream: what is written after its reader has gone is dropped."""
 
-    def write(self, data: ReadableBuffer) -> int | None:
+    def write(self, data: ReadableBuffer, /) -> int:
         """Write to the file, or to nowhere from the first time on that nobody reads it any more."""
         try:
             return super().write(data)
