@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
