@@ -100,7 +100,7 @@ def test_code_for_each_architecture_and_ptx_of_the_last(cache, tools):
     path = _build((9, 0), (8, 0), (9, 0))
     assert path.name == "libvimamba_cuda_sm80_sm90.so"
     kernels = [line for line in log.read_text().splitlines() if "/nvcc " in line and " -c " in line]
-    assert {Path(line.split(" -c ")[1].split()[0]).stem for line in kernels} >= {"conv", "norm", "problem"}
+    assert {Path(line.split(" -c ")[1].split()[0]).stem for line in kernels} >= {"conv", "norm", "self_check"}
     for line in kernels:
         for target in ("code=sm_80", "code=sm_90", "arch=compute_90,code=compute_90"):
             assert line.count(target) == 1
@@ -245,7 +245,7 @@ LOAD = (
 def test_a_real_library_of_the_norm_loads_without_a_gpu(cache):
     """The real compilers, on the smallest kernels: one file takes a few seconds, all of them a minute or more."""
     recipe = cuda_recipe.recipe([(8, 0)])
-    recipe = replace(recipe, units=tuple(u for u in recipe.units if u.name in ("norm", "bind_norm", "problem")))
+    recipe = replace(recipe, units=tuple(u for u in recipe.units if u.name in ("norm", "bind_norm", "self_check")))
     if cuda_recipe.find_nvcc() is None:
         with pytest.raises(BuildError, match="there is no CUDA compiler, nvcc"):
             compilation.build(recipe, _quiet)
