@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 import sys
@@ -10,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from vim.training import trackers
 from vim.training.trackers import check_trackers, open_trackers
@@ -26,7 +28,11 @@ def write(names, folder, first_step, steps):
         tracker.close()
 
 
-def test_tensorboard_forgets_what_a_run_that_died_wrote_after_its_last_checkpoint(tmp_path):
+def test_tensorboard_forgets_what_a_run_that_died_wrote_after_its_last_checkpoint(tmp_path, monkeypatch):
+    # TensorBoard reads files in the order of their names: second, host, process, number. Runs of one process within a
+    # second would be read 10 before 9.
+    seconds = itertools.count(1)
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: float(next(seconds))))
     write(["tensorboard"], tmp_path, 0, [1, 2, 3, 4])
     write(["tensorboard"], tmp_path, 2, [3, 4, 5])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
