@@ -1,4 +1,4 @@
-"""Run functions in processes of their own, forked so that they need not import torch again."""
+"""Run functions in processes of their own, most of them forked so that they need not import torch again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("fork")
+# Forks of a process that has imported what the functions need, and done nothing else.
+_UNTRAINED = multiprocessing.get_context("forkserver")
+_UNTRAINED.set_forkserver_preload(["tests.training.test_kill", "tests.training.test_run_lock"])
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], results: Any) -> None:
@@ -21,8 +24,9 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Start a function in one process, which the caller may kill."""
-    process = _CONTEXT.Process(target=function, args=arguments)
+    """Start a function of a module in one process, which the caller may kill."""
+    # It trains, and autograd refuses the fork of a process in which it has started threads.
+    process = _UNTRAINED.Process(target=function, args=arguments)
     process.start()
     return process
 

@@ -41,6 +41,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, wo
         **{"data__dataset": "folder", "data__path": str(images), "data__workers": workers, "model__in_chans": 3},
         **{**RANDOM, "augment__auto_augment": "rand-m9-mstd0.5-inc1"},
     )
+    start(int).join(timeout=300)  # the first process waits for imports, which are not a part of the run
     began = time.monotonic()
     process = start(run, config, tmp_path / "unbroken")
     process.join(timeout=300)
