@@ -322,7 +322,7 @@ def test_what_differs_between_calls_is_not_frozen_in_a_graph(kwargs):
 
 
 class Twice(vim.Mamba):
-    """A mixer that calls the forward of ours."""
+    """A mixer that calls `vim.Mamba.forward`."""
 
     def forward(self, hidden_states):
         return super().forward(super().forward(hidden_states))

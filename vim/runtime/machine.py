@@ -84,7 +84,7 @@ def processor_features(names: Iterable[str]) -> list[str]:
 
 
 def _processor_fields() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    """Return the fields of the first processor in /proc/cpuinfo, or an empty dict without this file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_any_name() -> None:
-    """Let standard output escape characters that it cannot encode, such as those of odd file names."""
+    """Let standard output escape characters that it cannot encode, for example in file names."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
