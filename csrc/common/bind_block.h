@@ -9,6 +9,8 @@
 namespace vim {
 namespace {
 
+constexpr size_t kBlockWeights = 19;
+
 // Weights of one direction, named as in the schema in vim/ops/bidirectional_block/register.py.
 struct BlockDirection {
   Tensor conv_weight;
@@ -16,6 +18,7 @@ struct BlockDirection {
   Tensor x_proj, dt_weight, dt_bias, A_log, D;
 };
 
+// The weights of a layer, or their gradients.
 struct BlockWeights {
   Tensor norm_weight, in_proj;
   OptionalTensor in_bias;
@@ -30,41 +33,19 @@ struct BlockWeights {
   int64_t width() const { return sides[0].conv_weight.size(2); }
   int64_t x_dbl_columns() const { return dt_rank() + 2 * d_state(); }
 
-  // Calls function(name, weight, sizes, side) for every weight, in the order of the schema.
-  template <class Function>
-  void for_each(const Function& function) const {
-    const int64_t model = d_model(), inner = d_inner();
-    function("norm_weight", OptionalTensor(norm_weight), Sizes{model}, "");
-    function("in_proj", OptionalTensor(in_proj), Sizes{2 * inner, model}, "");
-    function("in_bias", in_bias, Sizes{2 * inner}, "");
-    for (int d = 0; d < 2; ++d) {
-      const BlockDirection& w = sides[d];
-      const char* side = d == 0 ? "" : kBackwardSide;
-      function("conv_weight", OptionalTensor(w.conv_weight), Sizes{inner, 1, width()}, side);
-      function("conv_bias", w.conv_bias, Sizes{inner}, side);
-      function("x_proj", OptionalTensor(w.x_proj), Sizes{x_dbl_columns(), inner}, side);
-      function("dt_weight", OptionalTensor(w.dt_weight), Sizes{inner, dt_rank()}, side);
-      function("dt_bias", OptionalTensor(w.dt_bias), Sizes{inner}, side);
-      function("A_log", OptionalTensor(w.A_log), Sizes{inner, d_state()}, side);
-      function("D", OptionalTensor(w.D), Sizes{inner}, side);
-    }
-    function("out_proj", OptionalTensor(out_proj), Sizes{model, inner}, "");
-    function("out_bias", out_bias, Sizes{model}, "");
+  // In the order of the schema; null where a weight is absent.
+  std::array<const Tensor*, kBlockWeights> list() const {
+    const auto given = [](const OptionalTensor& x) { return x.has_value() ? &*x : nullptr; };
+    const BlockDirection &f = sides[0], &b = sides[1];
+    return {&norm_weight, &in_proj, given(in_bias), &f.conv_weight, given(f.conv_bias), &f.x_proj, &f.dt_weight,
+            &f.dt_bias,   &f.A_log, &f.D,           &b.conv_weight, given(b.conv_bias), &b.x_proj, &b.dt_weight,
+            &b.dt_bias,   &b.A_log, &b.D,           &out_proj,      given(out_bias)};
   }
 
   bool supported() const {
-    bool all = true;
-    const auto floating = [&](const Tensor& x) { all = all && element_of(x).has_value(); };
-    // Sizes cannot be asked of a weight with too few axes: `check` names it.
-    for (const Tensor* x : {&norm_weight, &in_proj, &out_proj}) floating(*x);
-    for (const OptionalTensor* x : {&in_bias, &out_bias}) {
-      if (x->has_value()) floating(**x);
-    }
-    for (const BlockDirection& w : sides) {
-      for (const Tensor* x : {&w.conv_weight, &w.x_proj, &w.dt_weight, &w.dt_bias, &w.A_log, &w.D}) floating(*x);
-      if (w.conv_bias.has_value()) floating(*w.conv_bias);
-    }
-    return all;
+    const auto tensors = list();
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [](const Tensor* x) { return !x || element_of(*x).has_value(); });
   }
 
   void check(const Tensor& like) const {
@@ -72,12 +53,30 @@ struct BlockWeights {
     STD_TORCH_CHECK(sides[0].A_log.dim() == 2, "vim: A_log must be (d_inner, d_state)");
     STD_TORCH_CHECK(sides[0].dt_weight.dim() == 2, "vim: dt_weight must be (d_inner, dt_rank)");
     STD_TORCH_CHECK(sides[0].conv_weight.dim() == 3, "vim: conv_weight must be (d_inner, 1, d_conv)");
-    for_each([&](const char* name, const OptionalTensor& weight, const Sizes& sizes, const char* side) {
-      if (!weight.has_value()) return;
+    const int64_t model = d_model(), inner = d_inner();
+    const auto tensors = list();
+    auto next = tensors.begin();
+    const auto check_next = [&](const char* name, const Sizes& sizes, const char* side = "") {
+      const Tensor* weight = *next++;
+      if (weight == nullptr) return;
       check_device(name, *weight, like);
       check_sizes(name, *weight, sizes, side);
       STD_TORCH_CHECK(weight->numel() > 0, "vim: ", name, side, " must not be empty");
-    });
+    };
+    check_next("norm_weight", {model});
+    check_next("in_proj", {2 * inner, model});
+    check_next("in_bias", {2 * inner});
+    for (const char* side : {"", kBackwardSide}) {
+      check_next("conv_weight", {inner, 1, width()}, side);
+      check_next("conv_bias", {inner}, side);
+      check_next("x_proj", {x_dbl_columns(), inner}, side);
+      check_next("dt_weight", {inner, dt_rank()}, side);
+      check_next("dt_bias", {inner}, side);
+      check_next("A_log", {inner, d_state()}, side);
+      check_next("D", {inner}, side);
+    }
+    check_next("out_proj", {model, inner});
+    check_next("out_bias", {model});
   }
 };
 
@@ -162,7 +161,7 @@ auto as_tuple(const std::vector<Tensor>& tensors, std::index_sequence<kIndex...>
   return std::tuple(tensors[kIndex]...);
 }
 
-constexpr size_t kBlockGrads = 20;  // of the residual sum and 19 weights
+constexpr size_t kBlockGrads = 1 + kBlockWeights;  // the first is the residual sum's
 
 template <size_t>
 using TensorAt = Tensor;

@@ -124,33 +124,35 @@ BlockResults run_forward(const BlockShape& shape, const BlockWeights& weights, c
                          const OptionalTensor& residual, ScalarType type, double eps, double scale) {
   const int64_t tokens = shape.tokens(), model = shape.d_model, inner = shape.d_inner;
   const int64_t columns = shape.x_dbl_columns();
-  FloatWeights values;
-  const Tensor sum = allocate(hidden_states, shape.rows(model), ScalarType::Float);
-  const Tensor xz = allocate(hidden_states, shape.rows(2 * inner), type);
-  {
-    const Tensor x = as_rows(hidden_states);
-    const OptionalTensor added = dense(residual);
-    const Tensor normed = allocate(hidden_states, shape.rows(model), type);
-    Norm norm = norm_of(shape, values(weights.norm_weight), eps);
-    norm.element = *element_of(x);
-    norm.y_element = *element_of(normed);
-    norm.x = x.const_data_ptr();
-    norm.x_row = row_stride(x);
-    norm.residual = floats(added);
-    norm.y = normed.mutable_data_ptr();
-    norm.r = mutable_floats(sum);
-    run_norm(norm);
-    multiply({product(tokens, model, 2 * inner, matrix(normed, model), transposed(as_it_is(weights.in_proj)),
-                      target(xz, 2 * inner), values(weights.in_bias))});
-  }
   // Without a backward pass u takes the place of x.
   const bool keeps = shape.checkpoint_every > 0;
+  FloatWeights values;
+  // What outlives the call comes first, so that no gap is left between it when the rest is freed.
+  const Tensor out = allocate(hidden_states, shape.rows(model), type);
+  const Tensor sum = allocate(hidden_states, shape.rows(model), ScalarType::Float);
+  const Tensor xz = allocate(hidden_states, shape.rows(2 * inner), type);
+  const Tensor x_dbl = allocate(hidden_states, {2, shape.batch, shape.length, columns}, type);
+  const Tensor states = allocate(hidden_states, shape.checkpoints(), ScalarType::Float);
   const Tensor rows = allocate(hidden_states, {keeps ? 2 : 1, tokens, inner}, type);
+
+  const Tensor& normed = out;  // in its place
+  const Tensor x = as_rows(hidden_states);
+  const OptionalTensor added = dense(residual);
+  Norm norm = norm_of(shape, values(weights.norm_weight), eps);
+  norm.element = *element_of(x);
+  norm.y_element = *element_of(normed);
+  norm.x = x.const_data_ptr();
+  norm.x_row = row_stride(x);
+  norm.residual = floats(added);
+  norm.y = normed.mutable_data_ptr();
+  norm.r = mutable_floats(sum);
+  run_norm(norm);
+  multiply({product(tokens, model, 2 * inner, matrix(normed, model), transposed(as_it_is(weights.in_proj)),
+                    target(xz, 2 * inner), values(weights.in_bias))});
+
   const BothDirections u{keeps ? rows_of(rows, shape, inner, tokens * inner) : rows_of(xz, shape, 2 * inner),
                          rows_of(rows, shape, inner)};
   run_conv(conv_of(shape, weights, values, xz, u));
-  const Tensor x_dbl = allocate(hidden_states, {2, shape.batch, shape.length, columns}, type);
-  const Tensor states = allocate(hidden_states, shape.checkpoints(), ScalarType::Float);
   const Element element = *element_of(xz);
   const auto x_proj = [&](size_t d) {
     return product(tokens, inner, columns, {element, u[d].data, u[d].token, 1},
@@ -158,6 +160,7 @@ BlockResults run_forward(const BlockShape& shape, const BlockWeights& weights, c
                    target(x_dbl, columns, static_cast<int64_t>(d) * tokens * columns));
   };
   multiply({x_proj(0), x_proj(1)});
+
   OptionalTensor wide_rows;
   Scan scan = scan_of(shape, weights, values, xz, u, x_dbl, states, scale);
   // A block of channels has read its part of the forward direction's u before it writes y.
@@ -165,7 +168,6 @@ BlockResults run_forward(const BlockShape& shape, const BlockWeights& weights, c
   scan = with_float_rows(scan, xz, wide_rows);
   parallel(kernels().scan_tasks(scan), scan_work(shape),
            [&](int64_t begin, int64_t end) { return kernels().scan_forward(scan, begin, end); });
-  const Tensor out = allocate(hidden_states, shape.rows(model), type);
   multiply({product(tokens, inner, model, {element, u[0].data, u[0].token, 1}, transposed(as_it_is(weights.out_proj)),
                     target(out, model), values(weights.out_bias))});
   if (!keeps) return {out, sum, absent(out, type), absent(out, type), absent(out, ScalarType::Float)};
@@ -174,30 +176,27 @@ BlockResults run_forward(const BlockShape& shape, const BlockWeights& weights, c
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// Gradients of weights that kernels write in float32, in the weights' own dtypes at the end.
-class WeightGrads {
- public:
-  float* operator()(const Tensor& weight) {
-    grads_.push_back(allocate(weight, sizes_of(weight), ScalarType::Float));
-    types_.push_back(weight.scalar_type());
-    return mutable_floats(grads_.back());
-  }
-
-  float* operator()(const OptionalTensor& weight, const Tensor& like) {
-    if (weight.has_value()) return (*this)(*weight);
-    grads_.push_back(absent(like, ScalarType::Float));
-    types_.push_back(ScalarType::Float);
-    return nullptr;
-  }
-
-  Tensor get(size_t i) const {
-    return types_[i] == ScalarType::Float ? grads_[i] : torch::stable::to(grads_[i], types_[i]);
-  }
-
- private:
-  std::vector<Tensor> grads_;
-  std::vector<ScalarType> types_;
-};
+// Memory for the gradients of weights: float32 where kernels write them, the weight's own dtype where products do.
+// Empty for absent weights, and for the weights of products unless `weight_grads`.
+BlockWeights allocate_grads(const BlockWeights& weights, bool weight_grads) {
+  const auto of_kernel = [](const Tensor& w) { return allocate(w, sizes_of(w), ScalarType::Float); };
+  const auto of_product = [&](const Tensor& w) { return weight_grads ? allocate_like(w) : absent(w, w.scalar_type()); };
+  const auto optional = [&](const OptionalTensor& w, const auto& allocate_for) {
+    return w.has_value() ? allocate_for(*w) : absent(weights.out_proj, ScalarType::Float);
+  };
+  const auto of_side = [&](const BlockDirection& w) {
+    return BlockDirection{of_kernel(w.conv_weight),
+                          optional(w.conv_bias, of_kernel),
+                          of_product(w.x_proj),
+                          of_kernel(w.dt_weight),
+                          of_kernel(w.dt_bias),
+                          of_kernel(w.A_log),
+                          of_kernel(w.D)};
+  };
+  return {of_kernel(weights.norm_weight),        of_product(weights.in_proj),
+          optional(weights.in_bias, of_product), {of_side(weights.sides[0]), of_side(weights.sides[1])},
+          of_product(weights.out_proj),          optional(weights.out_bias, of_product)};
+}
 
 std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& weights, const Tensor& dout,
                                  const OptionalTensor& dresidual, const Tensor& residual, const Tensor& xz,
@@ -210,18 +209,13 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
   const ScalarType type = xz.scalar_type();
   const BlockDirection(&sides)[2] = weights.sides;
   FloatWeights values;
-  WeightGrads grads;
+  // What outlives the call comes first, so that no gap is left between it when the rest is freed.
+  const Tensor total = allocate_like(residual);
+  const BlockWeights grads = allocate_grads(weights, weight_grads);
   const auto of_tokens = [&](const Sizes& sizes) { return allocate(xz, sizes, type); };
-  const auto gradient_of = [&](const Tensor& weight) {
-    return weight_grads ? allocate_like(weight) : absent(weight, weight.scalar_type());
-  };
   // A row of ones sums a matrix over its rows.
   static const float one = 1.0f;
   const Matrix ones{Element::float32, &one, 0, 0};
-  const auto bias_gradient = [&](const OptionalTensor& bias) {
-    return bias.has_value() && weight_grads ? allocate_like(*bias)
-                                            : absent(xz, bias.has_value() ? bias->scalar_type() : ScalarType::Float);
-  };
 
   const Tensor u = of_tokens({2, tokens, inner}), du = of_tokens({2, tokens, inner});
   const BothDirections rows_of_u{rows_of(u, shape, inner), rows_of(u, shape, inner, tokens * inner)};
@@ -242,10 +236,10 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
     side.ddt = x_dbl_rows(dx_dbl, shape, d);
     side.dB = state_map(side.ddt, shape.dt_rank, dx_dbl.element_size(), inner);
     side.dC = state_map(side.ddt, shape.dt_rank + shape.d_state, dx_dbl.element_size(), inner);
-    side.ddt_weight = grads(sides[d].dt_weight);
-    side.dbias = grads(sides[d].dt_bias);
-    side.dA = grads(sides[d].A_log);
-    side.dD = grads(sides[d].D);
+    side.ddt_weight = mutable_floats(grads.sides[d].dt_weight);
+    side.dbias = mutable_floats(grads.sides[d].dt_bias);
+    side.dA = mutable_floats(grads.sides[d].A_log);
+    side.dD = mutable_floats(grads.sides[d].D);
   }
   k.partition = table.scan_partition(k.scan);
   {
@@ -255,43 +249,39 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
     k.weights = mutable_floats(partials);
     run_scan_backward(k);
   }
-  const Tensor dout_proj = gradient_of(weights.out_proj), dout_bias = bias_gradient(weights.out_bias);
   if (weight_grads) {
-    multiply(
-        {product(model, tokens, inner, transposed(matrix(dout, model)), matrix(dy, inner), target(dout_proj, inner))});
+    multiply({product(model, tokens, inner, transposed(matrix(dout, model)), matrix(dy, inner),
+                      target(grads.out_proj, inner))});
     if (weights.out_bias.has_value()) {
-      multiply({product(1, tokens, model, ones, matrix(dout, model), target(dout_bias, model))});
+      multiply({product(1, tokens, model, ones, matrix(dout, model), target(*grads.out_bias, model))});
     }
   }
 
   // Through x_proj and the convolutions.
-  Tensor dx_proj[2];
   const auto rows_d = [&](const Tensor& x, int64_t row, int64_t d) { return matrix(x, row, 1, d * tokens * row); };
   const auto to_u = [&](int d) {
     return product(tokens, columns, inner, rows_d(dx_dbl, columns, d), as_it_is(sides[d].x_proj),
                    target(du, inner, d * tokens * inner), nullptr, true);
   };
   multiply({to_u(0), to_u(1)});
-  for (int d = 0; d < 2; ++d) dx_proj[d] = gradient_of(sides[d].x_proj);
   if (weight_grads) {
     const auto to_weight = [&](int d) {
       return product(columns, tokens, inner, transposed(rows_d(dx_dbl, columns, d)), rows_d(u, inner, d),
-                     target(dx_proj[d], inner));
+                     target(grads.sides[d].x_proj, inner));
     };
     multiply({to_weight(0), to_weight(1)});
   }
   conv.dx = rows_of(dxz, shape, 2 * inner);
   for (int d = 0; d < 2; ++d) {
     conv.direction[d].dout = rows_of(du, shape, inner, d * tokens * inner);
-    conv.direction[d].dweight = grads(sides[d].conv_weight);
-    conv.direction[d].dbias = grads(sides[d].conv_bias, xz);
+    conv.direction[d].dweight = mutable_floats(grads.sides[d].conv_weight);
+    conv.direction[d].dbias = sides[d].conv_bias.has_value() ? mutable_floats(*grads.sides[d].conv_bias) : nullptr;
   }
   run_conv_backward(conv, xz);
 
   // Through in_proj and the norm.
   const Tensor normed = of_tokens({tokens, model});
   const float* norm_weight = values(weights.norm_weight);
-  const Tensor din_proj = gradient_of(weights.in_proj), din_bias = bias_gradient(weights.in_bias);
   if (weight_grads) {
     Norm norm = norm_of(shape, norm_weight, eps);
     norm.y_element = *element_of(normed);
@@ -300,36 +290,29 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
     norm.y = normed.mutable_data_ptr();
     run_norm(norm);
     multiply({product(2 * inner, tokens, model, transposed(matrix(dxz, 2 * inner)), matrix(normed, model),
-                      target(din_proj, model))});
+                      target(grads.in_proj, model))});
     if (weights.in_bias.has_value()) {
-      multiply({product(1, tokens, 2 * inner, ones, matrix(dxz, 2 * inner), target(din_bias, 2 * inner))});
+      multiply({product(1, tokens, 2 * inner, ones, matrix(dxz, 2 * inner), target(*grads.in_bias, 2 * inner))});
     }
   }
   const Tensor& dnormed = normed;  // in its place
   multiply(
       {product(tokens, 2 * inner, model, matrix(dxz, 2 * inner), as_it_is(weights.in_proj), target(dnormed, model))});
-  const Tensor total = allocate_like(residual);
   Norm norm = norm_of(shape, norm_weight, eps);
   norm.element = *element_of(dnormed);
   norm.dy = dnormed.const_data_ptr();
   norm.dr = floats(dresidual);
   norm.r = const_cast<float*>(floats(residual));
   norm.total = mutable_floats(total);
-  norm.dweight = grads(weights.norm_weight);
+  norm.dweight = mutable_floats(grads.norm_weight);
   run_norm_backward(norm, xz);
 
-  // `grads` has them in the order in which they were asked for: scans, convolutions, norm.
-  const auto of_scan = [&](size_t d, size_t i) { return grads.get(4 * d + i); };
-  const auto of_conv = [&](size_t d, size_t i) { return grads.get(8 + 2 * d + i); };
-  std::vector<Tensor> out{total, grads.get(12), din_proj, din_bias};
-  for (size_t d = 0; d < 2; ++d) {
-    for (const Tensor& x :
-         {of_conv(d, 0), of_conv(d, 1), dx_proj[d], of_scan(d, 0), of_scan(d, 1), of_scan(d, 2), of_scan(d, 3)}) {
-      out.push_back(x);
-    }
+  std::vector<Tensor> out{total};
+  const auto given = weights.list(), found = grads.list();
+  for (size_t i = 0; i < kBlockWeights; ++i) {
+    const bool differs = given[i] != nullptr && !same_type(*found[i], *given[i]);
+    out.push_back(differs ? torch::stable::to(*found[i], given[i]->scalar_type()) : *found[i]);
   }
-  out.push_back(dout_proj);
-  out.push_back(dout_bias);
   return out;
 }
 
