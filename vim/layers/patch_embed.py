@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from vim.layers.checks import check_counts
 from vim.layers.token_sequence import insert_tokens
 from vim.layers.traced import fx_leaf, is_symbolic
-from vim.layers.watched import is_patch_projection, is_watched
+from vim.layers.watched import DefinedForwards, is_patch_projection, is_watched
 from vim.ops.embed_patches.interface import embed_patches, runs_embedding
 
 Size = int | tuple[int, int]
@@ -167,8 +166,7 @@ class PatchEmbed(nn.Module):
         return (
             runs_embedding(x)
             and type(self) is PatchEmbed
-            and not torch_module._has_any_global_hook()
-            and (PatchEmbed.forward, nn.Conv2d.forward) == _FORWARDS
+            and _FORWARDS.run()
             and not is_watched(self)
             and is_patch_projection(self.proj)
             and self.proj.stride == self.stride
@@ -207,8 +205,7 @@ class PatchEmbed(nn.Module):
         return x
 
 
-# The forwards that these classes are defined with, to notice a patched class.
-_FORWARDS = (PatchEmbed.forward, nn.Conv2d.forward)
+_FORWARDS = DefinedForwards(PatchEmbed, nn.Conv2d, nn.Identity)
 
 
 def as_size(name: str, value: object) -> tuple[int, int]:

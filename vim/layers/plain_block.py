@@ -6,20 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from vim.layers.mixer import Mamba
 from vim.layers.norm import RMSNorm
-from vim.layers.watched import is_causal_convolution, is_watched
+from vim.layers.watched import DefinedForwards, is_causal_convolution, is_watched
 from vim.ops.bidirectional_block.interface import OPTIONAL_WEIGHTS, BlockWeights, runs_block
 
 _LINEAR = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
 _READ = (*_LINEAR, "conv1d", "conv1d_b")
 # Indices of the weights that the op requires.
 _REQUIRED = [i for i, name in enumerate(BlockWeights._fields) if name not in OPTIONAL_WEIGHTS]
-# The forwards that these classes are defined with, to notice a patched class.
-_CLASSES = (Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU)
-_FORWARDS = tuple(kind.forward for kind in _CLASSES)
+_FORWARDS = DefinedForwards(Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU)
 
 
 def plain_weights(norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None) -> BlockWeights | None:
@@ -42,8 +39,7 @@ def _is_plain(norm: RMSNorm, mixer: Mamba) -> bool:
         and mixer.merge in ("mean", "sum")
         and mixer.gamma is None
         and norm.eps > 0
-        and not torch_module._has_any_global_hook()
-        and tuple(kind.forward for kind in _CLASSES) == _FORWARDS
+        and _FORWARDS.run()
         and not (is_watched(norm) or is_watched(mixer))
         and all(type(part) is nn.Linear and not is_watched(part) for part in linear)
         and is_causal_convolution(parts.get("conv1d"), parts.get("act"))

@@ -6,7 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class DefinedForwards:
+    """The forwards that module classes are defined with, to notice a patched class.
+
+    Args:
+        classes: The classes whose instances a kernel may replace.
+    """
+
+    def __init__(self, *classes: type[nn.Module]) -> None:
+        self._forwards = tuple((kind, kind.forward) for kind in classes)
+
+    def run(self) -> bool:
+        """Return True if calls of these classes run the defined forwards and nothing else, such as a global hook."""
+        return not torch_module._has_any_global_hook() and all(kind.forward is own for kind, own in self._forwards)
 
 
 def is_watched(module: nn.Module) -> bool:
