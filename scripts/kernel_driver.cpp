@@ -281,7 +281,7 @@ struct NormCase {
     dr = random(f, size);
     total = Buffer(f, size);
     dweight = Buffer(f, s.dim);
-    norm.element = s.element;
+    norm.element = norm.y_element = s.element;
     norm.rows = rows;
     norm.dim = s.dim;
     norm.eps = 1e-5f;
