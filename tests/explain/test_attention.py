@@ -69,6 +69,7 @@ def test_attention_is_the_mean_of_gated_matrices(absolute, monkeypatch):
     ("arguments", "direction"),
     [
         ({"cls_position": "none"}, "both"),
+        ({"cls_position": "head"}, "both"),
         ({"cls_position": "middle"}, "both"),
         ({"cls_position": "double"}, "forward"),
         ({"cls_position": "random"}, "backward"),

@@ -23,21 +23,29 @@ def test_methods_of_class_activation(method):
     "arguments",
     [
         {"cls_position": "none"},
+        {"cls_position": "head"},
         {"cls_position": "double"},
         {"cls_position": "random"},
         {"img_size": (16, 32), "patch_stride": 4},
         {"pairwise_layers": True, "depth": 4},
         {"depth": 1},
+        {"flip_ratio": 1.0},
         {"token_shuffle": True},
+        {"directions": "none"},
     ],
     ids=str,
 )
-def test_class_activation_of_variants(arguments):
+def test_variants(arguments):
     model = small_model(**arguments)
     height, width = model.patch_embed.img_size
-    maps = class_activation(model, torch.randn(1, 3, height, width), 0)
-    assert maps.shape == (1, height, width)
-    assert maps.max() > 0
+    pixels = torch.randn(1, 3, height, width)
+    for maps in (class_activation(model, pixels, 0), pixel_gradients(model, pixels, 0)):
+        assert maps.shape == (1, height, width)
+        assert maps.max() > 0
+    for token in ("center", "class") if model.num_prefix_tokens else ("center",):
+        field = receptive_field(model, pixels, token)
+        assert field.map.shape == (height, width)
+        assert field.map.max() == 1
 
 
 def test_class_activation_finds_the_patch_that_decides():
@@ -123,6 +131,16 @@ def test_more_bad_input():
         for explain in (class_activation, pixel_gradients, lambda m, x, t: receptive_field(m, x)):
             with pytest.raises(RuntimeError, match="inference_mode"):
                 explain(small_model(), images(), 0)
+
+
+@pytest.mark.parametrize("explain", [class_activation, pixel_gradients, lambda m, x, _: receptive_field(m, x)])
+def test_a_model_made_under_inference_mode_is_refused_and_left_alone(explain):
+    model = small_model()
+    with torch.inference_mode():
+        model.set_input_size((64, 64))
+    with pytest.raises(RuntimeError, match=r"the parameter pos_embed was made inside torch.inference_mode\(\)"):
+        explain(model, images(1, 64), 0)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_images_made_under_inference_mode_are_explained():

@@ -44,12 +44,12 @@ def class_activation(model: nn.Module, images: Tensor, target: Any, method: str 
 
     Raises:
         ModuleNotFoundError: The package grad-cam is not installed.
-        RuntimeError: Gradients are off by `torch.inference_mode()`.
+        RuntimeError: Gradients are off by `torch.inference_mode()`, here or where the model was made.
         TypeError: The model or an argument has the wrong type.
         ValueError: The method is unknown, or the target or the images do not fit the model.
     """
     vision = check_vision_mamba(model)
-    check_gradients()
+    check_gradients(model)
     check_kind("method", method, tuple(METHODS))
     check_images(images, vision.in_chans)
     classes = check_target(target, len(images), vision.num_classes)

@@ -34,11 +34,11 @@ def pixel_gradients(
 
     Raises:
         ModuleNotFoundError: The package captum is not installed.
-        RuntimeError: Gradients are off by `torch.inference_mode()`.
+        RuntimeError: Gradients are off by `torch.inference_mode()`, here or where the model was made.
         TypeError: An argument has the wrong type.
         ValueError: The method is unknown, or the target or the images do not fit the model.
     """
-    check_gradients()
+    check_gradients(model)
     check_kind("method", method, PIXEL_METHODS)
     check_counts(1, steps=steps)
     check_images(images, getattr(model, "in_chans", images.shape[1] if isinstance(images, Tensor) else 0))
