@@ -60,6 +60,17 @@ def test_class_activation_finds_the_patch_that_decides():
     assert (maps[0] == maps.max()).nonzero().float().mean(0).tolist() == pytest.approx([11.5, 19.5], abs=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_another_precision(dtype):
+    model, pixels = small_model().to(dtype), images().to(dtype)
+    maps = [class_activation(model, pixels, 0), *(pixel_gradients(model, pixels, 0, m, steps=2) for m in PIXEL_METHODS)]
+    for each in (*maps, receptive_field(model, pixels).map):
+        assert each.dtype == torch.float32
+        assert each.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert class_activation(small_model(), images(), 0).max() > 0
+
+
 @pytest.mark.parametrize("method", PIXEL_METHODS)
 def test_methods_of_pixel_gradients(method):
     model = small_model()
@@ -121,6 +132,11 @@ def test_more_bad_input():
         pixel_gradients(small_model(), images(), 0, "camera")
     with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
         pixel_gradients(small_model(), images(), 0, steps=0)
+    for explain in (class_activation, pixel_gradients, lambda m, x, _: receptive_field(m, x)):
+        with pytest.raises(ValueError, match=r"at least one image, got \(0, 3, 32, 32\)"):
+            explain(small_model(), images(0), 0)
+    with pytest.raises(TypeError, match="_orig_mod"):
+        class_activation(torch.compile(small_model()), images(), 0)
     with pytest.raises(ValueError, match="must have a head"):
         class_activation(small_model(num_classes=0), images(), 0)
     with pytest.raises(ValueError, match="token must be 'center' for a model without a class token"):

@@ -90,7 +90,9 @@ class _BeforeLastBlock(nn.Module):
         run = model.depth - model.depth % step
         x, self._sequence = model._embed(images, None, None)
         x, residual, _ = model._run_layers(x, self._sequence, run - step)
-        tokens = self.tap(x if residual is None else (x + residual).to(x.dtype))
+        tokens = x if residual is None else x + residual
+        # grad-cam reads them as NumPy arrays, which have no bfloat16.
+        tokens = self.tap(tokens.to(torch.promote_types(torch.float32, tokens.dtype))).to(x.dtype)
         x, residual, _ = model._run_layers(tokens, self._sequence, run, start=run - step)
         x, _ = model.norm_f(x, residual)
         return model.forward_head(class_tokens_first(x, self._sequence.read_out()))
