@@ -16,8 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The CUDA kernels without a GPU: one more backend for whatever runs over all backends.
 emulated.register()
 
-# CI installs everything that tests need, so there a test may be skipped only for what no CI machine has.
-_MAY_BE_SKIPPED = ("no GPU", "not on this processor")
+# CI installs everything that tests need, so there a test may be skipped only for what a CI machine may lack.
+_MAY_BE_SKIPPED = ("no GPU", "no browser", "not on this processor")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -36,7 +36,7 @@ def test_the_notebook_holds_what_it_printed_and_drew():
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] == number for number, cell in enumerate(cells, start=1))
     outputs = [output for cell in cells for output in cell["outputs"]]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     assert not [output for output in outputs if output.get("name") == "stderr" or output["output_type"] == "error"]
 
 

@@ -31,18 +31,66 @@ def rows(folder):
 
 def test_training_on_the_digits_ends_with_a_command_that_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train.main(TINY_OPTIONS) == 0
+    assert train.main([*TINY_OPTIONS, "--log.report", "true"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("digits-")
     out = capsys.readouterr().out
     assert "1,437 training images, 360 held out, 10 classes" in out
     assert f"epoch 1/1  training: loss {float(rows(folder)[0]['train_loss']):.3f}" in out
-    best, files, following = out.splitlines()[-3:]
+    best, files, report, following = out.splitlines()[-4:]
     assert best.startswith("best: ")
     assert files == f"files: runs/{folder.name}"
+    assert report == f"report: runs/{folder.name}/report.html"
+    top1 = float(best.split()[1])
+    assert f"<dd>{top1:.2f} %</dd>" in (folder / "report.html").read_text(encoding="utf-8")
     assert following.startswith(f"next: python -m vim.predict runs/{folder.name} runs/{folder.name}/samples/0_")
     assert predict.main(shlex.split(following)[4:]) == 0
     assert capsys.readouterr().out.count(" %") == 5
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ValueError("odd"),
+        FileNotFoundError("the images\nare gone"),
+        RuntimeError("out of memory"),
+        ModuleNotFoundError("a report needs jinja2"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda problem: type(problem).__name__,
+)
+def test_a_report_that_fails_is_one_line_and_the_run_is_complete(tmp_path, monkeypatch, capsys, problem):
+    def fail(run, *_, **__):
+        assert (run / "best.safetensors").exists(), "the weights come first"
+        raise problem
+
+    monkeypatch.setattr("vim.explain.report.write_report", fail)
+    folder = tmp_path / "run"
+    assert train.main([*SYNTHETIC, *TINY_BATCH, "--log.report", "true", "--output", str(folder)]) == 0
+    best, _, report, following = capsys.readouterr().out.splitlines()[-4:]
+    reason = " ".join(str(problem).split()) or "KeyboardInterrupt"
+    assert report == f"report: not written ({reason}); try again with: python -m vim.report {folder}"
+    assert best.startswith("best: ")
+    assert following.startswith("next: ")
+    assert load_checkpoint(folder / "last.pth")["position"]["epoch"] == 1
+
+
+def test_a_report_needs_no_package_of_the_explain_extra(tmp_path, monkeypatch, capsys):
+    for name in ("pytorch_grad_cam", "captum"):
+        monkeypatch.setitem(sys.modules, name, None)  # its import fails
+    folder = tmp_path / "run"
+    assert train.main([*SYNTHETIC, *TINY_BATCH, "--log.report", "true", "--output", str(folder)]) == 0
+    assert f"report: {folder / 'report.html'}\n" in capsys.readouterr().out
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+    assert train.main(["--resume", str(folder), "--log.report", "true"]) == 0
+    assert "report: not written (a report needs jinja2: pip install" in capsys.readouterr().out
+
+
+def test_without_a_report_none_is_named(tmp_path, capsys):
+    assert train.main([*SYNTHETIC, *TINY_BATCH, "--log.report", "false", "--output", str(tmp_path / "run")]) == 0
+    assert "report:" not in capsys.readouterr().out
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vim.config.schema import TrainConfig
 TINY_MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "d_state": 4}
 TINY_OPTIONS = [
     *("--model.img_size", "16", "--model.args", str(TINY_MODEL)),
-    *("--epochs", "1", "--schedule.warmup_epochs", "0", "--device", "cpu"),
+    *("--epochs", "1", "--schedule.warmup_epochs", "0", "--device", "cpu", "--log.report", "false"),
 ]
 
 

@@ -4,8 +4,8 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vim.training.trainer import Trainer
 
 _NEEDED = ("jsonargparse", "rich", "matplotlib", "sklearn")
+# What may go wrong with a report: images that are gone, a full disk, a missing package, memory, an impatient user.
+_REPORT_PROBLEMS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, KeyboardInterrupt)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 trainer = _prepare(sys.argv[1:] if argv is None else argv, processes)
             except Refused as error:
                 return _fail(str(error), 2) if processes.is_main else 2
-            return _train(trainer)
+            code, best = _train(trainer)
     except JoinError as error:
         return _fail(str(error), 2)
+    if best is not None and trainer.processes.is_main:
+        _conclude(trainer, best)  # alone: the other processes need not wait for the report
+    return code
 
 
 def _prepare(argv: Sequence[str], processes: "Processes") -> "Trainer":
@@ -81,8 +86,8 @@ def _restarted_folder(output: "Path | None") -> "RunFolder":
     return RunFolder(output)
 
 
-def _train(trainer: "Trainer") -> int:
-    """Train, print the result and the next command, and return the exit code."""
+def _train(trainer: "Trainer") -> tuple[int, dict[str, Any] | None]:
+    """Train; return the exit code and, of a run that is complete, the best epoch."""
     from vim.runtime.agreement import Disagreement
     from vim.runtime.preemption import RunStopped
     from vim.runtime.terminal import write_out
@@ -97,29 +102,45 @@ def _train(trainer: "Trainer") -> int:
         return f"; carry on with: {resume}" if trainer.folder.last.exists() else ""
 
     try:
-        best = trainer.fit()
+        return 0, trainer.fit()
     except (Disagreement, FolderInUse) as error:
-        return _fail(str(error), 2) if is_main else 2
+        code, message = 2, str(error)
     except NonFiniteError as error:
-        return _fail(str(error), 1) if is_main else 1
+        code, message = 1, str(error)
     except OSError as error:  # a full disk, a read-only folder, missing images
-        return _fail(f"{error}{resume_hint()}", 1)
+        return _fail(f"{error}{resume_hint()}", 1), None
     except RunStopped as stopped:
         if is_main:
             write_out(f"{stopped}; carry on with: {resume}\n")
-        return 0
+        return 0, None
     except KeyboardInterrupt:
-        return _fail(f"interrupted after step {trainer.position.step}{resume_hint()}", 130) if is_main else 130
-    if not is_main:
-        return 0
+        code, message = 130, f"interrupted after step {trainer.position.step}{resume_hint()}"
+    return (_fail(message, code) if is_main else code), None
+
+
+def _conclude(trainer: "Trainer", best: Mapping[str, Any]) -> None:
+    """Print the result, write the report, and print the next command."""
+    from vim.runtime.terminal import write_out
+
     weights = "averaged weights" if best["weights"] == "ema" else "weights"
-    lines = [
-        f"best: {trainer.task.describe_best(best)} ({weights} after epoch {best['epoch']})",
-        f"files: {trainer.folder.path}",
-        f"next: python -m vim.predict {folder} {shlex.quote(trainer.example_image())}",
-    ]
-    write_out("\n".join(lines) + "\n")
-    return 0
+    write_out(f"best: {trainer.task.describe_best(best)} ({weights} after epoch {best['epoch']})\n")
+    write_out(f"files: {trainer.folder.path}\n")
+    if trainer.config.log.report:
+        write_out(f"report: {_report(trainer)}\n")
+    folder, image = shlex.quote(str(trainer.folder.path)), shlex.quote(trainer.example_image())
+    write_out(f"next: python -m vim.predict {folder} {image}\n")
+
+
+def _report(trainer: "Trainer") -> str:
+    """Write the report and return its path, or say why there is none: the run is complete either way."""
+    folder = trainer.folder
+    try:
+        from vim.explain.report import write_report
+
+        return str(write_report(folder.path, device=trainer.device))
+    except _REPORT_PROBLEMS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"not written ({reason}); try again with: python -m vim.report {shlex.quote(str(folder.path))}"
 
 
 def _fail(message: str, code: int) -> int:

@@ -88,7 +88,7 @@ OF_THE_MACHINE = {
     *("micro_batch_size", "eval_batch_size", "max_skipped_steps", "device", "data.path", "data.synthetic_images"),
     *("compile", "model.grad_checkpointing", "optim.unfreeze_after", "progressive.epochs", "progressive.multiple"),
     *("distill.teacher_model", "distill.mode", "distill.weight", "distill.temperature"),
-    *("save.steps", "save.minutes", "log.trackers", "log.steps"),
+    *("save.steps", "save.minutes", "log.trackers", "log.steps", "log.report"),
 }
 FROM_SCRATCH = {"epochs": 300}
 FINE_TUNING = {

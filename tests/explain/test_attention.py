@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vim
 from vim.explain import HiddenAttention, attention_rollout, hidden_attention, scan_matrices
@@ -49,7 +51,7 @@ def test_matrices_times_inputs_are_the_scan(directions, plain):
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_attention_is_the_mean_of_gated_matrices(absolute, monkeypatch):
-    monkeypatch.setattr("vim.explain.attention._MOST_NUMBERS", 32 * 17 * 5)  # columns come in four parts
+    monkeypatch.setattr("vim.explain.attention._MOST_NUMBERS", 32 * 17 * 2)  # columns come in nine parts
     model = small_model(cls_position="head")
     with torch.no_grad():
         attention = hidden_attention(model, images(), layers=[1], absolute=absolute)
@@ -67,6 +69,7 @@ def test_attention_is_the_mean_of_gated_matrices(absolute, monkeypatch):
     ("arguments", "direction"),
     [
         ({"cls_position": "none"}, "both"),
+        ({"cls_position": "head"}, "both"),
         ({"cls_position": "middle"}, "both"),
         ({"cls_position": "double"}, "forward"),
         ({"cls_position": "random"}, "backward"),
@@ -88,6 +91,32 @@ def test_variants(arguments, direction):
     assert attention.matrices.shape == (model.depth, 2, length, length)
     assert attention.maps().shape == (model.depth, 2, rows, columns)
     assert attention_rollout(attention).sum(-1).allclose(torch.ones(2, length))
+
+
+class _Largest(TorchDispatchMode):
+    """The largest number of elements of a tensor that an op returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.numbers = max(self.numbers, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)), 0)
+        return result
+
+
+def test_memory_is_bounded(monkeypatch):
+    """No tensor is larger than a part of the columns, or than the result: never all columns of all channels."""
+    model = small_model(img_size=64, embed_dim=32)
+    pixels = images(2, 64)
+    length, inner = 65, 64
+    monkeypatch.setattr("vim.explain.attention._MOST_NUMBERS", 4 * inner * length)
+    with _Largest() as seen:
+        hidden_attention(model, pixels)
+    assert 4 * inner * length <= seen.numbers <= max(4 * inner * length, 2 * 2 * length * length)
+    monkeypatch.undo()
+    with _Largest() as seen:
+        hidden_attention(model, pixels)
+    assert seen.numbers <= inner * length * -(-length // 8), "a part is an eighth at most"
 
 
 def test_tokens_stand_as_features_do():

@@ -132,5 +132,7 @@ def test_other_models_have_gradients_of_pixels_only(tmp_path):
 def test_receptive_fields_are_drawn(tmp_path):
     fields = [(t, receptive_field(small_model(), torch.randn(1, 3, 32, 32), t)) for t in ("center", "class")]
     draw_receptive_fields(fields, tmp_path / "fields.png")
-    with Image.open(tmp_path / "fields.png") as picture:
-        assert picture.size[0] > picture.size[1]
+    draw_receptive_fields([*fields, fields[0]], tmp_path / "rows.png", columns=2)
+    with Image.open(tmp_path / "fields.png") as row, Image.open(tmp_path / "rows.png") as rows:
+        assert row.size[0] > row.size[1]
+        assert rows.size == (row.size[0], 2 * row.size[1])

@@ -23,21 +23,29 @@ def test_methods_of_class_activation(method):
     "arguments",
     [
         {"cls_position": "none"},
+        {"cls_position": "head"},
         {"cls_position": "double"},
         {"cls_position": "random"},
         {"img_size": (16, 32), "patch_stride": 4},
         {"pairwise_layers": True, "depth": 4},
         {"depth": 1},
+        {"flip_ratio": 1.0},
         {"token_shuffle": True},
+        {"directions": "none"},
     ],
     ids=str,
 )
-def test_class_activation_of_variants(arguments):
+def test_variants(arguments):
     model = small_model(**arguments)
     height, width = model.patch_embed.img_size
-    maps = class_activation(model, torch.randn(1, 3, height, width), 0)
-    assert maps.shape == (1, height, width)
-    assert maps.max() > 0
+    pixels = torch.randn(1, 3, height, width)
+    for maps in (class_activation(model, pixels, 0), pixel_gradients(model, pixels, 0)):
+        assert maps.shape == (1, height, width)
+        assert maps.max() > 0
+    for token in ("center", "class") if model.num_prefix_tokens else ("center",):
+        field = receptive_field(model, pixels, token)
+        assert field.map.shape == (height, width)
+        assert field.map.max() == 1
 
 
 def test_class_activation_finds_the_patch_that_decides():
@@ -50,6 +58,17 @@ def test_class_activation_finds_the_patch_that_decides():
         model.head.weight[3] = model.forward_features(bright)[0].std(0)
     maps = class_activation(model, bright, 3, "hirescam")
     assert (maps[0] == maps.max()).nonzero().float().mean(0).tolist() == pytest.approx([11.5, 19.5], abs=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_another_precision(dtype):
+    model, pixels = small_model().to(dtype), images().to(dtype)
+    maps = [class_activation(model, pixels, 0), *(pixel_gradients(model, pixels, 0, m, steps=2) for m in PIXEL_METHODS)]
+    for each in (*maps, receptive_field(model, pixels).map):
+        assert each.dtype == torch.float32
+        assert each.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert class_activation(small_model(), images(), 0).max() > 0
 
 
 @pytest.mark.parametrize("method", PIXEL_METHODS)
@@ -113,6 +132,11 @@ def test_more_bad_input():
         pixel_gradients(small_model(), images(), 0, "camera")
     with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
         pixel_gradients(small_model(), images(), 0, steps=0)
+    for explain in (class_activation, pixel_gradients, lambda m, x, _: receptive_field(m, x)):
+        with pytest.raises(ValueError, match=r"at least one image, got \(0, 3, 32, 32\)"):
+            explain(small_model(), images(0), 0)
+    with pytest.raises(TypeError, match="_orig_mod"):
+        class_activation(torch.compile(small_model()), images(), 0)
     with pytest.raises(ValueError, match="must have a head"):
         class_activation(small_model(num_classes=0), images(), 0)
     with pytest.raises(ValueError, match="token must be 'center' for a model without a class token"):
@@ -123,6 +147,16 @@ def test_more_bad_input():
         for explain in (class_activation, pixel_gradients, lambda m, x, t: receptive_field(m, x)):
             with pytest.raises(RuntimeError, match="inference_mode"):
                 explain(small_model(), images(), 0)
+
+
+@pytest.mark.parametrize("explain", [class_activation, pixel_gradients, lambda m, x, _: receptive_field(m, x)])
+def test_a_model_made_under_inference_mode_is_refused_and_left_alone(explain):
+    model = small_model()
+    with torch.inference_mode():
+        model.set_input_size((64, 64))
+    with pytest.raises(RuntimeError, match=r"the parameter pos_embed was made inside torch.inference_mode\(\)"):
+        explain(model, images(1, 64), 0)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_images_made_under_inference_mode_are_explained():

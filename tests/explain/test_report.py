@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from tests.tiny_runs import TINY_MODEL, tiny_config
+from tests.tiny_runs import TINY_MODEL, tiny_config, write_image_folder
 from vim import report
 from vim.inference.validation import ValidateOptions, class_table, validate
 from vim.training.run_folder import RunFolder
@@ -80,6 +80,24 @@ def test_figures_are_those_of_an_evaluation(run, text, tmp_path):
     assert {name: (images, share) for name, images, share in rows} == expected
     shares = [float(share) for *_, share in rows]
     assert shares == sorted(shares), "the worst class comes first"
+
+
+def test_figures_are_those_of_the_run_in_its_precision(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    best = Trainer(tiny_config(precision="bfloat16", data__dataset="digits"), folder).fit()
+    assert report.main([str(folder.path), "--device", "cpu"]) == 0
+    assert f"<dd>{best['top1']:.2f} %</dd>" in folder.report.read_text(encoding="utf-8")
+
+
+def test_images_that_cannot_be_read_are_counted(tmp_path):
+    images = write_image_folder(tmp_path / "images", ["cat", "dog"], {"train": 8, "val": 3})
+    (images / "val" / "cat" / "1.jpg").write_text("not an image")
+    folder = RunFolder(tmp_path / "run")
+    Trainer(tiny_config(data__dataset="folder", data__path=str(images), model__in_chans=3), folder).fit()
+    assert report.main([str(folder.path), "--device", "cpu"]) == 0
+    written = folder.report.read_text(encoding="utf-8")
+    assert "<dt>held-out images</dt><dd>5</dd>" in written
+    assert "<dt>could not be read</dt><dd>1</dd>" in written
 
 
 def test_mistakes_come_from_the_surest(text):

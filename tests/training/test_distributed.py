@@ -294,6 +294,7 @@ def test_torchrun_trains_on_a_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "batch 64 = 2 x 32" in result.stdout
     assert result.stdout.count("epoch 1/2") == 1  # one process talks
+    assert result.stdout.count(f"report: {folder / 'report.html'}") == 1
     assert load_checkpoint(folder / "last.pth")["position"]["epoch"] == 2
 
 

@@ -39,6 +39,7 @@ _OTHER_OPTIONS = frozenset(_RUN_OPTIONS) | {"help", "print_config"}
 _RESUME_MAY_CHANGE = frozenset(
     {"device", "eval_batch_size", "max_skipped_steps", "data.path", "data.workers", "data.pin_memory"}
     | {"compile", "model.grad_checkpointing", "save.steps", "save.minutes", "log.trackers", "log.steps"}
+    | {"log.report"}
 )
 
 

@@ -70,12 +70,14 @@ class SaveConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
-    """Experiment trackers, besides `summary.csv` and `curves.png`."""
+    """What a run shows, besides `summary.csv` and `curves.png`: experiment trackers, and the report at its end."""
 
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Any of `tensorboard`, `wandb` and `mlflow`, which must be installed."""
     steps: int = 50
     """Log metrics to the trackers every N optimizer steps, and after every epoch."""
+    report: bool = True
+    """Write `report.html` at the end, as `python -m vim.report` does; it evaluates the best weights once more."""
 
     def __post_init__(self) -> None:
         for name in self.trackers:

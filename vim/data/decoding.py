@@ -58,6 +58,11 @@ def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         return upright(image)
 
 
+def describe_bad_image(error: BaseException) -> str:
+    """Return the reason why an image cannot be read, one of `BAD_IMAGE`, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Return the image rotated and mirrored as its EXIF orientation says, or unchanged if it is upright already.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vim.data.archives import Member
-from vim.data.decoding import BAD_IMAGE, read_image, to_color_mode, upright
+from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image, to_color_mode, upright
 from vim.data.order import Place
 from vim.data.randomness import Draw, generator_for, seeded
 from vim.data.unreadable import Batch, Unreadable
@@ -261,7 +261,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
             try:
                 image, label = self._read(index)
             except BAD_IMAGE as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = describe_bad_image(error)
                 tried.append(Unreadable(self.source.name(index), reason))
                 unreadable.append(tried[-1])
             else:

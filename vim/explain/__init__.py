@@ -1,6 +1,6 @@
 """Pictures of what a model looks at: hidden attention, class activation, gradients of pixels, receptive fields."""
 
-from vim.explain.attention import HiddenAttention, attention_rollout, hidden_attention, scan_matrices
+from vim.explain.attention import HiddenAttention, attention_rollout, hidden_attention, read_out_map, scan_matrices
 from vim.explain.class_activation import class_activation
 from vim.explain.pixel_gradients import pixel_gradients
 from vim.explain.receptive_field import ReceptiveField, receptive_field
@@ -12,6 +12,7 @@ __all__ = [
     "class_activation",
     "hidden_attention",
     "pixel_gradients",
+    "read_out_map",
     "receptive_field",
     "scan_matrices",
 ]

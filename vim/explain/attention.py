@@ -6,7 +6,8 @@ A scan is linear in its input u. With the gate it is a matrix for each channel:
     alpha[i, j] = <C[i], exp(A (delta[j+1] + ... + delta[i])) delta[j] B[j]>
 
 The columns of alpha are the scan's answers to unit impulses, so the kernels that run the model also compute it: exactly
-the operands of the mixer, in time and memory that grow with one matrix of all channels, never with the states.
+the operands of the mixer, in time and memory that grow with one matrix of all channels, never with the states. An
+impulse reaches only the tokens that the scan visits after it, so the scan is not run over the others.
 
 Source: Ali et al. 2024, arXiv:2403.01590, section 4.
 """
@@ -33,6 +34,8 @@ Direction = Literal["forward", "backward", "both"]
 
 # Numbers of the impulses, and of the answers to them, that are held at a time: 64 MiB each.
 _MOST_NUMBERS = 2**24
+# The columns come in at least as many parts: with eight, seven sixteenths of the matrices are left out as zeros.
+_LEAST_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,12 @@ def scan_matrices(scan: dict[str, Any], channels: slice = slice(None)) -> Tensor
         (batch, channels, len, len), float32 (float64 for float64): out = matrices @ u for each channel.
     """
     scan = _of_channels(scan, channels)
-    parts = [torch.cat([answers for _, answers in _answers(scan, b)]) for b in range(len(scan["u"]))]
-    return torch.stack([part.permute(1, 2, 0) for part in parts])
+    batch, dim, length = scan["u"].shape
+    matrices = scan["u"].new_zeros(batch, dim, length, length)
+    for b in range(batch):
+        for columns, reached, answers in _answers(scan, b):
+            matrices[b, :, reached, columns] = answers.permute(1, 2, 0)
+    return matrices
 
 
 def attention_rollout(attention: HiddenAttention) -> Tensor:
@@ -199,30 +206,34 @@ def _of_channels(scan: dict[str, Any], channels: slice) -> dict[str, Any]:
     return part
 
 
-def _answers(scan: dict[str, Any], b: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some columns of the matrices of image `b`, (columns, dim, len), with their numbers."""
+def _answers(scan: dict[str, Any], b: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield some columns of the matrices of image `b`: their numbers, the rows they reach, and their values there.
+
+    Values are (columns, dim, rows); the columns are 0 in all other rows.
+    """
     dim, length = scan["u"].shape[1:]
-    one = {name: scan[name][b : b + 1] for name in ("delta", "B", "C")}
-    at_a_time = max(1, _MOST_NUMBERS // (dim * length))
+    at_a_time = max(1, min(_MOST_NUMBERS // (dim * length), -(-length // _LEAST_PARTS)))
     for start in range(0, length, at_a_time):
         columns = slice(start, min(start + at_a_time, length))
-        count = columns.stop - columns.start
-        impulses = scan["u"].new_zeros(count, dim, length)
-        impulses[torch.arange(count), :, torch.arange(columns.start, columns.stop)] = 1
-        many = {name: x.expand(count, *x.shape[1:]) for name, x in one.items()}
+        reached = slice(0, columns.stop) if scan["reverse"] else slice(start, length)
+        count = columns.stop - start
+        impulses = scan["u"].new_zeros(count, dim, reached.stop - reached.start)
+        impulses[torch.arange(count), :, torch.arange(start, columns.stop) - reached.start] = 1
+        many = {name: scan[name][b : b + 1, ..., reached] for name in ("delta", "B", "C")}
+        many = {name: x.expand(count, *x.shape[1:]) for name, x in many.items()}
         answers: Any = selective_scan(**(scan | many | {"u": impulses}))
-        yield columns, answers
+        yield columns, reached, answers
 
 
 def _mean_over_channels(scan: dict[str, Any], gate: bool, absolute: bool) -> Tensor:
     """Return the mean of a scan's matrices over channels, (batch, len, len)."""
     batch, dim, length = scan["u"].shape
     part = _of_channels(scan, slice(None))
-    mean = part["u"].new_empty(batch, length, length)
+    mean = part["u"].new_zeros(batch, length, length)
     ones = part["u"].new_ones(dim, length)
     for b in range(batch):
         weight = nn.functional.silu(scan["z"][b].to(ones.dtype)) if gate and scan["z"] is not None else ones
-        for columns, answers in _answers(part, b):
-            values = answers.mul_(weight)
-            mean[b, :, columns] = (values.abs_() if absolute else values).mean(1).mT
+        for columns, reached, answers in _answers(part, b):
+            values = answers.mul_(weight[:, reached])
+            mean[b, reached, columns] = (values.abs_() if absolute else values).mean(1).mT
     return mean

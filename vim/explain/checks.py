@@ -40,14 +40,20 @@ def check_images(images: Tensor, in_chans: int) -> None:
         )
 
 
-def check_gradients() -> None:
-    """Check that gradients can be computed here.
+def check_gradients(model: nn.Module) -> None:
+    """Check that gradients can pass through a model here.
 
     Raises:
-        RuntimeError: The caller is inside `torch.inference_mode()`.
+        RuntimeError: The caller is inside `torch.inference_mode()`, or a parameter was made there.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("gradients are needed, and torch.inference_mode() has none: call this outside of it")
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise RuntimeError(
+                f"gradients are needed, and the parameter {name} was made inside torch.inference_mode(): build, load "
+                "and resize the model outside of it"
+            )
 
 
 def check_target(target: Any, batch: int, num_classes: int) -> list[int]:

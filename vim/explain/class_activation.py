@@ -44,12 +44,12 @@ def class_activation(model: nn.Module, images: Tensor, target: Any, method: str 
 
     Raises:
         ModuleNotFoundError: The package grad-cam is not installed.
-        RuntimeError: Gradients are off by `torch.inference_mode()`.
+        RuntimeError: Gradients are off by `torch.inference_mode()`, here or where the model was made.
         TypeError: The model or an argument has the wrong type.
         ValueError: The method is unknown, or the target or the images do not fit the model.
     """
     vision = check_vision_mamba(model)
-    check_gradients()
+    check_gradients(model)
     check_kind("method", method, tuple(METHODS))
     check_images(images, vision.in_chans)
     classes = check_target(target, len(images), vision.num_classes)
@@ -90,7 +90,9 @@ class _BeforeLastBlock(nn.Module):
         run = model.depth - model.depth % step
         x, self._sequence = model._embed(images, None, None)
         x, residual, _ = model._run_layers(x, self._sequence, run - step)
-        tokens = self.tap(x if residual is None else (x + residual).to(x.dtype))
+        tokens = x if residual is None else x + residual
+        # grad-cam reads them as NumPy arrays, which have no bfloat16.
+        tokens = self.tap(tokens.to(torch.promote_types(torch.float32, tokens.dtype))).to(x.dtype)
         x, residual, _ = model._run_layers(tokens, self._sequence, run, start=run - step)
         x, _ = model.norm_f(x, residual)
         return model.forward_head(class_tokens_first(x, self._sequence.read_out()))

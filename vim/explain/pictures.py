@@ -63,16 +63,21 @@ def overlay(photograph: Tensor, values: Tensor | None, side: int) -> Image.Image
     return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
 
 
-def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], path: Path) -> None:
-    """Draw receptive fields side by side into a PNG file, on a logarithmic scale of colours.
+def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], path: Path, columns: int | None = None) -> None:
+    """Draw receptive fields into a PNG file, on a logarithmic scale of colours.
 
     Args:
         fields: Titles and fields.
         path: The file to make or replace.
+        columns: Number of fields in a row; `None` puts all into one.
     """
-    figure = _figure(2.8 * len(fields), 3.5)
-    axes = figure.subplots(1, len(fields), squeeze=False)[0]
-    for place, (title, field) in zip(axes, fields, strict=True):
+    columns = len(fields) if columns is None else columns
+    rows = -(-len(fields) // columns)
+    figure = _figure(2.8 * columns, 3.5 * rows)
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place in places[len(fields) :]:
+        place.set_axis_off()
+    for place, (title, field) in zip(places, fields, strict=False):
         # The original figure's scale: a thousandth of the largest gradient is black.
         place.imshow(field.map.clamp_min(1e-3).log10().numpy(), cmap=_COLORS, vmin=-3, vmax=0)
         _title(place, f"{title}\nhalf of it in {100 * field.area(0.5):.0f} % of the image")

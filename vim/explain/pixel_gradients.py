@@ -34,11 +34,11 @@ def pixel_gradients(
 
     Raises:
         ModuleNotFoundError: The package captum is not installed.
-        RuntimeError: Gradients are off by `torch.inference_mode()`.
+        RuntimeError: Gradients are off by `torch.inference_mode()`, here or where the model was made.
         TypeError: An argument has the wrong type.
         ValueError: The method is unknown, or the target or the images do not fit the model.
     """
-    check_gradients()
+    check_gradients(model)
     check_kind("method", method, PIXEL_METHODS)
     check_counts(1, steps=steps)
     check_images(images, getattr(model, "in_chans", images.shape[1] if isinstance(images, Tensor) else 0))
@@ -47,20 +47,23 @@ def pixel_gradients(
         raise ModuleNotFoundError('gradients of pixels need captum: pip install "vimamba[explain]"')
     from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
 
+    def run(pixels: Tensor) -> Tensor:  # noise comes in float32
+        return model(pixels.to(images.dtype))
+
     generators = torch.random.fork_rng([images.device] if images.is_cuda else [])
     with in_evaluation(model), frozen(model), torch.enable_grad(), generators:
         torch.manual_seed(0)
         pixels = images.detach().clone().requires_grad_()
         if method == "saliency":
-            weights = Saliency(model).attribute(pixels, target=classes)
+            weights = Saliency(run).attribute(pixels, target=classes)
         elif method == "integrated_gradients":
             at_a_time = max(len(images), 4)
-            weights = IntegratedGradients(model).attribute(
+            weights = IntegratedGradients(run).attribute(
                 pixels, target=classes, n_steps=steps, internal_batch_size=at_a_time
             )
         else:
             spread = float(images.max() - images.min()) / 10
-            weights = NoiseTunnel(Saliency(model)).attribute(
+            weights = NoiseTunnel(Saliency(run)).attribute(
                 pixels, target=classes, nt_samples=steps, nt_samples_batch_size=1, stdevs=spread
             )
     return weights.detach().abs().sum(1).float()

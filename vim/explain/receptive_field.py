@@ -66,13 +66,13 @@ def receptive_field(
         batch_size: Images at a time.
 
     Raises:
-        RuntimeError: Gradients are off by `torch.inference_mode()`.
+        RuntimeError: Gradients are off by `torch.inference_mode()`, here or where the model was made.
         TypeError: The model has no `forward_intermediates`, or `images` is not a floating tensor.
         ValueError: The model has no class token, or the images do not fit.
 
     Source: Luo et al. 2016, arXiv:1701.04128, section 2.
     """
-    check_gradients()
+    check_gradients(model)
     check_kind("token", token, ("center", "class"))
     check_counts(1, batch_size=batch_size)
     if not hasattr(model, "forward_intermediates"):

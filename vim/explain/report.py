@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import csv
 import heapq
+import importlib.util
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from vim.inference.plots import draw_confusion
 from vim.inference.predictor import describe_classes
 from vim.inference.trained_model import load_trained_model
 from vim.models.vision_mamba import VisionMamba
+from vim.runtime.precision import autocast
+from vim.runtime.terminal import with_progress
 from vim.training.run_folder import RunFolder
 
 _MOST_MISTAKES = 12
@@ -62,13 +65,16 @@ def write_report(run: Path, output: Path | None = None, device: torch.device | N
         ModuleNotFoundError: Jinja or matplotlib is not installed.
         ValueError: `run` is not the folder of a run, or its images or settings cannot be used.
     """
+    if importlib.util.find_spec("jinja2") is None:
+        raise ModuleNotFoundError('a report needs jinja2: pip install "vimamba[train]"')
     from jinja2 import Environment, StrictUndefined
 
     if not run.is_dir():
         raise ValueError(f"run must be the folder of a training run, got {run}")
-    path = run / "report.html" if output is None else output
+    folder = RunFolder(run)
+    path = folder.report if output is None else output
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE.read_text("utf-8"))
-    write_text(path, template.render(_contents(RunFolder(run), device or torch.device("cpu"))))
+    write_text(path, template.render(_contents(folder, device or torch.device("cpu"))))
     return path
 
 
@@ -80,15 +86,19 @@ def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
         raise ValueError(f"{folder.path} must be the folder of a training run of vim.train: it has no settings")
     model = trained.model.to(device)
     dataset, class_names = open_eval_set(config, config.data.val_split, trained.class_names)
-    batches, _ = build_eval_loader(dataset, config, device)
+    batches, unreadable = build_eval_loader(dataset, config, device)
+    shown = with_progress(batches, "evaluating", len(batches))
     with in_evaluation(model):
-        confusion, mistakes, pixels = _evaluate(model, batches, len(class_names), device)
+        with autocast(device.type, config.precision):
+            confusion, mistakes, pixels = _evaluate(model, shown, len(class_names))
         pictures = list(_draw_mistakes(model, mistakes, pixels, trained.preprocessing))
     names = describe_classes(class_names)
     rows = _class_rows(confusion, names)
     history = _read_summary(folder.summary)
     right = 100 * float(confusion.diagonal().sum()) / max(int(confusion.sum()), 1)
     figures = [("held out, top 1", f"{right:.2f} %"), ("held-out images", f"{int(confusion.sum()):,}")]
+    if missing := unreadable.take():
+        figures.append(("could not be read", f"{missing:,}"))
     figures += [
         ("parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"),
         ("weights", trained.weights),
@@ -118,7 +128,7 @@ def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _evaluate(
-    model: nn.Module, batches: Any, num_classes: int, device: torch.device
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
 ) -> tuple[Tensor, list[_Mistake], dict[int, Tensor]]:
     """Return the confusion matrix, the worst mistakes, the worst one first, and their images by number."""
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
@@ -126,7 +136,9 @@ def _evaluate(
     pixels: dict[int, Tensor] = {}
     number = 0
     for images, labels in batches:
-        shares, guesses = model(images).float().softmax(1).max(1)
+        logits = model(images).float()
+        guesses = logits.topk(min(5, num_classes)).indices[:, 0]  # among equal ones, the one that `evaluate` takes
+        shares = logits.softmax(1).gather(1, guesses[:, None])[:, 0]
         pairs = zip(labels.tolist(), guesses.tolist(), shares.tolist(), strict=True)
         for index, (label, guess, share) in enumerate(pairs):
             confusion[label, guess] += 1

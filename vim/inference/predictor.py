@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from vim.config.schema import IMAGE_EXTENSIONS
-from vim.data.decoding import BAD_IMAGE, read_image
+from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image
 from vim.data.listing import list_files
 from vim.data.preprocessing import Preprocessing
 from vim.inference.trained_model import TrainedModel, Weights, load_trained_model
@@ -99,7 +99,7 @@ class Predictor:
             try:
                 inputs[path] = self._transform(read_image(path))
             except BAD_IMAGE as error:
-                errors[path] = " ".join(str(error).split()) or type(error).__name__
+                errors[path] = describe_bad_image(error)
         rows: Iterator[Tensor] = iter(self._classify(list(inputs.values())) if inputs else [])
         for path in paths:
             if path in errors:

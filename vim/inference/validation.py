@@ -5,10 +5,8 @@ import dataclasses
 import io
 import json
 import re
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,9 +30,9 @@ from vim.runtime.device import resolve_device
 from vim.runtime.distributed import Processes
 from vim.runtime.machine import describe_environment
 from vim.runtime.precision import autocast, set_matmul_precision
+from vim.runtime.terminal import with_progress
 
 _IMAGENET_CLASSES = 1000
-_PLAIN_INTERVAL = 30.0  # seconds between two lines of progress, where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +128,7 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
     check_weights(processes, model)
     batches, log = build_eval_loader(dataset, config, device, processes.rank, processes.size)
     counter = ConfusionCounter(len(class_names), device)
-    shown = _with_progress(batches, len(batches), processes.is_main)
+    shown = with_progress(batches, "evaluating", len(batches), shown=processes.is_main)
     result = evaluate(model, shown, partial(autocast, device.type, options.precision), processes, observe=counter)
     unreadable = sum(processes.gather(log.take()))
     if result.count + unreadable != len(dataset):
@@ -221,23 +219,6 @@ def _choose_folder(options: ValidateOptions) -> Path:
     if source.is_dir():
         return source / "validation"
     return Path(f"validation-{source.stem if source.exists() else options.source}")
-
-
-def _with_progress(batches: Iterable[Any], total: int, is_main: bool) -> Iterator[Any]:
-    """Yield the batches, and show progress on standard error: a bar on a terminal, plain lines elsewhere."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not is_main or console.is_terminal:
-        yield from track(batches, "evaluating", total, console=console, disable=not is_main, transient=True)
-        return
-    last = time.monotonic()
-    for done, batch in enumerate(batches):
-        if time.monotonic() - last > _PLAIN_INTERVAL:
-            last = time.monotonic()
-            sys.stderr.write(f"evaluating: {100 * done / total:.0f} %\n")
-        yield batch
 
 
 def class_table(validation: Validation) -> list[dict[str, Any]]:

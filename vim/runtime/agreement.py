@@ -15,7 +15,7 @@ from vim.version import __version__
 # Settings of the machine, which do not change the result.
 _MAY_DIFFER = frozenset(
     {"device", "eval_batch_size", "data.path", "data.workers", "data.pin_memory"}
-    | {"log.trackers", "log.steps", "save.steps", "save.minutes"}
+    | {"log.trackers", "log.steps", "log.report", "save.steps", "save.minutes"}
 )
 _SHOWN = 3
 # The same weights drawn on two kinds of processors differ in their last bits.

@@ -1,4 +1,4 @@
-"""Standard output of the command lines: odd file names and closed pipes."""
+"""The terminal of the command lines: odd file names, closed pipes and progress."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import io
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+_T = TypeVar("_T")
+_PLAIN_INTERVAL = 30.0  # seconds between two lines of progress, where there is no terminal
 
 
 def show_any_name() -> None:
@@ -62,3 +67,33 @@ def write_out(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def with_progress(items: Iterable[_T], words: str, total: int, shown: bool = True) -> Iterator[_T]:
+    """Yield the items, and show progress on standard error: a bar on a terminal, plain lines elsewhere.
+
+    Args:
+        items: What to go through.
+        words: What is done with them, such as `evaluating`.
+        total: Number of items.
+        shown: False shows nothing.
+    """
+    if not shown:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        # Rich would send standard output to the bar's console, and so to standard error, even out of a pipe.
+        shares = sys.stdout.isatty()
+        with Progress(console=console, transient=True, redirect_stdout=shares) as progress:
+            yield from progress.track(items, total, description=words)
+        return
+    last = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last > _PLAIN_INTERVAL:
+            last = time.monotonic()
+            sys.stderr.write(f"{words}: {100 * done / total:.0f} %\n")
+        yield item

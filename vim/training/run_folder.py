@@ -35,6 +35,7 @@ class RunFolder:
         self.last = path / "last.pth"
         self.best = path / "best.pth"
         self.best_weights = path / "best.safetensors"
+        self.report = path / "report.html"
         self.samples = path / "samples"
         self.images = path / "images.json.gz"
         self.lock = RunLock(path / ".lock")

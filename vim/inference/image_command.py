@@ -1,0 +1,78 @@
+"""The frame of the command lines that go through images with a trained model: `vim.predict` and `vim.explain`."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vim.inference.predictor import Predictor
+
+Work = Callable[["Predictor", Sequence[Path]], Iterable[str | None]]
+"""Works through files with a model, and yields for each one `None`, or the reason why it could not be read."""
+
+
+def make_parser(program: str, source: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that `run_on_images` needs.
+
+    Args:
+        program: Name of the module, such as `vim.predict`.
+        source: Name of the first argument in the help.
+        description: What the command does.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar=source, help="run folder, checkpoint file or timm model")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", type=Path, help="image file, or folder of images")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: 5)")
+    parser.add_argument(
+        "--weights",
+        choices=("best", "raw", "ema"),
+        default="best",
+        help="raw weights, averaged weights, or the better of both on held-out images (default: best)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="timm model of a checkpoint that vim.train did not write")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    return parser
+
+
+def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
+    """Load the model, list the images, work through them, and say on standard error which ones could not be read.
+
+    Args:
+        program: Name of the module, for messages.
+        options: The arguments of a parser that `make_parser` made.
+        work: What to do with the images.
+
+    Returns:
+        The exit code: 0 if every image was read, 1 if some could not be, or 2 for arguments that cannot be used.
+    """
+    from vim.data.listing import describe_passed_over
+    from vim.inference.predictor import list_images, load_predictor
+    from vim.runtime.device import resolve_device
+    from vim.runtime.terminal import show_any_name
+
+    show_any_name()
+    passed_over: Counter[str] = Counter()
+    unread = 0
+    try:
+        predictor = load_predictor(options.source, options.weights, options.model, resolve_device(options.device))
+        files = list_images(options.images, predictor.extensions, passed_over)
+        for file, reason in zip(files, work(predictor, files), strict=True):
+            if reason is not None:
+                unread += 1
+                sys.stderr.write(f"{program}: {file} is skipped: {reason}\n")
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        return 2
+    if unread:
+        sys.stderr.write(f"{program}: {unread} of {len(files)} images could not be read\n")
+    if passed_over:
+        sys.stderr.write(f"{program}: {describe_passed_over(passed_over)}\n")
+    return 1 if unread else 0
