@@ -25,6 +25,7 @@ from vim import predict
 from vim.checkpoints.io import CheckpointError, save_weights
 from vim.config.load import config_to_dict
 from vim.config.schema import TrainConfig
+from vim.inference import predictor as predictor_module
 from vim.inference.predictor import describe_classes, list_images, load_predictor
 from vim.models.starting_weights import METADATA_KEY
 from vim.training.run_folder import RunFolder
@@ -58,12 +59,6 @@ def held_out(run, tmp_path):
     for index in range(70):
         Image.fromarray(dataset.images[index, 0].numpy()).save(folder / f"{index:03d}.png")
     return folder, dataset.labels[:70]
-
-
-def best_model(run):
-    weights = load_predictor(str(run.folder.path)).model.state_dict()
-    averaged = run.state.ema.module.state_dict()
-    return weights, averaged
 
 
 def test_files_get_the_probabilities_that_the_model_gives_in_evaluation(run, held_out):
@@ -188,13 +183,6 @@ def test_predicting_does_not_need_the_packages_of_training():
     assert result.returncode == 0, result.stderr
 
 
-def test_images_below_a_folder_are_found_in_order_whatever_the_case_of_their_names(tmp_path):
-    for name in ("b/2.PNG", "a/1.jpg", "c.jpeg", "d.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a/1.jpg", "b/2.PNG", "c.jpeg"]
-
-
 def test_the_images_of_a_folder_are_those_that_training_finds(tmp_path):
     store = tmp_path / "store"
     for name in ("store/0.jpg", "store/10.webp", "store/9.bmp", "set/._0.jpg", "set/.cache/1.jpg", "set/x.heic"):
@@ -243,14 +231,15 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(run, held_out):
 
 def test_a_batch_of_photographs_is_never_in_memory_as_a_whole(run, held_out, monkeypatch):
     predictor = load_predictor(str(run.folder.path))
-    transform, seen, alive = predictor._transform, [], []
+    read, seen, alive = predictor_module.read_image, [], []
 
-    def counting(image):
+    def counting(path):
+        image = read(path)
         seen.append(weakref.ref(image))
         alive.append(sum(reference() is not None for reference in seen))
-        return transform(image)
+        return image
 
-    monkeypatch.setattr(predictor, "_transform", counting)
+    monkeypatch.setattr(predictor_module, "read_image", counting)
     assert len(list(predictor.predict_files(list_images(held_out[0])[:6], topk=1))) == 6
     assert len(alive) == 6
     assert max(alive) <= 2

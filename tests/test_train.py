@@ -17,7 +17,6 @@ from tests.tiny_runs import TINY_OPTIONS, write_image_folder
 from vim import predict, train
 from vim.checkpoints.io import load_checkpoint
 from vim.training.optim import Schedule
-from vim.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SYNTHETIC = ["--data.dataset", "synthetic", "--data.synthetic_images", "48", *TINY_OPTIONS]
@@ -102,15 +101,6 @@ def test_a_mistake_ends_in_one_line_and_code_2_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_a_run_in_it_is_not_written_over(tmp_path, capsys):
-    arguments = [*SYNTHETIC, *TINY_BATCH, "--output", str(tmp_path / "run")]
-    assert train.main(arguments) == 0
-    before = (tmp_path / "run" / "last.pth").read_bytes()
-    assert train.main(arguments) == 2
-    assert "is not empty: name another, or carry that run on with --resume" in capsys.readouterr().err
-    assert (tmp_path / "run" / "last.pth").read_bytes() == before
-
-
 def test_without_the_packages_of_training_the_install_line_is_printed(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
@@ -136,40 +126,38 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line_and_code_1(tmp_path, c
     assert error == f"vim.train: [Errno 20] Not a directory: '{tmp_path / 'file' / 'run'}'\n"
 
 
-def test_an_interrupted_run_says_how_to_carry_on_and_that_works(tmp_path, monkeypatch, capsys):
+def train_until(folder, step, interrupt):
+    """Begin a run of three epochs that is interrupted before a step; return the exit code."""
+    choose = Schedule.set
+
+    def choose_or_interrupt(self, epoch, done):
+        if done == step:
+            interrupt()
+        return choose(self, epoch, done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Schedule, "set", choose_or_interrupt)
+        return train.main([*SYNTHETIC, *TINY_BATCH, "--epochs", "3", "--output", str(folder)])
+
+
+def test_an_interrupted_run_says_how_to_carry_on_and_that_works(tmp_path, capsys):
     folder = tmp_path / "run"
-    run_epoch = Trainer._run_epoch
 
-    def interrupt(self, reporter, recorder):
-        if self.position.epoch == 1:
-            raise KeyboardInterrupt
-        return run_epoch(self, reporter, recorder)
+    def press_control_c():
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_run_epoch", interrupt)
-        options = ["--epochs", "3", "--output", str(folder)]
-        assert train.main([*SYNTHETIC, *TINY_BATCH, *options]) == 130
+    assert train_until(folder, 3, press_control_c) == 130
     error = capsys.readouterr().err
     assert f"interrupted after step 3; carry on with: python -m vim.train --resume {folder}" in error
     assert len(rows(folder)) == 1
-    assert train.main(["--resume", str(folder)]) == 0
-    assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
-    assert train.main(["--resume", str(folder)]) == 0  # complete: nothing to do, the figures stand
-    assert len(rows(folder)) == 3
+    for _ in range(2):  # the second time it is complete: nothing to do, the figures stand
+        assert train.main(["--resume", str(folder)]) == 0
+        assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
 
 
-def test_a_run_that_gets_sigterm_saves_and_exits_with_0(tmp_path, monkeypatch, capsys):
+def test_a_run_that_gets_sigterm_saves_and_exits_with_0(tmp_path, capsys):
     folder = tmp_path / "run"
-    choose = Schedule.set
-
-    def interrupt(self, epoch, step):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return choose(self, epoch, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Schedule, "set", interrupt)
-        assert train.main([*SYNTHETIC, *TINY_BATCH, "--epochs", "3", "--output", str(folder)]) == 0
+    assert train_until(folder, 4, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
     last_line = capsys.readouterr().out.splitlines()[-1]
     carry_on = f"python -m vim.train --resume {folder}"
     assert last_line == f"stopped by SIGTERM after step 5, and saved; carry on with: {carry_on}"
@@ -209,15 +197,6 @@ def test_the_imagenet_recipe_runs_on_a_folder_of_jpegs(tmp_path, capsys):
     assert following[-1] == str(images / "val" / "n01440764" / "0.jpg")
     assert predict.main(following[4:]) == 0
     assert "n01440764 tench, Tinca tinca" in capsys.readouterr().out
-
-
-def test_help_names_the_module_and_its_settings(capsys):
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--help"])
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("usage: python -m vim.train [--config FILE]")
-    assert "--optim.lr LR" in printed
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])

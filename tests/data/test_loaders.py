@@ -63,26 +63,6 @@ def test_evaluation_reads_every_held_out_image_once_in_order(workers):
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_epoch_shows_whole_batches_of_different_images_in_an_order_of_its_own():
-    loaders = build_loaders(tiny_config(data__synthetic_images=50, **NO_CROP), CPU)
-    first, second = order(loaders, 0), order(loaders, 1)
-    assert len(first) == 48  # the last batch would not be whole
-    assert first.unique().numel() == 48
-    assert not first.equal(second)
-
-
-def test_the_order_depends_on_the_seed_and_the_epoch_and_on_nothing_else():
-    digits = {"data__dataset": "digits", "batch_size": 479, "micro_batch_size": 479, **NO_CROP}
-    expected = order(build_loaders(tiny_config(**digits), CPU), 5)
-    torch.manual_seed(99)
-    again = build_loaders(tiny_config(**digits), CPU)
-    order(again, 2)
-    assert order(again, 5).equal(expected)
-    other = order(build_loaders(tiny_config(seed=1, **digits), CPU), 5)
-    assert not other.equal(expected)
-    assert other.sort().values.equal(expected.sort().values)  # the same images, all of them
-
-
 def test_repeated_augmentation_works_in_a_single_process():
     config = tiny_config(data__synthetic_images=48, augment__repeats=3, **NO_CROP)
     loaders = build_loaders(config, CPU)
@@ -253,11 +233,6 @@ def test_an_erased_rectangle_appears_in_training_images_only():
     train, val = next(iter(loaders.train))[0], next(iter(loaders.val))[0]
     assert ((train == 0).float().mean(dim=(1, 2, 3)) > 0.01).all()
     assert (val == 0).float().mean() < 0.01
-
-
-def test_more_images_in_a_step_than_an_epoch_shows_are_refused():
-    with pytest.raises(ValueError, match="batch_size must be <= the 48 training images that an epoch shows, got 64"):
-        build_loaders(tiny_config(batch_size=64), CPU)
 
 
 def test_grey_files_are_read_in_the_number_of_channels_of_the_model(tmp_path):

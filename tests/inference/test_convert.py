@@ -89,10 +89,3 @@ def test_what_is_refused(contents, arguments, message, tmp_path, monkeypatch, ca
     assert main(["in.pth", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert os.listdir() == ["in.pth"]
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    assert "--weights" in capsys.readouterr().out

@@ -148,16 +148,6 @@ def test_a_model_of_another_dtype(dtype):
     assert_close(actual, expected, 3e-2)
 
 
-def test_compiles_without_graph_breaks():
-    torch.manual_seed(0)
-    mixer, x = vim.Mamba(16), torch.randn(2, 9, 16, requires_grad=True)
-    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), mixer(x), 1e-6)
-    (actual,) = torch.autograd.grad(compiled(x).square().sum(), x)
-    (expected,) = torch.autograd.grad(mixer(x).square().sum(), x)
-    assert_close(actual, expected, 1e-5)
-
-
 def test_parameter_names_and_order():
     names = [
         "gamma", "A_log", "D", "A_b_log", "D_b", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight",

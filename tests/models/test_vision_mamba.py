@@ -232,16 +232,6 @@ def test_weights_after_meta_and_to_empty(kwargs):
             assert abs(tensor.std().item() - wanted.std().item()) <= 0.15 * wanted.std().item(), name
 
 
-def test_set_input_size_equals_a_model_of_that_size():
-    model = small().eval()
-    model.set_input_size((48, 64))
-    other = small(img_size=(48, 64)).eval()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(model(images(48, 64)), other(images(48, 64)))
-    assert model.pos_embed.shape == (1, 49, 32)
-    assert torch.equal(model.pos_embed[:, 24], small().pos_embed[:, 8]), "the class token's embedding moves along"
-
-
 def test_any_size_at_call_time():
     model = small(dynamic_img_size=True).eval()
     fixed = copy.deepcopy(model)
@@ -310,14 +300,6 @@ def test_compiles_with_inductor():
     assert_close(compiled(images()), model(images()), 1e-5)
 
 
-def test_exports():
-    model = small(depth=2).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
-    more = torch.cat([images(), images(), images()])
-    assert_close(exported.module()(more), model(more), 1e-6)
-
-
 def test_flops_of_tiny():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -330,48 +312,6 @@ def test_flops_of_tiny():
     assert counter.get_total_flops() == 2 * dense + scan + norms
     assert dense == pytest.approx(1.29e9, rel=0.01)
     assert scan == pytest.approx(0.52e9, rel=0.01)
-
-
-def test_released_files_hold_a_namespace_and_still_load(tmp_path):
-    """The released files keep their training arguments; torch's restricted loader must accept just that."""
-    import argparse
-
-    model = timm.create_model("vim_tiny_patch16_224", depth=1)
-    checkpoint = {"model": model.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=1e-3)}
-    torch.save(checkpoint, tmp_path / "released.pth")
-    other = timm.create_model(
-        "vim_tiny_patch16_224",
-        depth=1,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "released.pth")},
-    )
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
-
-
-def test_a_checkpoint_of_another_size_is_resampled(tmp_path):
-    model = timm.create_model("vim_tiny_patch16_224", depth=1)
-    torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
-    overlay = {"file": str(tmp_path / "released.pth")}
-    wide = timm.create_model(
-        "vim_tiny_patch16_224", depth=1, pretrained=True, img_size=(96, 160), pretrained_cfg_overlay=overlay
-    )
-    model.set_input_size((96, 160))
-    assert torch.equal(wide.pos_embed, model.pos_embed)
-
-
-def test_a_file_with_foreign_classes_is_refused(tmp_path):
-    import fractions
-
-    model = timm.create_model("vim_tiny_patch16_224", depth=1)
-    torch.save({"model": model.state_dict(), "args": fractions.Fraction(1, 2)}, tmp_path / "foreign.pth")
-    with pytest.raises(RuntimeError, match=r"fractions\.Fraction"):
-        timm.create_model(
-            "vim_tiny_patch16_224",
-            depth=1,
-            pretrained=True,
-            pretrained_cfg_overlay={"file": str(tmp_path / "foreign.pth")},
-        )
 
 
 def test_dropout_before_the_head_is_a_module_that_can_be_left_on():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import TOLERANCES, assert_close, gradients
+from tests.helpers import assert_close, gradients
 from vim.ops import add_rms_norm, available_backends
 
 BACKENDS = available_backends("add_rms_norm")
@@ -34,20 +34,6 @@ def test_matches_torch(shape, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_residual_of_half_input_is_float32(dtype, backend):
-    x, residual, weight = _normal(2, 9, 32, dtype=dtype), _normal(2, 9, 32, seed=1), _normal(32, seed=2)
-    y, total = add_rms_norm(x, residual, weight, backend=backend)
-    assert y.dtype == dtype
-    assert total.dtype == torch.float32
-    assert torch.equal(total, x.float() + residual)
-    expected = F.rms_norm(x.float() + residual, (32,), weight, 1e-5)
-    assert_close(y, expected, TOLERANCES[dtype].value / 2)
-    grad = gradients(y, [x])[0]
-    assert grad.dtype == dtype
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_the_residual_alone(backend):
     x, residual, weight = _normal(2, 9, 8), _normal(2, 9, 8, seed=1), _normal(8, seed=2)
     _, total = add_rms_norm(x, residual, weight, backend=backend)
@@ -60,14 +46,6 @@ def test_gradcheck_reference():
     tensors = (_normal(2, 3, 5, dtype=torch.float64), _normal(2, 3, 5, dtype=torch.float64, seed=1))
     weight = _normal(5, dtype=torch.float64, seed=2)
     assert torch.autograd.gradcheck(lambda *a: add_rms_norm(*a, 1e-3, backend="reference"), (*tensors, weight))
-
-
-@pytest.mark.parametrize("family", ["add_rms_norm", "add_rms_norm_reference"])
-@pytest.mark.parametrize("with_residual", [True, False])
-def test_opcheck(family, with_residual):
-    residual = _normal(2, 3, 5, seed=1) if with_residual else None
-    op = getattr(torch.ops.vim, family).default
-    torch.library.opcheck(op, (_normal(2, 3, 5, dtype=torch.bfloat16), residual, _normal(5), 1e-5))
 
 
 @pytest.mark.parametrize(

@@ -22,22 +22,14 @@ import pytest
 import torch
 
 import vim.ops
-from tests.backends import registered, replace_backends
 from vim.ops.backends import native
+from vim.ops.backends.registry import isolated_registry
 from vim.ops.build import compilation
 from vim.ops.build.compilation import LIBRARY, BuildError, cpu_recipe
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and an empty folder for temporary files."""
-    monkeypatch.setenv("VIM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -407,7 +399,8 @@ def test_a_full_disk(cache, compiler, monkeypatch):
 def fresh(monkeypatch):
     """The native backend as in a new process."""
     monkeypatch.setattr(native, "cpu", native.NativeLibrary())
-    replace_backends(monkeypatch, registered())
+    with isolated_registry():
+        yield
 
 
 @pytest.mark.parametrize("what", ["no compiler", "error", "no library"])

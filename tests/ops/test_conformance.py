@@ -5,6 +5,7 @@ In a process with TRITON_INTERPRET=1, which `test_triton.py` starts, the backend
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import pytest
@@ -22,6 +23,7 @@ from vim.ops.build import compilation
 
 HALF = {"dtype": (torch.bfloat16, torch.float16)}
 NATIVE = Target("native", "", {})
+REFERENCE = Target("reference", "_reference", {})
 # Emulated threads take long for long sequences. What a warp takes in a row: 256, 512 or 1024 numbers, four at a time;
 # 1056 are read twice and 33 one at a time. A block has 64 channels; a convolution pieces of 8 tokens.
 EMULATED = Target(
@@ -82,6 +84,7 @@ if not interpreted.INTERPRETED:
 KERNELS = [TRITON] if interpreted.INTERPRETED else [NATIVE, EMULATED]
 TARGETS = KERNELS if interpreted.INTERPRETED else [*KERNELS, MAMBA_SSM]
 by_kernels = pytest.mark.parametrize("target", KERNELS, ids=lambda target: target.name)
+by_family = pytest.mark.parametrize("target", [*KERNELS, REFERENCE], ids=lambda target: target.name)
 without_interpreter = pytest.mark.skipif(interpreted.INTERPRETED, reason="too long for the interpreter")
 
 
@@ -91,12 +94,10 @@ def _surroundings(request, monkeypatch):
     target = getattr(request.node, "callspec", None) and request.node.callspec.params.get("target")
     if target is NATIVE and REASON is not None:
         pytest.skip(f"no native kernels: {REASON}")
-    if target is MAMBA_SSM:
-        stand_ins.install(monkeypatch)
     if target is TRITON:
         interpreted.set_lanes(monkeypatch, 8)
-    yield
-    stand_ins.forget()
+    with stand_ins.installed() if target is MAMBA_SSM else contextlib.nullcontext():
+        yield
 
 
 @pytest.mark.parametrize(("target", "op", "case"), list(conformance.parameters(TARGETS)))
@@ -151,7 +152,7 @@ def test_every_output_is_written(target):
 
 
 @without_interpreter
-@by_kernels
+@by_family
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_same_bits_under_autocast(target, dtype):
     """`loss.backward()` within the region: the products of the backward pass stay in float32."""
@@ -211,7 +212,7 @@ def test_wrong_sizes_raise_instead_of_reading_beyond(target):
             conformance.run_op(f"bidirectional_scan{target.suffix}", *wrong, 0.5, 0)
 
 
-@by_kernels
+@by_family
 @pytest.mark.parametrize("op", list(conformance.OPS))
 def test_registration(op, target):
     """Schema, fakes and autograd hold."""
@@ -219,14 +220,18 @@ def test_registration(op, target):
     def leaf(*shape: int) -> torch.Tensor:
         return noise(*shape).requires_grad_()
 
-    args = {
-        "bidirectional_scan": lambda: (*make_bidirectional_inputs(1, 3, 3, 2, 2), 0.5, 2),
-        "selective_scan": lambda: (*make_scan_inputs(1, 4, 3, 2).values(), True, False, 2),
-        "bidirectional_conv1d": lambda: (leaf(2, 5, 3), leaf(3, 4), leaf(3), leaf(3, 4), None),
-        "causal_conv1d": lambda: (leaf(2, 3, 5), leaf(3, 4), None, True, True),
-        "add_rms_norm": lambda: (leaf(2, 5, 3), leaf(2, 5, 3), leaf(3), 1e-5),
-    }[op]()
-    torch.library.opcheck(getattr(torch.ops.vim, op + target.suffix).default, args)
+    calls = {
+        "bidirectional_scan": [(*make_bidirectional_inputs(1, 3, 3, 2, 2), 0.5, every) for every in (0, 2)],
+        "selective_scan": [(*make_scan_inputs(1, 4, 3, 2).values(), True, False, every) for every in (0, 2)],
+        "bidirectional_conv1d": [(leaf(2, 5, 3), leaf(3, 4), leaf(3), leaf(3, 4), None)],
+        "causal_conv1d": [
+            (leaf(2, 3, 5), leaf(3, 4), None, True, True),
+            (noise(2, 5, 3).mT.requires_grad_(), leaf(3, 4), leaf(3), False, False),
+        ],
+        "add_rms_norm": [(leaf(2, 5, 3), residual, leaf(3), 1e-5) for residual in (leaf(2, 5, 3), None)],
+    }
+    for arguments in calls[op]:
+        torch.library.opcheck(getattr(torch.ops.vim, op + target.suffix).default, arguments)
 
 
 @pytest.mark.parametrize("target", [TRITON] if interpreted.INTERPRETED else [MAMBA_SSM], ids=lambda target: target.name)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backends import chosen_suffix, keep_backends
+from tests.backends import chosen_op
 from vim.ops import available_backends, unavailable_backends
+from vim.ops.backends.registry import isolated_registry
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -108,9 +109,9 @@ def test_reasons():
 
 
 def test_a_gpu_runs_on_triton_and_a_machine_without_it_is_told_so(monkeypatch):
-    keep_backends(monkeypatch, "triton", "reference")  # a machine with a GPU and nvcc has native kernels, too
-    assert available_backends("selective_scan", "cuda") == ("triton", "reference")
-    assert chosen_suffix("selective_scan", None, "cuda") == "_triton"
-    assert chosen_suffix("selective_scan", None, "cuda", torch.float64) == ""
+    with isolated_registry({"triton", "reference"}):  # a machine with a GPU and nvcc has native kernels, too
+        assert available_backends("selective_scan", "cuda") == ("triton", "reference")
+        assert chosen_op("selective_scan", None, "cuda") is torch.ops.vim.selective_scan_triton.default
+        assert chosen_op("selective_scan", None, "cuda", torch.float64) is torch.ops.vim.selective_scan.default
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert unavailable_backends("selective_scan", "cuda")["triton"] == "triton is not installed"

@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_labels_and_of_the_teacher_in_their_shares(teach
     config = change(config, distill__mode=mode, distill__weight=0.3, distill__temperature=temperature)
     loss_of = ClassificationLoss(config, NAMES, CPU)
     images, labels, student = torch.randn(4, 1, 16, 16), torch.tensor([1, 5, 9, 0]), Fixed(torch.randn(4, 10))
-    answer, logits = loss_of._teacher.answer(images), student.logits
+    answer, logits = Teacher(config, NAMES, CPU).answer(images), student.logits
     if mode == "hard":
         of_teacher = nn.functional.cross_entropy(logits, answer.argmax(1))
     else:

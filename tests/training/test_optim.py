@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.tiny_runs import TINY_MODEL, tiny_config
 from vim.models.build import build_model
-from vim.training.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
+from vim.training.optim import Schedule, build_optimizer, clip_gradients, gradient_norm
 
 
 def rates(config, updates_per_epoch=10):
@@ -129,21 +129,6 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest():
         ValueError, match=r"optim.name must be an optimizer that timm knows, got 'adamww': did you mean"
     ):
         build_optimizer(nn.Linear(2, 2), tiny_config(optim__name="adamww"))
-
-
-def test_the_average_of_the_weights_decays_as_said():
-    model = nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    ema = build_ema(model, 0.9)
-    expected = 1.0
-    for value in (2.0, -3.0, 5.0):
-        with torch.no_grad():
-            model.weight.fill_(value)
-        ema.update(model)
-        expected = 0.9 * expected + 0.1 * value
-    assert ema.module.weight.item() == pytest.approx(expected)
-    assert build_ema(model, None) is None
 
 
 def gradients(*values):
