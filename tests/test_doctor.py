@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_command
 from vim import doctor
 from vim.ops import available_backends
 from vim.ops.backends import native
@@ -77,6 +77,4 @@ def test_a_machine_without_cpuinfo_has_a_processor_too(monkeypatch):
 
 
 def test_as_a_command():
-    done = subprocess.run([sys.executable, "-m", "vim.doctor"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "backends" in done.stdout
+    assert "backends" in run_command(sys.executable, "-m", "vim.doctor")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
 import shlex
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import TINY_OPTIONS, write_image_folder
+from tests.helpers import assert_refused
+from tests.tiny_runs import TINY_OPTIONS, read_table, write_image_folder
 from vim import predict, train
 from vim.checkpoints.io import load_checkpoint
 from vim.training.optim import Schedule
@@ -24,8 +24,7 @@ TINY_BATCH = ["--batch_size", "16", "--micro_batch_size", "16"]
 
 
 def rows(folder):
-    with open(folder / "summary.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_table(folder / "summary.csv")
 
 
 def test_training_on_the_digits_ends_with_a_command_that_works(tmp_path, monkeypatch, capsys):
@@ -48,14 +47,8 @@ def test_training_on_the_digits_ends_with_a_command_that_works(tmp_path, monkeyp
     ("arguments", "message"),
     [
         (["--optim.lrr", "1"], "unknown setting optim.lrr: did you mean optim.lr?"),
-        (["--optim.lr", "0"], "optim.lr must be > 0, got 0.0"),
-        (["--optim.lr", "fast"], "optim.lr must be float, got fast"),
-        (["--model.name", "vim_tiny_patch16_244"], "did you mean 'vim_tiny_patch16_224'?"),
         (["--model.args.dept", "3"], "unexpected keyword argument 'dept': did you mean 'depth'?"),
-        (["--model.args.patch_size", "64"], "patch_size"),
         (["--data.dataset", "folder", "--data.path", "/nowhere"], "'/nowhere' is not a folder"),
-        (["--data.dataset", "folder"], "data.path must name the image folder"),
-        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
         (["--resume", "/nowhere"], "--resume must name the folder of a run"),
         (["--device", "gpu"], "device must be 'auto', 'cpu'"),
         (
@@ -93,22 +86,15 @@ def test_a_mistake_ends_in_one_line_and_code_2_before_anything_is_written(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    assert train.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("vim.train: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert_refused(train, arguments, message, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_packages_of_training_the_install_line_is_printed(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    assert train.main([]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "matplotlib" in error
-    assert 'pip install "vimamba[train]"' in error
+    assert_refused(train, [], "matplotlib", capsys)
+    assert_refused(train, [], 'pip install "vimamba[train]"', capsys)
 
 
 def test_a_loss_that_explodes_ends_in_one_line_and_code_1(tmp_path, capsys):

@@ -165,6 +165,5 @@ def test_the_setting_reaches_training_and_prediction(tmp_path):
     config = tiny_config(data__dataset="folder", data__path=str(tmp_path), data__bits=12, **batch)
     images, _ = next(iter(build_loaders(config, torch.device("cpu")).val))
     assert images.unique().tolist() == pytest.approx([128 / 255])
-    assert (
-        Preprocessing.from_config(config).transform()(Image.open(tmp_path / "val" / "a" / "0.png")).max() == 128 / 255
-    )
+    image = Image.open(tmp_path / "val" / "a" / "0.png")
+    assert Preprocessing.from_config(config).transform()(image).max() == 128 / 255

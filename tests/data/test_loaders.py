@@ -29,17 +29,17 @@ def order(loaders, epoch):
 def folder_config(root, **changes):
     """Settings for image files with every kind of augmentation."""
     write_image_folder(root, ["ant", "bee"], {"train": 12, "val": 5})
-    return tiny_config(
-        data__dataset="folder",
-        data__path=str(root),
-        model__in_chans=3,
-        batch_size=8,
-        micro_batch_size=4,
-        augment__auto_augment="rand-m9-mstd0.5-inc1",
-        augment__hflip=0.5,
-        augment__erase_prob=0.5,
-        **changes,
-    )
+    settings = {
+        "data__dataset": "folder",
+        "data__path": str(root),
+        "model__in_chans": 3,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "augment__auto_augment": "rand-m9-mstd0.5-inc1",
+        "augment__hflip": 0.5,
+        "augment__erase_prob": 0.5,
+    }
+    return tiny_config(**{**settings, **changes})
 
 
 def batches(loaders, epoch, first_batch=0):
@@ -72,27 +72,13 @@ def test_repeated_augmentation_works_in_a_single_process():
 
 
 def test_files_are_augmented_when_trained_on_and_preprocessed_when_held_out(tmp_path):
-    write_image_folder(tmp_path, ["ant", "bee"], {"train": 6, "val": 3})
-    config = tiny_config(
-        data__dataset="folder",
-        data__path=str(tmp_path),
-        model__in_chans=3,
-        data__mean=(0.4, 0.5, 0.6),
-        data__std=(0.2,),
-        data__crop_pct=0.8,
-        batch_size=4,
-        micro_batch_size=4,
-        augment__auto_augment="rand-m9-mstd0.5-inc1",
-        augment__hflip=0.5,
-        augment__erase_prob=0.25,
-    )
+    config = folder_config(tmp_path, data__mean=(0.4, 0.5, 0.6), data__std=(0.2,), data__crop_pct=0.8)
     loaders = build_loaders(config, CPU)
-    images, labels = next(iter(loaders.val))
     transform = Preprocessing.from_config(config).transform()
-    files = [loaders.sets.val.source.name(index) for index in range(4)]
+    files = [loaders.sets.val.source.name(index) for index in range(10)]
     expected = torch.stack([transform(Image.open(path)) for path in files])
-    torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
-    assert labels.tolist() == [0, 0, 0, 1]
+    torch.testing.assert_close(torch.cat([images for images, _ in loaders.val]), expected, atol=1e-4, rtol=1e-4)
+    assert torch.cat([labels for _, labels in loaders.val]).tolist() == [0] * 5 + [1] * 5
     assert next(iter(loaders.train))[0].shape == (4, 3, 16, 16)
 
 
@@ -194,16 +180,7 @@ def test_three_augment_is_the_three_of_deit_iii_with_colour_jitter(tmp_path):
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0r", "original"])
 def test_every_operation_of_a_policy_runs_at_every_strength(tmp_path, policy):
     """Pillow 13 refuses to keep no bit of an image, which the strongest posterize of RandAugment asks for."""
-    write_image_folder(tmp_path, ["ant", "bee"], {"train": 2, "val": 2})
-    config = tiny_config(
-        data__dataset="folder",
-        data__path=str(tmp_path),
-        model__in_chans=3,
-        batch_size=4,
-        micro_batch_size=4,
-        augment__auto_augment=policy,
-    )
-    transform = build_loaders(config, CPU).sets.train.transform
+    transform = build_loaders(folder_config(tmp_path, augment__auto_augment=policy), CPU).sets.train.transform
     image = Image.effect_noise((20, 20), 90).convert("RGB")
     names = set()
     for step in transform.transforms:
@@ -219,10 +196,7 @@ def test_every_operation_of_a_policy_runs_at_every_strength(tmp_path, policy):
 
 
 def test_a_policy_is_refused_for_images_with_transparency(tmp_path):
-    write_image_folder(tmp_path, ["ant", "bee"], {"train": 8, "val": 2})
-    config = tiny_config(
-        data__dataset="folder", data__path=str(tmp_path), model__in_chans=4, augment__auto_augment="rand-m9"
-    )
+    config = folder_config(tmp_path, model__in_chans=4, augment__auto_augment="rand-m9")
     with pytest.raises(ValueError, match=r"augment.auto_augment must be null for model.in_chans = 4, got 'rand-m9'"):
         build_loaders(config, CPU)
 

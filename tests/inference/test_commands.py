@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from tests.helpers import assert_refused
 from vim import benchmark, convert, export, predict, train, validate
 from vim.checkpoints.io import save_checkpoint
 from vim.inference import onnx
@@ -30,18 +31,21 @@ from vim.models.build import create_named
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(command, arguments, message, tmp_path, capsys):
-    assert command.main([argument.format(tmp_path) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"{command.__name__}: ")
-    assert error.count("\n") == 1
-    assert message in error
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    assert_refused(command, arguments, message, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [(train, "--optim.lr LR"), (validate, "--batch-size"), (predict, "--topk"), (export, "checkpoint_path")]
-    + [(convert, "--weights"), (benchmark, "--rounds")],
+    [
+        (train, "--optim.lr LR"),
+        (validate, "--batch-size"),
+        (predict, "--topk"),
+        (export, "checkpoint_path"),
+        (convert, "--weights"),
+        (benchmark, "--rounds"),
+    ],
 )
 def test_help_names_the_module_and_its_options(command, option, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -121,8 +125,5 @@ def test_processes_that_cannot_meet(environment, message, monkeypatch, capsys):
         environment["MASTER_PORT"] = str(listener.port)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert train.main([]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+    assert_refused(train, [], message, capsys)
     assert os.environ["WORLD_SIZE"]

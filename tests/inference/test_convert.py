@@ -75,7 +75,6 @@ def test_the_nearest_model(name):
     ("contents", "arguments", "message"),
     [
         ({"layers.0.blocks.0.op.x_proj_weight": torch.zeros(1)}, ["a.safetensors"], "VMamba's family"),
-        ({"layers.0.forward_conv1d.weight": torch.zeros(1)}, ["a.safetensors"], "kyegomez/VisionMamba's model"),
         ({"fc.weight": torch.zeros(1)}, ["a.safetensors"], "not of Vision Mamba: it has fc.weight"),
         ({"fc.weight": torch.zeros(1)}, ["a.bin"], "out must end in .safetensors or .pth"),
         ({"fc.weight": torch.zeros(1)}, ["nowhere/a.pth"], "there is no folder"),

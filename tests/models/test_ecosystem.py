@@ -396,50 +396,6 @@ def test_all_of_the_originals_arguments_have_a_hint(cls, names):
 # ---- hooks -----------------------------------------------------------------------------------------------------------
 
 
-def class_activation_map(model, layer, to_map):
-    """What Grad-CAM does: activations of a layer, weighted by the mean of the class' gradient."""
-    taken, gradients = [], []
-
-    def tap(module, args, output):
-        taken.append(output)
-        output.register_hook(gradients.append)
-
-    handle = layer.register_forward_hook(tap)
-    model(images(32, 32))[:, 1].sum().backward()
-    handle.remove()
-    activations, weights = to_map(taken[0]), to_map(gradients[0]).mean((2, 3), keepdim=True)
-    return (weights * activations).sum(1).relu()
-
-
-def test_class_activation_maps():
-    model = little(global_pool="avg").eval()
-
-    def first_off(t):
-        return t[:, 1:].mT.unflatten(2, (4, 4))
-
-    found = class_activation_map(model, model.tokens, first_off)
-    assert found.shape == (2, 4, 4)
-    tokens = model.forward_features(images(32, 32))
-    weights = model.head.weight[1][:, None, None] / 16  # the gradient of a mean and a linear layer
-    assert_close(found, (weights * first_off(tokens)).sum(1).relu(), 1e-5)
-
-
-def test_class_activation_maps_of_a_model_with_a_class_token():
-    """After the last block its loss depends on the class token alone; before, tokens are in the order of the scan."""
-    model = little().eval()
-
-    def middle_off(t):
-        return torch.cat((t[:, :8], t[:, 9:]), 1).mT.unflatten(2, (4, 4))
-
-    found = class_activation_map(model, model.layers[-1].mixer.in_proj, middle_off)
-    assert found.shape == (2, 4, 4)
-    assert (found.flatten(1).amax(1) > 0).all()
-
-
-def test_tokens_add_nothing_to_a_state_dict():
-    assert not [name for name in little().state_dict() if name.startswith("tokens")]
-
-
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_dynamic_quantisation_of_all_linear_layers():

@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 
 import vim
 from tests.helpers import assert_close
+from tests.models.small import images, small
 from vim.layers.token_sequence import extract_tokens
 
 SIZES = {
@@ -45,18 +46,6 @@ FILES = {
 }
 
 
-def small(**kwargs) -> vim.VisionMamba:
-    """A model small enough for tests."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_classes": 10, "d_state": 4}
-    return vim.VisionMamba(**{**sizes, **kwargs})
-
-
-def images(*size: int) -> torch.Tensor:
-    """Two random images."""
-    return torch.randn(2, 3, *(size or (32, 32)), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("name", [*SIZES, *LONG_NAMES])
 def test_registered_sizes(name):
     with torch.device("meta"):
@@ -82,21 +71,6 @@ def test_default_cfg_is_the_originals_evaluation(name):
     assert (data["crop_pct"], data["interpolation"]) == (0.875, "bicubic")
     assert (data["mean"], data["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     assert (cfg.first_conv, cfg.classifier) == ("patch_embed.proj", "head")
-
-
-def test_create_model_as_in_the_originals_examples():
-    model = timm.create_model(
-        "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2",
-        pretrained=False,
-        num_classes=10,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
-        drop_block_rate=None,
-        img_size=64,
-        depth=2,
-    )
-    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
-    assert not any(isinstance(m, timm.layers.DropPath) for m in model.modules())
 
 
 @pytest.mark.parametrize("position", ["none", "head", "middle", "double", "random"])
@@ -137,14 +111,6 @@ def test_classifier():
     assert (model.num_classes, model.global_pool) == (7, "avg")
     model.reset_classifier(0, "")
     assert model(images()).shape == (2, 17, 32)
-
-
-def test_double_class_token_reads_both_ends():
-    model = small(cls_position="double").eval()
-    model.cls_token_tail.data.zero_()
-    before = model(images())
-    model.cls_token_tail.data.normal_()
-    assert not torch.allclose(model(images()), before)
 
 
 def test_a_random_position_is_drawn_in_each_call():
@@ -230,15 +196,6 @@ def test_weights_after_meta_and_to_empty(kwargs):
         wanted = reference.state_dict()[name]
         if wanted.numel() > 500:
             assert abs(tensor.std().item() - wanted.std().item()) <= 0.15 * wanted.std().item(), name
-
-
-def test_any_size_at_call_time():
-    model = small(dynamic_img_size=True).eval()
-    fixed = copy.deepcopy(model)
-    fixed.set_input_size((40, 24))
-    assert_close(model(images(40, 24)), fixed(images(40, 24)), 1e-6)
-    padded = small(dynamic_img_size=True, dynamic_img_pad=True).eval()
-    assert padded(images(33, 17)).shape == (2, 10)
 
 
 def test_rotary_tables_follow_the_size():

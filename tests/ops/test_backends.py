@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 import threading
 
@@ -13,6 +11,7 @@ import torch
 
 import vim.ops
 from tests.backends import ALL, chosen_op
+from tests.processes import run_command
 from vim.ops import available_backends, unavailable_backends
 from vim.ops.backends.registry import Backend, isolated_registry, pin_to_reference, register_backend, resolve_backend
 
@@ -85,9 +84,7 @@ def test_import_is_light(tmp_path):
         "    assert name in before or name not in sys.modules, name\n"
         "assert 'causal_conv1d' not in sys.modules\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "VIM_CACHE_DIR": str(tmp_path / "cache")}, check=True
-    )
+    run_command(sys.executable, "-c", code, VIM_CACHE_DIR=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import TOLERANCES, assert_close
+from tests.ops.conformance import by_threads
 from vim.ops import BlockWeights, available_backends, bidirectional_block
 
 NAMES = BlockWeights._fields
@@ -142,18 +143,16 @@ def test_one_gradient_alone(backend):
 
 def test_the_bits_do_not_depend_on_threads_or_on_gradients():
     weights, inputs = make_weights(64, 128, 4, 16), make_inputs(3, 97, 64)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            outputs = bidirectional_block(*inputs, weights)
-            results.append((*outputs, *both_gradients(outputs, [*inputs, *weights])))
-            with torch.no_grad():
-                assert all(map(torch.equal, bidirectional_block(*inputs, weights), outputs))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, other, results[0]))
+
+    def run() -> tuple[torch.Tensor, ...]:
+        outputs = bidirectional_block(*inputs, weights)
+        with torch.no_grad():
+            assert all(map(torch.equal, bidirectional_block(*inputs, weights), outputs))
+        return (*outputs, *both_gradients(outputs, [*inputs, *weights]))
+
+    first, *others = by_threads(run)
+    for other in others:
+        assert all(map(torch.equal, other, first))
 
 
 @pytest.mark.parametrize("backend", available_backends("bidirectional_block"))

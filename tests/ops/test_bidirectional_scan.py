@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import assert_close, gradients, make_bidirectional_inputs
+from tests.helpers import assert_close, assert_same_gradients, make_bidirectional_inputs
 from vim.ops import ScanOperands, available_backends, bidirectional_scan, selective_scan
 
 BACKENDS = available_backends("bidirectional_scan")
@@ -42,8 +42,7 @@ def test_matches_single_scans(shape, merge, backend):
     assert_close(actual, expected, 5e-6)
     names = ["u", "x_dbl", "dt_weight", "dt_bias", "A_log", "D"]
     names = [*names, *(f"{name}_b" for name in names), "z"]
-    for name, got, wanted in zip(names, gradients(actual, tensors), gradients(expected, tensors), strict=True):
-        assert_close(got, wanted, 5e-5, name)
+    assert_same_gradients(actual, expected, tensors, 5e-5, names)
 
 
 @pytest.mark.parametrize("every", [64, 2], ids=["one chunk", "chunks of 2"])
@@ -51,13 +50,6 @@ def test_gradcheck_reference(every):
     tensors = make_bidirectional_inputs(2, 5, 3, 2, 2, dtype=torch.float64)
     op = torch.ops.vim.bidirectional_scan_reference
     assert torch.autograd.gradcheck(lambda *a: op(*a, 0.5, every)[0], tensors)
-
-
-def test_gradient_without_entry_states():
-    tensors = make_bidirectional_inputs(2, 70, 3, 2, 2, dtype=torch.float64)
-    lazy, eager = (torch.ops.vim.bidirectional_scan(*tensors, 0.5, every)[0] for every in (0, 16))
-    for actual, expected in zip(gradients(lazy, tensors), gradients(eager, tensors), strict=True):
-        assert_close(actual, expected, 1e-12)
 
 
 def test_flops_are_two_scans_and_two_projections():

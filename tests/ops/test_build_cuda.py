@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from tests.backends import chosen_op
+from tests.processes import run_command
 from vim import build as build_command
 from vim.ops import unavailable_backends
 from vim.ops.backends import native
@@ -20,7 +19,6 @@ from vim.ops.backends.registry import isolated_registry
 from vim.ops.build import compilation, cuda_recipe
 from vim.ops.build.compilation import BuildError
 
-ROOT = Path(__file__).parents[2]
 OPS = ["add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan"]
 
 
@@ -242,15 +240,7 @@ def test_a_real_library_of_the_norm_loads_without_a_gpu(cache):
             compilation.build(recipe, _quiet)
         return
     path = compilation.build(recipe, _quiet)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(path), *OPS],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    attached, problem = done.stdout.splitlines()
+    printed = run_command(sys.executable, "-c", LOAD, path, *OPS, CUDA_VISIBLE_DEVICES="")
+    attached, problem = printed.splitlines()
     assert attached == "['add_rms_norm']"
     assert "no CUDA-capable device" in problem or "driver" in problem

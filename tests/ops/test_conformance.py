@@ -17,9 +17,7 @@ from tests import emulated
 from tests.helpers import golden_names, make_bidirectional_inputs, make_scan_inputs
 from tests.ops import conformance, interpreted, stand_ins
 from tests.ops.conformance import FLOATS, PlainTarget, Target, detached, everything, noise
-from vim.ops.backends import native
-from vim.ops.backends.registry import Inapplicable
-from vim.ops.build import compilation
+from tests.ops.natives import REASON
 
 HALF = {"dtype": (torch.bfloat16, torch.float16)}
 NATIVE = Target("native", "", {})
@@ -77,9 +75,6 @@ MAMBA_SSM = PlainTarget(
 )
 
 if not interpreted.INTERPRETED:
-    REASON = native.load()
-    if REASON is not None and not isinstance(REASON, Inapplicable) and compilation.find_compiler() is not None:
-        raise RuntimeError(f"there is a compiler, but there are no native kernels: {REASON}")
     LIBRARY = ctypes.CDLL(str(emulated.load()))
 KERNELS = [TRITON] if interpreted.INTERPRETED else [NATIVE, EMULATED]
 TARGETS = KERNELS if interpreted.INTERPRETED else [*KERNELS, MAMBA_SSM]
@@ -166,13 +161,7 @@ def test_same_bits_under_autocast(target, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_same_bits_for_any_number_of_threads(target, batch, dtype):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(everything("", (batch, 197, 96, 16, 12), dtype))
-    finally:
-        torch.set_num_threads(before)
+    results = conformance.by_threads(lambda: everything("", (batch, 197, 96, 16, 12), dtype), (1, 2, 3, 1))
     for other in results[1:]:
         conformance.assert_same_bits(results[0], other)
 

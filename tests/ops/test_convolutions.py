@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import assert_close, gradients
+from tests.helpers import assert_close, assert_same_gradients
 from vim.ops import available_backends, bidirectional_conv1d, causal_conv1d
 
 ONE, BOTH = available_backends("causal_conv1d"), available_backends("bidirectional_conv1d")
@@ -37,8 +37,7 @@ def test_one_direction_matches_torch(width, seqlen, activation, reverse, backend
         actual = causal_conv1d(x, weight, b, activation, reverse=reverse, backend=backend)
         assert_close(actual, expected, 1e-6)
         leaves = [x, weight] if b is None else [x, weight, b]
-        for got, wanted in zip(gradients(actual, leaves), gradients(expected, leaves), strict=True):
-            assert_close(got, wanted, 5e-6)
+        assert_same_gradients(actual, expected, leaves, 5e-6)
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -55,9 +54,7 @@ def test_both_directions_match_torch(width, width_b, seqlen, backend):
         assert out.is_contiguous()
         assert out_b.is_contiguous()
         leaves = [t for t in (x, weights[0], bias, weights[2], bias_b) if t is not None]
-        actual_grads = gradients(torch.stack([out, out_b]), leaves)
-        for got, wanted in zip(actual_grads, gradients(torch.stack([expected, expected_b]), leaves), strict=True):
-            assert_close(got, wanted, 5e-6)
+        assert_same_gradients(torch.stack([out, out_b]), torch.stack([expected, expected_b]), leaves, 5e-6)
 
 
 @pytest.mark.parametrize("backend", BOTH)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -13,11 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.ops import test_product
 from tests.ops.conformance import OPS, check_extremes, detached, noise
+from tests.ops.natives import needs_native
 from tests.ops.test_conformance import NATIVE
-from tests.ops.test_conformance import REASON as REASON
+from tests.processes import run_command
 from vim.ops.backends import native as native
 
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
+pytestmark = needs_native
 
 
 def check_exponential() -> None:
@@ -57,15 +56,7 @@ def test_every_instruction_set(capability):
         "from tests.ops.test_native_kernels import check_instruction_set, native\n"
         "check_instruction_set()\nprint(native.capability())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "VIM_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    used = done.stdout.split()[-1]
+    used = run_command(sys.executable, "-c", code, VIM_CPU_CAPABILITY=capability).split()[-1]
     if used != capability:
         pytest.skip(f"not on this processor: {capability} kernels are not tested, {used} runs in their place")
 

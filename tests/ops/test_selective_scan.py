@@ -7,13 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import (
-    assert_close,
-    golden_names,
-    gradients,
-    load_golden,
-    make_scan_inputs,
-)
+from tests.helpers import assert_close, assert_same_gradients, golden_names, gradients, load_golden, make_scan_inputs
 from tests.ops.conformance import check_golden_scan
 from vim.ops import available_backends, selective_scan
 from vim.ops.selective_scan import chunked, reference
@@ -98,17 +92,6 @@ def test_chunks_equal_the_loop_over_tokens(kind, every, reverse, softplus, seqle
         assert_close(got, wanted, 1e-12, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_reverse_equals_flipping_everything(backend):
-    inputs = make_scan_inputs(2, 5, 70, 16)
-    flipped = {name: t.flip(-1) if name in ("u", "delta", "B", "C", "z") else t for name, t in inputs.items()}
-    actual, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, reverse=True, backend=backend)
-    expected, expected_state = selective_scan(**flipped, delta_softplus=True, return_last_state=True, backend=backend)
-    assert_close(actual, expected.flip(-1), 1e-6)
-    assert_close(state, expected_state, 1e-6)
-    assert not torch.allclose(actual, selective_scan(**inputs, delta_softplus=True, backend=backend))
-
-
 def test_backward_memory_does_not_grow_with_the_length():
     """The largest tensor of the backward pass holds one chunk's states, not the sequence's."""
 
@@ -135,8 +118,7 @@ def test_gradient_where_only_the_backward_is_run_with_gradients():
     inputs = list(make_scan_inputs(2, 4, 70, 3, dtype=torch.float64).values())
     lazy = torch.ops.vim.selective_scan(*inputs, True, False, 0)[0]
     eager = torch.ops.vim.selective_scan(*inputs, True, False, 16)[0]
-    for actual, expected in zip(gradients(lazy, inputs), gradients(eager, inputs), strict=True):
-        assert_close(actual, expected, 1e-12)
+    assert_same_gradients(lazy, eager, inputs, 1e-12)
 
 
 def test_flops():

@@ -11,7 +11,14 @@ import logging
 import pytest
 import torch
 
-from tests.helpers import TOLERANCES, assert_close, golden_names, gradients, make_bidirectional_inputs, make_scan_inputs
+from tests.helpers import (
+    TOLERANCES,
+    assert_close,
+    assert_same_gradients,
+    golden_names,
+    make_bidirectional_inputs,
+    make_scan_inputs,
+)
 from tests.ops.conformance import FLOATS, check_golden_scan, run_op
 from tests.ops.interpreted import set_lanes
 from vim.ops import ScanOperands, available_backends, bidirectional_scan, selective_scan
@@ -73,8 +80,7 @@ def test_gradients_through_autograd(merge):
     used = [*leaves[:6], leaves[10], leaves[12]]
     actual, expected = scan("triton"), scan("reference")
     assert_close(actual, expected, TOLERANCES[torch.float32].value)
-    for got, wanted in zip(gradients(actual, used), gradients(expected, used), strict=True):
-        assert_close(got, wanted, TOLERANCES[torch.float32].gradient)
+    assert_same_gradients(actual, expected, used, TOLERANCES[torch.float32].gradient)
 
 
 def test_the_op_stands_in_compiled_graphs():
@@ -82,9 +88,7 @@ def test_the_op_stands_in_compiled_graphs():
     compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
     actual, expected = (f(**inputs, delta_softplus=True, backend="triton") for f in (compiled, selective_scan))
     assert_close(actual, expected, 1e-6)
-    leaves = list(inputs.values())
-    for got, wanted in zip(gradients(actual, leaves), gradients(expected, leaves), strict=True):
-        assert_close(got, wanted, 1e-5)
+    assert_same_gradients(actual, expected, list(inputs.values()), 1e-5)
 
 
 def test_what_triton_does_not_compute_is_refused():

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from tests.tasks.test_classification_loss import Fixed
 from tests.tiny_runs import change, tiny_config
 from vim.tasks.classification_loss import ClassificationLoss
 from vim.tasks.distillation import Teacher
@@ -44,15 +45,6 @@ def test_a_teacher_of_other_classes_is_refused_even_if_they_are_as_many(teacher_
         Teacher(config, NAMES[::-1], CPU)
     with pytest.raises(ValueError, match=r"to the run '9' is gone and 'ten' is new"):
         Teacher(config, (*NAMES[:-1], "ten"), CPU)
-
-
-class Fixed(nn.Module):
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, images):
-        return self.logits
 
 
 @pytest.mark.parametrize(("mode", "temperature"), [("hard", 1.0), ("soft", 1.0), ("soft", 3.0)])

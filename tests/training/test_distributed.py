@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
-from tests.processes import run_together
+from tests.inference.test_evaluation import Table
+from tests.processes import run_command, run_together
 from tests.tiny_runs import TINY_OPTIONS, tiny_config, write_image_folder
 from vim import train, validate
 from vim.checkpoints.io import load_checkpoint
@@ -71,17 +70,6 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     saved = load_checkpoint(tmp_path / "two" / "last.pth")
     assert len(saved["rng"]) == 2
     assert not torch.equal(saved["rng"][0]["torch"], saved["rng"][1]["torch"])
-
-
-class Table(nn.Module):
-    """Looks the logits of an image up by its only pixel."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, images):
-        return self.logits[images.flatten().long()]
 
 
 def evaluate_share(logits, labels, stop_in=None):
@@ -167,6 +155,9 @@ def test_an_overflow_of_float16_in_one_process_is_skipped_by_both(tmp_path):
     unchanged, scale, skipped = first
     assert unchanged == [False, False, True, False, False, False]
     assert (scale, skipped) == (2.0**15, 1)
+    resumed = Trainer(config, RunFolder(tmp_path / "run"), Console(quiet=True))
+    resumed.resume()
+    assert resumed.state.scaler.get_scale() == scale
 
 
 def failing_main(arguments):
@@ -273,10 +264,9 @@ def test_torchrun_trains_on_a_cpu(tmp_path):
         *("--model.img_size", "16", "--model.args", "{patch_size: 8, embed_dim: 16, depth: 1, d_state: 4}"),
         *("--epochs", "2", "--schedule.warmup_epochs", "0"),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "batch 64 = 2 x 32" in result.stdout
-    assert result.stdout.count("epoch 1/2") == 1  # one process talks
+    printed = run_command(*command, timeout=300)
+    assert "batch 64 = 2 x 32" in printed
+    assert printed.count("epoch 1/2") == 1  # one process talks
     assert load_checkpoint(folder / "last.pth")["position"]["epoch"] == 2
 
 

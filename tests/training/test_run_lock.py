@@ -11,6 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
+from tests.helpers import assert_refused
 from tests.processes import run_together, start
 from tests.tiny_runs import TINY_OPTIONS, tiny_config
 from vim import train
@@ -102,11 +103,8 @@ def test_a_run_is_not_resumed_while_it_runs(tmp_path, capsys):
     assert not (folder / ".lock").exists()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with holding(folder) as process:
-        capsys.readouterr()
-        assert train.main(["--resume", str(folder)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert f"is in use by process {process.pid} on {socket.gethostname()}" in error
+        words = f"is in use by process {process.pid} on {socket.gethostname()}"
+        assert_refused(train, ["--resume", str(folder)], words, capsys)
         (folder / "last.pth").rename(folder / "away")
         assert train.main(["--resume", str(folder)]) == 2  # it would begin anew
         (folder / "away").rename(folder / "last.pth")

@@ -113,10 +113,11 @@ def isolated_registry(names: Collection[str] | None = None) -> Iterator[None]:
 
 
 def _replace(backends: list[Backend], functions: dict[str, Mapping[str, Callable[..., Any]]], pinned: set[str]) -> None:
-    for held, contents in ((_functions, functions), (_pinned, pinned)):
-        held.clear()
-        held.update(contents)  # type: ignore[attr-defined]
     _backends[:] = backends
+    _functions.clear()
+    _functions.update(functions)
+    _pinned.clear()
+    _pinned.update(pinned)
     _choose.cache_clear()
     _warn_once.cache_clear()
 
