@@ -63,6 +63,18 @@ def test_evaluation_reads_every_held_out_image_once_in_order(workers):
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_order_depends_on_the_seed_and_the_epoch_and_on_nothing_else():
+    digits = {"data__dataset": "digits", "batch_size": 479, "micro_batch_size": 479, **NO_CROP}
+    expected = order(build_loaders(tiny_config(**digits), CPU), 5)
+    torch.manual_seed(99)
+    again = build_loaders(tiny_config(**digits), CPU)
+    order(again, 2)
+    assert order(again, 5).equal(expected)
+    other = order(build_loaders(tiny_config(seed=1, **digits), CPU), 5)
+    assert not other.equal(expected)
+    assert other.sort().values.equal(expected.sort().values)  # the same images, all of them
+
+
 def test_repeated_augmentation_works_in_a_single_process():
     config = tiny_config(data__synthetic_images=48, augment__repeats=3, **NO_CROP)
     loaders = build_loaders(config, CPU)

@@ -45,6 +45,16 @@ def test_matches_single_scans(shape, merge, backend):
     assert_same_gradients(actual, expected, tensors, 5e-5, names)
 
 
+def test_autocast_changes_nothing_where_torch_func_transforms_the_scan():
+    """The reference runs there without the dispatcher, which would turn autocast off."""
+    tensors = [t.detach() for t in make_bidirectional_inputs(2, 9, 6, 4, 3)]
+    inputs = torch.stack([tensors[0], tensors[0].flip(1)])
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.func.vmap(lambda u: _scan([u, *tensors[1:]]))(inputs)
+    for got, u in zip(actual, inputs, strict=True):
+        assert_close(got, _scan([u, *tensors[1:]]), 2e-6)
+
+
 @pytest.mark.parametrize("every", [64, 2], ids=["one chunk", "chunks of 2"])
 def test_gradcheck_reference(every):
     tensors = make_bidirectional_inputs(2, 5, 3, 2, 2, dtype=torch.float64)
