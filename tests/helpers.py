@@ -1,13 +1,16 @@
-"""What tests share: golden files, tolerances, random inputs."""
+"""What tests share: golden files, tolerances, random inputs, refusals."""
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -142,6 +145,27 @@ def gradients(outputs: torch.Tensor, inputs: list[torch.Tensor], seed: int = 1) 
     rng = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(outputs.shape, generator=rng, dtype=torch.float64).to(outputs.dtype)
     return list(torch.autograd.grad(outputs, inputs, cotangent))
+
+
+def assert_refused(
+    command: ModuleType, arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command ends with code 2, in one line that says what is wrong."""
+    capsys.readouterr()
+    assert command.main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{command.__name__}: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def assert_same_gradients(
+    actual: torch.Tensor, expected: torch.Tensor, leaves: list[torch.Tensor], rtol: float, names: Sequence[str] = ()
+) -> None:
+    """Compare the gradients of two results with respect to the same leaves."""
+    found = zip(gradients(actual, leaves), gradients(expected, leaves), strict=True)
+    for i, (got, wanted) in enumerate(found):
+        assert_close(got, wanted, rtol, names[i] if names else str(i))
 
 
 def recipe_tensor(name: str, shape: list[int], salt: str = "") -> np.ndarray:

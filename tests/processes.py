@@ -1,13 +1,17 @@
-"""Run functions in processes of their own, most of them forked so that they need not import torch again."""
+"""Run commands, and functions in processes of their own, most of them forked so that they need not import torch."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
+import subprocess
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
 
 _CONTEXT = multiprocessing.get_context("fork")
 # Forks of a process that has imported what the functions need, and done nothing else.
@@ -21,6 +25,21 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
         results.put((environment.get("RANK", "0"), function(*arguments), None))
     except BaseException:  # handed to the parent, which fails with it
         results.put((environment.get("RANK", "0"), None, traceback.format_exc()))
+
+
+def run_command(*command: object, timeout: float | None = None, **environment: str) -> str:
+    """Run a command in the folder of the repository and return what it prints; fail with its errors."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    return done.stdout
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> Any:

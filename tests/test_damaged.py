@@ -10,6 +10,7 @@ import zipfile
 import pytest
 import torch
 
+from tests.helpers import assert_refused
 from tests.tiny_runs import TINY_OPTIONS, tiny_config
 from vim import train
 from vim.checkpoints.io import CheckpointError, load_weights, save_checkpoint, save_weights
@@ -30,8 +31,8 @@ class Attack:
         return (open, (self.path, "w"))
 
 
-def cut(share):
-    return lambda path, mark: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+def cut(path, mark):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip(member):
@@ -42,18 +43,6 @@ def flip(member):
         with zipfile.ZipFile(path) as archive:
             info = next(info for info in archive.infolist() if info.filename.endswith(member))
         data[info.header_offset + 30 + len(info.filename) + info.compress_size // 2 + 64] ^= 16
-        path.write_bytes(data)
-
-    return damage
-
-
-def overwrite(start, count):
-    """Put zeros into the file, from a share of its length on."""
-
-    def damage(path, mark):
-        data = bytearray(path.read_bytes())
-        place = int(start * len(data))
-        data[place : place + count] = bytes(count)
         path.write_bytes(data)
 
     return damage
@@ -114,15 +103,9 @@ def first_group(edit):
 
 
 DAMAGES = {
-    "empty": (cut(0.0), "is truncated, damaged or not a checkpoint"),
-    "a tenth": (cut(0.1), "is truncated, damaged or not a checkpoint"),
-    "half": (cut(0.5), "is truncated, damaged or not a checkpoint"),
-    "all but the end": (cut(0.9999), "is truncated, damaged or not a checkpoint"),
+    "half": (cut, "is truncated, damaged or not a checkpoint"),
     "a bit in the tensors": (flip("/data/0"), "is damaged: the checksum of"),
     "a bit in the structure": (flip("/data.pkl"), "is damaged: the checksum of"),
-    "zeros at the start": (overwrite(0.0, 64), "damaged"),
-    "zeros in the middle": (overwrite(0.5, 512), "damaged"),
-    "zeros at the end": (overwrite(0.999, 4096), "damaged"),
     "code in it": (insert_attack, "holds objects other than plain data, and was not loaded"),
     "a plain pickle": (replace(write_plain_pickle), "is truncated, damaged or not a checkpoint"),
     "an old format": (replace(write_legacy), "is truncated, damaged or not a checkpoint"),
@@ -208,12 +191,7 @@ def test_a_damaged_record_of_environments_is_refused_in_one_line(kind, tmp_path,
     shutil.copytree(whole_run, folder)
     text = ENVIRONMENTS[kind]
     (folder / "environment.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    capfd.readouterr()
-    assert train.main(["--resume", str(folder)]) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1
-    assert "environment.json" in error
-    assert error.endswith("move it away\n")
+    assert_refused(train, ["--resume", str(folder)], "environment.json", capfd)
 
 
 def edit_best(edit):

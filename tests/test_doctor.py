@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib.metadata
+import re
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
+from tests.processes import run_command
 from vim import doctor
-from vim.ops.backends import native, registry
+from vim.ops import available_backends
+from vim.ops.backends import native
 from vim.runtime import machine
 
 
@@ -17,10 +22,14 @@ def test_report(capsys):
     report = capsys.readouterr().out
     for word in ("versions", "torch", "timm", "processor", "compiler", "cache", "native kernels", "sources"):
         assert word in report
-    assert set(doctor.OPS) == set(registry._references)
     for op in doctor.OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
+
+
+def test_every_op_is_reported():
+    with pytest.raises(ValueError, match=re.escape(f"op must be one of {sorted(doctor.OPS)}, got")):
+        available_backends("no op")
 
 
 def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):
@@ -33,16 +42,29 @@ def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):
 
 
 def test_the_report_has_the_facts_that_run_folders_and_benchmarks_record(capsys, monkeypatch):
-    monkeypatch.setattr(
-        machine.Path, "read_text", lambda *_: "model name : Abacus\nflags : fma avx2\n\nmodel name : B\n"
-    )
-    monkeypatch.setattr(machine, "_version", {"timm": "1.2.3"}.get)
-    lines = [*doctor._processor(), *doctor._versions()]
+    read_text, version = Path.read_text, importlib.metadata.version
+    facts = "model name : Abacus\nflags : fma avx2\n\nmodel name : B\n"
+
+    def read_facts(path, *args, **kwargs):
+        return facts if path.name == "cpuinfo" else read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_facts)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3" if name == "timm" else version(name))
     assert machine.describe_machine()["cpu"] == machine.describe_environment(torch.device("cpu"))["cpu"] == "Abacus"
-    assert lines[0].startswith("Abacus, ")
-    assert lines[0].endswith(": avx2 fma")
-    assert "timm 1.2.3" in lines
-    assert "triton: not installed" in lines
+    assert doctor.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    (processor,) = [line for line in lines if line.startswith("  Abacus, ")]
+    assert processor.endswith(": avx2 fma")
+    assert "  timm 1.2.3" in lines
+
+
+def test_a_package_that_is_missing_is_reported(capsys, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert doctor.main() == 0
+    assert "  triton: not installed\n" in capsys.readouterr().out
 
 
 def test_a_machine_without_cpuinfo_has_a_processor_too(monkeypatch):
@@ -55,6 +77,4 @@ def test_a_machine_without_cpuinfo_has_a_processor_too(monkeypatch):
 
 
 def test_as_a_command():
-    done = subprocess.run([sys.executable, "-m", "vim.doctor"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "backends" in done.stdout
+    assert "backends" in run_command(sys.executable, "-m", "vim.doctor")

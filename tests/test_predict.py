@@ -20,11 +20,14 @@ import timm
 import torch
 from PIL import Image
 
+from tests.helpers import assert_refused
+from tests.processes import run_command
 from tests.tiny_runs import change
 from vim import predict
 from vim.checkpoints.io import CheckpointError, save_weights
 from vim.config.load import config_to_dict
 from vim.config.schema import TrainConfig
+from vim.inference import predictor as predictor_module
 from vim.inference.predictor import describe_classes, list_images, load_predictor
 from vim.models.starting_weights import METADATA_KEY
 from vim.training.run_folder import RunFolder
@@ -60,12 +63,6 @@ def held_out(run, tmp_path):
     return folder, dataset.labels[:70]
 
 
-def best_model(run):
-    weights = load_predictor(str(run.folder.path)).model.state_dict()
-    averaged = run.state.ema.module.state_dict()
-    return weights, averaged
-
-
 def test_files_get_the_probabilities_that_the_model_gives_in_evaluation(run, held_out):
     folder, _ = held_out
     predictor = load_predictor(str(run.folder.best))
@@ -78,13 +75,6 @@ def test_files_get_the_probabilities_that_the_model_gives_in_evaluation(run, hel
         names, values = zip(*result.guesses, strict=True)
         assert list(values) == sorted(values, reverse=True)
         torch.testing.assert_close(torch.tensor(values), probabilities[[int(name) for name in names]])
-
-
-def test_held_out_digits_are_recognised(run, held_out):
-    folder, labels = held_out
-    results = load_predictor(str(run.folder.path)).predict_files(list_images(folder), topk=1)
-    right = sum(result.guesses[0][0] == str(label.item()) for result, label in zip(results, labels, strict=True))
-    assert right > 0.6 * len(labels)
 
 
 def test_the_command_prints_the_likeliest_classes_of_a_file(run, held_out, capsys):
@@ -132,11 +122,8 @@ def test_a_mistake_ends_in_one_line_and_code_2(run, tmp_path, capsys, source, im
     (tmp_path / "empty").mkdir()
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
     places = {"run": run.folder.path, "empty": tmp_path / "empty", "image": tmp_path / "a.png"}
-    assert predict.main([source.format(**places), images.format(**places), *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("vim.predict: ")
-    assert error.count("\n") == 1
-    assert message in error
+    arguments = [source.format(**places), images.format(**places), *options]
+    assert_refused(predict, arguments, message, capsys)
 
 
 def test_every_file_of_a_run_predicts_alike_where_it_holds_the_same_weights(run, held_out):
@@ -184,15 +171,7 @@ def test_classes_that_are_folders_of_imagenet_are_put_into_words():
 def test_predicting_does_not_need_the_packages_of_training():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'rich', 'matplotlib', 'sklearn']))"
     code = f"{blocked}; import vim.predict, vim.inference.predictor"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
-def test_images_below_a_folder_are_found_in_order_whatever_the_case_of_their_names(tmp_path):
-    for name in ("b/2.PNG", "a/1.jpg", "c.jpeg", "d.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a/1.jpg", "b/2.PNG", "c.jpeg"]
+    run_command(sys.executable, "-c", code)
 
 
 def test_the_images_of_a_folder_are_those_that_training_finds(tmp_path):
@@ -243,14 +222,15 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(run, held_out):
 
 def test_a_batch_of_photographs_is_never_in_memory_as_a_whole(run, held_out, monkeypatch):
     predictor = load_predictor(str(run.folder.path))
-    transform, seen, alive = predictor._transform, [], []
+    read, seen, alive = predictor_module.read_image, [], []
 
-    def counting(image):
+    def counting(path):
+        image = read(path)
         seen.append(weakref.ref(image))
         alive.append(sum(reference() is not None for reference in seen))
-        return transform(image)
+        return image
 
-    monkeypatch.setattr(predictor, "_transform", counting)
+    monkeypatch.setattr(predictor_module, "read_image", counting)
     assert len(list(predictor.predict_files(list_images(held_out[0])[:6], topk=1))) == 6
     assert len(alive) == 6
     assert max(alive) <= 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 
@@ -11,11 +10,13 @@ import timm
 import torch
 from PIL import Image
 
+from tests.helpers import assert_refused
 from tests.models.test_pretrained import make_original_checkpoint
 from tests.processes import run_together
-from tests.tiny_runs import tiny_config, write_image_folder
+from tests.tiny_runs import read_table, tiny_config, write_image_folder
 from vim import validate
 from vim.inference.validation import ConfusionCounter
+from vim.runtime.distributed import Processes
 from vim.training.run_folder import RunFolder
 from vim.training.trainer import Trainer
 
@@ -47,11 +48,6 @@ def run(tmp_path_factory, images):
 
 def results(folder):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-
-
-def table(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def forbid_other_files(folder):
@@ -86,10 +82,10 @@ def test_the_files_hold_the_confusion_matrix_and_the_table_of_the_classes(run, i
         with torch.inference_mode():
             for label, guess in zip(labels.tolist(), model(inputs).argmax(1).tolist(), strict=True):
                 expected[label, guess] += 1
-    matrix = table(folder / "confusion.csv")
+    matrix = read_table(folder / "confusion.csv")
     assert [row["class \\ guess"] for row in matrix] == CLASSES
     assert [[int(row[name]) for name in CLASSES] for row in matrix] == expected.tolist()
-    rows = table(folder / "classes.csv")
+    rows = read_table(folder / "classes.csv")
     assert [row["class"] for row in rows] == CLASSES
     assert [int(row["right"]) for row in rows] == expected.diagonal().tolist()
     assert [int(row["guessed"]) for row in rows] == expected.sum(0).tolist()
@@ -107,7 +103,7 @@ def test_guesses_are_counted_by_class():
     counter = ConfusionCounter(8, torch.device("cpu"))
     for part in range(0, 200, 30):
         counter(logits[part : part + 30], labels[part : part + 30])
-    confusion, of_five = counter.totals(processes=validate_alone())
+    confusion, of_five = counter.totals(Processes())
     for row in range(8):
         for column in range(8):
             assert confusion[row, column] == ((labels == row) & (logits.argmax(1) == column)).sum()
@@ -115,17 +111,11 @@ def test_guesses_are_counted_by_class():
         assert of_five[row] == (ranks < 5).sum()
 
 
-def validate_alone():
-    from vim.runtime.distributed import Processes
-
-    return Processes()
-
-
 def test_other_images_are_matched_by_the_names_of_their_classes(run, tmp_path, capsys):
     write_image_folder(tmp_path / "other", ["cat", "fox"], {"test": 4})
     arguments = ["--path", str(tmp_path / "other"), "--split", "test", "--output", str(tmp_path / "out")]
     assert validate.main([str(run.folder.best_weights), *arguments, "--device", "cpu"]) == 0
-    rows = table(tmp_path / "out" / "classes.csv")
+    rows = read_table(tmp_path / "out" / "classes.csv")
     assert [int(row["images"]) for row in rows] == [0, 0, 4, 0, 0, 4]
     assert rows[0]["top1"] == ""
     (tmp_path / "other" / "test" / "cat").rename(tmp_path / "other" / "test" / "cow")
@@ -141,7 +131,7 @@ def test_images_that_cannot_be_read_are_missing_and_it_is_said(run, tmp_path, ca
     assert "on 17 images\n1 more images could not be read and are missing" in capsys.readouterr().out
     found = results(tmp_path / "out")
     assert (found["count"], found["unreadable"]) == (17, 1)
-    assert [int(row["images"]) for row in table(tmp_path / "out" / "classes.csv")] == [3, 2, 3, 3, 3, 3]
+    assert [int(row["images"]) for row in read_table(tmp_path / "out" / "classes.csv")] == [3, 2, 3, 3, 3, 3]
 
 
 ODD = [os.fsdecode(b"caf\xe9"), "$\\frac$", "a,b"]
@@ -156,7 +146,7 @@ def test_names_of_classes_need_not_be_text(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "  on 6 images\n1 file passed over (1 .txt)\nfiles: " in out
     forbid_other_files(tmp_path / "run" / "validation")
-    rows = table(tmp_path / "run" / "validation" / "classes.csv")
+    rows = read_table(tmp_path / "run" / "validation" / "classes.csv")
     assert [row["class"] for row in rows] == ["$\\frac$", "a,b", r"caf\udce9"]
 
 
@@ -193,7 +183,7 @@ def test_a_file_of_the_original_is_evaluated_on_some_of_imagenets_classes(tmp_pa
     arguments = ["--model", "vim_tiny_patch16_224", "--path", str(images), "--device", "cpu"]
     arguments += ["--weights", weights, "--output", str(tmp_path / "out")]
     assert validate.main([str(tmp_path / "released.pth"), *arguments]) == 0
-    rows = table(tmp_path / "out" / "classes.csv")
+    rows = read_table(tmp_path / "out" / "classes.csv")
     assert (len(rows), rows[0]["class"], rows[1]["class"]) == (1000, "n01440764", "n01443537")
     right = {"raw": 0, "ema": 1}[weights]
     assert [row["right"] for row in rows[:2]] == (["1", "0"] if right == 0 else ["0", "1"])
@@ -214,8 +204,5 @@ def test_a_file_of_the_original_is_evaluated_on_some_of_imagenets_classes(tmp_pa
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(run, capsys, arguments, message):
-    assert validate.main([argument.format(run=run.folder.path) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("vim.validate: ")
-    assert error.count("\n") == 1
-    assert message in error
+    arguments = [argument.format(run=run.folder.path) for argument in arguments]
+    assert_refused(validate, arguments, message, capsys)

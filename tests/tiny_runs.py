@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def change(config: TrainConfig, **changes: Any) -> TrainConfig:
             top[name] = value
     parts = {group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()}
     return dataclasses.replace(config, **top, **parts)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_image_folder(

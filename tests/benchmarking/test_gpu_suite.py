@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from scripts.gpu_kernels import Shape, kernels_of
+from tests.processes import run_command
 from vim.benchmarking.models import measure_case
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +47,8 @@ def test_a_model_that_does_not_run_is_named_and_the_others_are_measured():
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: this is about its absence")
 def test_rehearsal(tmp_path):
-    command = ["bash", "scripts/gpu_suite.sh", "--output", str(tmp_path / "gpu"), "--sections", "kernels", "latency"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ("bash", "scripts/gpu_suite.sh", "--output", tmp_path / "gpu", "--sections", "kernels", "latency")
+    run_command(*command, PYTHON=sys.executable)
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["gpu"] is False
     assert [row["op"] for row in record["sections"]["kernels"]["rows"]][::3] == [

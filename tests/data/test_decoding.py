@@ -9,12 +9,14 @@ import zlib
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from tests.tiny_runs import tiny_config
 from vim.data import decoding
 from vim.data.decoding import read_image, to_color_mode
 from vim.data.image_files import TorchvisionSource
+from vim.data.loaders import build_loaders
 from vim.data.preprocessing import Preprocessing
 from vim.data.sources import open_image_sets
 
@@ -159,8 +161,9 @@ def test_the_setting_reaches_training_and_prediction(tmp_path):
         for name in "ab":
             (tmp_path / split / name).mkdir(parents=True)
             Image.fromarray(np.full((16, 16), 2048, np.uint16)).save(tmp_path / split / name / "0.png")
-    config = tiny_config(data__dataset="folder", data__path=str(tmp_path), data__bits=12)
-    image, _ = open_image_sets(config).train._read(0)
-    assert np.unique(image).tolist() == [128]
-    plain = tiny_config(data__mean=(0.0,), data__std=(1.0,), data__bits=12)
-    assert Preprocessing.from_config(plain).transform()(Image.open(tmp_path / "val" / "a" / "0.png")).max() == 128 / 255
+    batch = {"batch_size": 2, "micro_batch_size": 2, "data__mean": (0.0,), "data__std": (1.0,)}
+    config = tiny_config(data__dataset="folder", data__path=str(tmp_path), data__bits=12, **batch)
+    images, _ = next(iter(build_loaders(config, torch.device("cpu")).val))
+    assert images.unique().tolist() == pytest.approx([128 / 255])
+    image = Image.open(tmp_path / "val" / "a" / "0.png")
+    assert Preprocessing.from_config(config).transform()(image).max() == 128 / 255

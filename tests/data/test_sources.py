@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
-import struct
 
-import numpy as np
 import pytest
 
 from tests.tiny_runs import change, tiny_config, write_image_folder
@@ -137,22 +134,6 @@ def test_an_unknown_data_set_is_refused(tmp_path):
         match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found.*set --data.download true",
     ):
         open_image_sets(tiny_config(data__dataset="torch/mnist", data__path=str(tmp_path)))
-
-
-def test_a_torchvision_data_set_is_read_through_timm(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", 20), ("t10k", 8)):
-        pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        images_file, labels_file = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
-        images_file.write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels.tobytes())
-        labels_file.write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
-        for file in (images_file, labels_file):
-            file.with_name(file.name + ".gz").write_bytes(gzip.compress(file.read_bytes()))
-    sets = open_image_sets(tiny_config(data__dataset="torch/fashion_mnist", data__path=str(tmp_path)))
-    assert (len(sets.train), len(sets.val)) == (20, 8)
-    assert sets.class_names[:2] == ("T-shirt/top", "Trouser")
 
 
 def test_synthetic_images_are_the_same_for_the_same_seed():

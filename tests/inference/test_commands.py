@@ -11,9 +11,10 @@ import time
 import pytest
 import torch
 
-from vim import benchmark, convert, export, train
+from tests.helpers import assert_refused
+from vim import benchmark, convert, export, predict, train, validate
 from vim.checkpoints.io import save_checkpoint
-from vim.inference.onnx import _named
+from vim.inference import onnx
 from vim.models.build import create_named
 
 
@@ -30,12 +31,29 @@ from vim.models.build import create_named
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(command, arguments, message, tmp_path, capsys):
-    assert command.main([argument.format(tmp_path) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"{command.__name__}: ")
-    assert error.count("\n") == 1
-    assert message in error
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    assert_refused(command, arguments, message, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (train, "--optim.lr LR"),
+        (validate, "--batch-size"),
+        (predict, "--topk"),
+        (export, "checkpoint_path"),
+        (convert, "--weights"),
+        (benchmark, "--rounds"),
+    ],
+)
+def test_help_names_the_module_and_its_options(command, option, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: python -m {command.__name__} ")
+    assert option in printed
 
 
 def test_an_unknown_option_ends_with_code_2(capsys):
@@ -45,10 +63,14 @@ def test_an_unknown_option_ends_with_code_2(capsys):
         assert caught.value.code == 2
 
 
-def test_a_convolutional_network_has_no_size():
-    network, channels, shape = _named("resnet18", {"img_size": 64})
+def test_a_convolutional_network_has_no_size(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(onnx, "write_onnx", lambda *arguments: written.append(arguments) or 0.0)
+    monkeypatch.setattr(onnx, "describe_onnx", str)
+    onnx.export_onnx("resnet18", str(tmp_path / "m.onnx"), img_size=64)
+    ((network, _, channels, shape, _),) = written
     assert (channels, shape) == (3, (64, 64))
-    assert network.eval()(torch.zeros(1, 3, *shape)).shape == (1, 1000)
+    assert network(torch.zeros(1, 3, *shape)).shape == (1, 1000)
 
 
 def test_an_assertion_of_timm_is_an_error_in_words():
@@ -103,8 +125,5 @@ def test_processes_that_cannot_meet(environment, message, monkeypatch, capsys):
         environment["MASTER_PORT"] = str(listener.port)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert train.main([]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+    assert_refused(train, [], message, capsys)
     assert os.environ["WORLD_SIZE"]

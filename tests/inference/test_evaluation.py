@@ -15,7 +15,7 @@ class Table(nn.Module):
 
     def __init__(self, logits):
         super().__init__()
-        self.logits = logits
+        self.logits = nn.Parameter(logits)
 
     def forward(self, images):
         return self.logits[images.flatten().long()]

@@ -13,7 +13,6 @@ import torch
 import vim
 from tests.helpers import assert_close, make_bidirectional_inputs, make_scan_inputs
 from tests.tiny_runs import TINY_MODEL, change
-from vim import export
 from vim.checkpoints.io import save_weights
 from vim.config.schema import TrainConfig
 from vim.inference.onnx import describe_onnx, export_onnx, write_onnx
@@ -187,12 +186,3 @@ def test_a_wrong_file_is_not_left_behind(tmp_path):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         export_onnx(**{"model": "vim_tiny_patch16_224", "out": "m.onnx", **kwargs})
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as caught:
-        export.main(["--help"])
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("usage: python -m vim.export ")
-    assert "checkpoint_path" in printed

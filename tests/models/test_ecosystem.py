@@ -14,11 +14,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 import vim
-from tests.helpers import TOLERANCES, assert_close
+from tests.helpers import assert_close
 from vim.checkpoints import upstream
-from vim.layers import LayerNorm, block
+from vim.layers import LayerNorm
 from vim.layers.arguments import ORIGINAL_NAMES
-from vim.ops import available_backends, default_backend
+from vim.ops import default_backend
 
 NAME = "vim_tiny_patch16_224"
 SMALL = {"img_size": 64, "depth": 2, "num_classes": 10}
@@ -383,7 +383,7 @@ def test_the_originals_arguments_are_named_as_they_are_here():
 
 @pytest.mark.parametrize(
     ("cls", "names"),
-    [(vim.Mamba, upstream._MIXER_DEFAULTS), (vim.VisionMamba, {**upstream._MODEL_DEFAULTS, **upstream._SYNONYMS})],
+    [(vim.Mamba, upstream.MIXER_DEFAULTS), (vim.VisionMamba, {**upstream.MODEL_DEFAULTS, **upstream.SYNONYMS})],
 )
 def test_all_of_the_originals_arguments_have_a_hint(cls, names):
     ours = set(inspect.signature(cls).parameters)
@@ -396,50 +396,6 @@ def test_all_of_the_originals_arguments_have_a_hint(cls, names):
 # ---- hooks -----------------------------------------------------------------------------------------------------------
 
 
-def class_activation_map(model, layer, to_map):
-    """What Grad-CAM does: activations of a layer, weighted by the mean of the class' gradient."""
-    taken, gradients = [], []
-
-    def tap(module, args, output):
-        taken.append(output)
-        output.register_hook(gradients.append)
-
-    handle = layer.register_forward_hook(tap)
-    model(images(32, 32))[:, 1].sum().backward()
-    handle.remove()
-    activations, weights = to_map(taken[0]), to_map(gradients[0]).mean((2, 3), keepdim=True)
-    return (weights * activations).sum(1).relu()
-
-
-def test_class_activation_maps():
-    model = little(global_pool="avg").eval()
-
-    def first_off(t):
-        return t[:, 1:].mT.unflatten(2, (4, 4))
-
-    found = class_activation_map(model, model.tokens, first_off)
-    assert found.shape == (2, 4, 4)
-    tokens = model.forward_features(images(32, 32))
-    weights = model.head.weight[1][:, None, None] / 16  # the gradient of a mean and a linear layer
-    assert_close(found, (weights * first_off(tokens)).sum(1).relu(), 1e-5)
-
-
-def test_class_activation_maps_of_a_model_with_a_class_token():
-    """After the last block its loss depends on the class token alone; before, tokens are in the order of the scan."""
-    model = little().eval()
-
-    def middle_off(t):
-        return torch.cat((t[:, :8], t[:, 9:]), 1).mT.unflatten(2, (4, 4))
-
-    found = class_activation_map(model, model.layers[-1].mixer.in_proj, middle_off)
-    assert found.shape == (2, 4, 4)
-    assert (found.flatten(1).amax(1) > 0).all()
-
-
-def test_tokens_add_nothing_to_a_state_dict():
-    assert not [name for name in little().state_dict() if name.startswith("tokens")]
-
-
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_dynamic_quantisation_of_all_linear_layers():
@@ -450,39 +406,3 @@ def test_dynamic_quantisation_of_all_linear_layers():
     expected, actual = model(x), quantised(x)
     assert not torch.equal(actual, expected)
     assert_close(actual, expected, 0.05)
-
-
-def test_counters_over_hooks_see_every_linear_layer():
-    model, seen = little().eval(), {}
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear:
-            module.register_forward_hook(
-                lambda module, args, output, name=name: seen.setdefault(name, []).append((*args, output))
-            )
-    model(images(32, 32))
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    assert len(linear) == 2 * 6 + 1
-    assert seen.keys() == linear.keys()
-    for name, calls in seen.items():
-        ((x, y),) = calls
-        rows = (2,) if name == "head" else (2, 17)
-        assert (x.shape, y.shape) == ((*rows, linear[name].in_features), (*rows, linear[name].out_features)), name
-
-
-@pytest.mark.skipif("native" not in available_backends("bidirectional_block"), reason="blocks run by their modules")
-def test_autocast_runs_blocks_as_one_op(monkeypatch):
-    ran, original = [], block.plain_weights
-    monkeypatch.setattr(block, "plain_weights", lambda *args: ran.append(original(*args)) or ran[-1])
-    model, x = little().eval(), images(32, 32)
-    expected = model(x)
-    weight = model.layers[0].mixer.in_proj.weight
-    (wanted,) = torch.autograd.grad(expected.square().sum(), weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = model(x)
-    (found,) = torch.autograd.grad(actual.float().square().sum(), weight)
-    assert len(ran) == 4
-    assert not any(weights is None for weights in ran)
-    assert actual.dtype is torch.bfloat16
-    value, gradient, *_ = TOLERANCES[torch.bfloat16]
-    assert_close(actual.float(), expected, 4 * value)
-    assert_close(found, wanted, 4 * gradient)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
+
+from tests.processes import run_command
 
 # Freed blocks go back to the system; else the peak of one model would hide in what another one left.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -32,12 +32,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peaks of 
 
 def measure(script: str) -> list[float]:
     """Numbers that a script prints, run after MEASURE in a process of its own."""
-    environment = {**os.environ, **RETURN_MEMORY}
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE + script], capture_output=True, text=True, env=environment, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return [float(number) for number in run.stdout.split()]
+    printed = run_command(sys.executable, "-c", MEASURE + script, **RETURN_MEMORY)
+    return [float(number) for number in printed.split()]
 
 
 def test_checkpointing_cuts_training_memory_at_1024_px_to_two_fifths():

@@ -100,27 +100,30 @@ def test_what_is_refused(kwargs, arguments, message):
         VimPyramid(small(**kwargs), **arguments)
 
 
-@pytest.fixture
-def segmentation(monkeypatch):
-    """A function that makes models of segmentation-models-pytorch, with small backbones, by the name of the head."""
+@timm.models.register_model
+def vim_small_pyramid_of_tests(pretrained: bool = False, **kwargs) -> VimPyramid:
+    """The published pyramid with few small blocks: other packages pass no sizes on."""
+    return variants.vim_tiny_pyramid_patch16_224(pretrained, **{"depth": 4, "embed_dim": 32, **kwargs})
+
+
+@timm.models.register_model
+def vim_small_model_of_tests(pretrained: bool = False, **kwargs) -> vim.VisionMamba:
+    return variants.vim_tiny_patch16_224(pretrained, **{"depth": 4, "embed_dim": 32, **kwargs})
+
+
+def segmentation(head: str, **kwargs) -> nn.Module:
+    """A small model of segmentation-models-pytorch."""
     smp = pytest.importorskip("segmentation_models_pytorch", reason='needs pip install "vimamba[dense]"')
-    monkeypatch.setitem(variants._TINY_SIZE, "depth", 4)
-    monkeypatch.setitem(variants._TINY_SIZE, "embed_dim", 32)
     torch.manual_seed(0)
-
-    def make(head: str, **kwargs) -> nn.Module:
-        # DPT makes the levels itself, of the tokens of a plain model.
-        plain = {"dynamic_img_size": True} if head == "DPT" else {}
-        name = "tu-vim_tiny_patch16_224" if head == "DPT" else f"tu-{NAME}"
-        return getattr(smp, head)(name, encoder_weights=None, classes=5, **plain, **kwargs)
-
-    return make
+    # DPT makes the levels itself, of the tokens of a plain model.
+    name, plain = ("model", {"dynamic_img_size": True}) if head == "DPT" else ("pyramid", {})
+    return getattr(smp, head)(f"tu-vim_small_{name}_of_tests", encoder_weights=None, classes=5, **plain, **kwargs)
 
 
 @pytest.mark.parametrize(
     "head", ["FPN", *(pytest.param(head, marks=pytest.mark.slow) for head in ("UPerNet", "Unet", "Segformer", "DPT"))]
 )
-def test_segmentation_models_pytorch_trains_a_step(head, segmentation):
+def test_segmentation_models_pytorch_trains_a_step(head):
     net = segmentation(head)
     logits = net(torch.randn(2, 3, 64, 96))
     assert logits.shape == (2, 5, 64, 96)
@@ -134,14 +137,13 @@ def test_segmentation_models_pytorch_trains_a_step(head, segmentation):
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["UPerNet", "DPT"])
 @torch.no_grad()
-def test_segmentation_models_pytorch_exports(head, segmentation):
+def test_segmentation_models_pytorch_exports(head):
     net, x = segmentation(head).eval(), torch.randn(2, 3, 64, 96)
     assert_close(torch.export.export(net, (x,)).module()(x), net(x), 1e-4)
 
 
 @pytest.mark.slow
-def test_a_segmentation_head_in_onnxruntime(segmentation, monkeypatch, tmp_path):
-    monkeypatch.setitem(variants._TINY_SIZE, "depth", 1)
+def test_a_segmentation_head_in_onnxruntime(tmp_path):
     net = segmentation("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32).eval()
     assert write_onnx(net, tmp_path / "fpn.onnx", 3, (64, 64), tolerance=1e-4) < 1e-5
 

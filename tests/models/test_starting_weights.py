@@ -81,9 +81,6 @@ def test_a_finer_stride_resamples_the_position_embedding_as_asked(released):
     assert_same(model, {**source.state_dict(), "pos_embed": expected})
     reference = build_model(model_config(checkpoint=str(path), args=args, pretrained_resampling="reference"), 7)
     assert torch.equal(reference.pos_embed[:, 0], source.pos_embed[:, 0])  # a patch's, taken for the class token's
-    grid = source.pos_embed[:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid, (7, 7), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
-    torch.testing.assert_close(reference.pos_embed[:, 1:], grid)
     assert not torch.equal(reference.pos_embed, model.pos_embed)
 
 
@@ -106,25 +103,12 @@ def run(tmp_path_factory):
 
 
 def test_a_run_of_ours_gives_its_best_weights_by_its_folder_or_its_files(run):
-    config = model_config(in_chans=1, img_size=(16, 24), args=TINY_MODEL)
+    grey = {"in_chans": 1, "img_size": (16, 24), "args": TINY_MODEL}
     expected = timm.models.load_state_dict(str(run.folder.best_weights))
     for place in (run.folder.path, run.folder.best, run.folder.best_weights):
-        assert_same(build_model(change_checkpoint(config, place), 10), expected)
-    averaged = build_model(change_checkpoint(config, run.folder.last, "ema"), 10)
-    assert_same(averaged, run.state.ema.module.state_dict())
-
-
-def change_checkpoint(config, place, weights="best"):
-    return change(
-        tiny_config(model__name=config.name),
-        **{
-            "model__img_size": config.img_size,
-            "model__in_chans": config.in_chans,
-            "model__args": config.args,
-            "model__checkpoint": str(place),
-            "model__pretrained_weights": weights,
-        },
-    ).model
+        assert_same(build_model(model_config(checkpoint=str(place), **grey), 10), expected)
+    averaged = model_config(checkpoint=str(run.folder.last), pretrained_weights="ema", **grey)
+    assert_same(build_model(averaged, 10), run.state.ema.module.state_dict())
 
 
 def test_a_run_on_oblong_grey_images_starts_one_on_larger_colour_images(run):

@@ -11,6 +11,8 @@ import torch
 
 import vim
 from tests.helpers import assert_close
+from tests.models.small import images
+from tests.models.small import small as small_model
 
 NAME = "vim_tiny_patch16_224"
 VARIANTS = {
@@ -24,15 +26,7 @@ VARIANTS = {
 
 
 def small(**kwargs) -> vim.VisionMamba:
-    """A model small enough for tests."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 10, "d_state": 4}
-    return vim.VisionMamba(**{**sizes, **kwargs}).eval()
-
-
-def images(*size: int) -> torch.Tensor:
-    """Two random images."""
-    return torch.randn(2, 3, *(size or (32, 32)), generator=torch.Generator().manual_seed(1))
+    return small_model(**{"depth": 4, **kwargs}).eval()
 
 
 def tiny_features(**kwargs):

@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 
 import vim
 from tests.helpers import assert_close
+from tests.models.small import images, small
 from vim.layers.token_sequence import extract_tokens
 
 SIZES = {
@@ -45,18 +46,6 @@ FILES = {
 }
 
 
-def small(**kwargs) -> vim.VisionMamba:
-    """A model small enough for tests."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_classes": 10, "d_state": 4}
-    return vim.VisionMamba(**{**sizes, **kwargs})
-
-
-def images(*size: int) -> torch.Tensor:
-    """Two random images."""
-    return torch.randn(2, 3, *(size or (32, 32)), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("name", [*SIZES, *LONG_NAMES])
 def test_registered_sizes(name):
     with torch.device("meta"):
@@ -82,21 +71,6 @@ def test_default_cfg_is_the_originals_evaluation(name):
     assert (data["crop_pct"], data["interpolation"]) == (0.875, "bicubic")
     assert (data["mean"], data["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     assert (cfg.first_conv, cfg.classifier) == ("patch_embed.proj", "head")
-
-
-def test_create_model_as_in_the_originals_examples():
-    model = timm.create_model(
-        "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2",
-        pretrained=False,
-        num_classes=10,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
-        drop_block_rate=None,
-        img_size=64,
-        depth=2,
-    )
-    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
-    assert not any(isinstance(m, timm.layers.DropPath) for m in model.modules())
 
 
 @pytest.mark.parametrize("position", ["none", "head", "middle", "double", "random"])
@@ -137,14 +111,6 @@ def test_classifier():
     assert (model.num_classes, model.global_pool) == (7, "avg")
     model.reset_classifier(0, "")
     assert model(images()).shape == (2, 17, 32)
-
-
-def test_double_class_token_reads_both_ends():
-    model = small(cls_position="double").eval()
-    model.cls_token_tail.data.zero_()
-    before = model(images())
-    model.cls_token_tail.data.normal_()
-    assert not torch.allclose(model(images()), before)
 
 
 def test_a_random_position_is_drawn_in_each_call():
@@ -232,25 +198,6 @@ def test_weights_after_meta_and_to_empty(kwargs):
             assert abs(tensor.std().item() - wanted.std().item()) <= 0.15 * wanted.std().item(), name
 
 
-def test_set_input_size_equals_a_model_of_that_size():
-    model = small().eval()
-    model.set_input_size((48, 64))
-    other = small(img_size=(48, 64)).eval()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(model(images(48, 64)), other(images(48, 64)))
-    assert model.pos_embed.shape == (1, 49, 32)
-    assert torch.equal(model.pos_embed[:, 24], small().pos_embed[:, 8]), "the class token's embedding moves along"
-
-
-def test_any_size_at_call_time():
-    model = small(dynamic_img_size=True).eval()
-    fixed = copy.deepcopy(model)
-    fixed.set_input_size((40, 24))
-    assert_close(model(images(40, 24)), fixed(images(40, 24)), 1e-6)
-    padded = small(dynamic_img_size=True, dynamic_img_pad=True).eval()
-    assert padded(images(33, 17)).shape == (2, 10)
-
-
 def test_rotary_tables_follow_the_size():
     model = small(rotary="residual", dynamic_img_size=True).eval()
     dynamic = model(images(48, 64))
@@ -310,14 +257,6 @@ def test_compiles_with_inductor():
     assert_close(compiled(images()), model(images()), 1e-5)
 
 
-def test_exports():
-    model = small(depth=2).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
-    more = torch.cat([images(), images(), images()])
-    assert_close(exported.module()(more), model(more), 1e-6)
-
-
 def test_flops_of_tiny():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -330,48 +269,6 @@ def test_flops_of_tiny():
     assert counter.get_total_flops() == 2 * dense + scan + norms
     assert dense == pytest.approx(1.29e9, rel=0.01)
     assert scan == pytest.approx(0.52e9, rel=0.01)
-
-
-def test_released_files_hold_a_namespace_and_still_load(tmp_path):
-    """The released files keep their training arguments; torch's restricted loader must accept just that."""
-    import argparse
-
-    model = timm.create_model("vim_tiny_patch16_224", depth=1)
-    checkpoint = {"model": model.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=1e-3)}
-    torch.save(checkpoint, tmp_path / "released.pth")
-    other = timm.create_model(
-        "vim_tiny_patch16_224",
-        depth=1,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "released.pth")},
-    )
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
-
-
-def test_a_checkpoint_of_another_size_is_resampled(tmp_path):
-    model = timm.create_model("vim_tiny_patch16_224", depth=1)
-    torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
-    overlay = {"file": str(tmp_path / "released.pth")}
-    wide = timm.create_model(
-        "vim_tiny_patch16_224", depth=1, pretrained=True, img_size=(96, 160), pretrained_cfg_overlay=overlay
-    )
-    model.set_input_size((96, 160))
-    assert torch.equal(wide.pos_embed, model.pos_embed)
-
-
-def test_a_file_with_foreign_classes_is_refused(tmp_path):
-    import fractions
-
-    model = timm.create_model("vim_tiny_patch16_224", depth=1)
-    torch.save({"model": model.state_dict(), "args": fractions.Fraction(1, 2)}, tmp_path / "foreign.pth")
-    with pytest.raises(RuntimeError, match=r"fractions\.Fraction"):
-        timm.create_model(
-            "vim_tiny_patch16_224",
-            depth=1,
-            pretrained=True,
-            pretrained_cfg_overlay={"file": str(tmp_path / "foreign.pth")},
-        )
 
 
 def test_dropout_before_the_head_is_a_module_that_can_be_left_on():

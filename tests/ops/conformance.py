@@ -421,6 +421,18 @@ def everything(
     return [*results, *run("causal_conv1d_backward", x.mT, x.mT, *weights[:2], True, False)]
 
 
+def by_threads(run: Callable[[], Any], counts: Sequence[int] = (1, 2, 5)) -> list[Any]:
+    """Return what a function returns with these numbers of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 def assert_same_bits(results: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(results, others, strict=True)):
         assert torch.equal(a, b), f"result {i}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.machinery
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import vim
-from tests.backends import forget_choices
+from tests.backends import ALL
 from vim.ops import selective_scan
-from vim.ops.backends import mamba_ssm
+from vim.ops.backends.mamba_ssm import BACKEND
+from vim.ops.backends.registry import isolated_registry, register_backend
 
 
 def selective_scan_fn(
@@ -67,9 +71,9 @@ def rms_norm_fn(
     return vim.ops.add_rms_norm(x, residual, weight, eps, backend="reference")
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put stand-ins in the place of both packages; `forget` when the test is over."""
-    forget()
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Put stand-ins in the place of both packages, and have the backend run on the CPU, inside a `with` block."""
     contents = {
         "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn, "__version__": "1.7.0"},
         "mamba_ssm": {"__version__": "2.3.2.post1"},
@@ -78,14 +82,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "mamba_ssm.ops.triton": {},
         "mamba_ssm.ops.triton.layer_norm": {"rms_norm_fn": rms_norm_fn},
     }
-    for name, members in contents.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(members)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(mamba_ssm, "_DEVICES", ("cpu",))
+    with pytest.MonkeyPatch.context() as patch, isolated_registry(ALL - {BACKEND.name}):
+        for name, members in contents.items():
+            module = types.ModuleType(name)
+            module.__dict__.update(members)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            patch.setitem(sys.modules, name, module)
+        register_backend(dataclasses.replace(BACKEND, why_not=_why_not_on_a_gpu))
+        yield
 
 
-def forget() -> None:
-    """Have the backend look for the packages again."""
-    forget_choices()
+def _why_not_on_a_gpu(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return BACKEND.why_not(op, torch.device("cuda"), dtype)

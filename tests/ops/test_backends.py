@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 import threading
 
@@ -12,9 +10,10 @@ import pytest
 import torch
 
 import vim.ops
-from tests.backends import chosen_suffix, registered, replace_backends
+from tests.backends import ALL, chosen_op
+from tests.processes import run_command
 from vim.ops import available_backends, unavailable_backends
-from vim.ops.backends.registry import Backend, resolve_backend
+from vim.ops.backends.registry import Backend, isolated_registry, pin_to_reference, register_backend, resolve_backend
 
 OPS = [
     *("add_rms_norm", "bidirectional_block", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d"),
@@ -31,7 +30,7 @@ def test_the_reference_runs_everywhere(op):
 @pytest.mark.parametrize("op", OPS)
 def test_every_backend_is_available_or_says_why_not(op):
     reasons = unavailable_backends(op)
-    assert set(available_backends(op)) | set(reasons) == {b.name for b in registered()}
+    assert set(available_backends(op)) | set(reasons) == ALL
     assert all(len(reason) > 10 for reason in reasons.values())
 
 
@@ -42,10 +41,11 @@ def test_unknown_op():
 
 
 @pytest.fixture
-def absent_backend(monkeypatch):
+def absent_backend():
     """A backend that cannot run, in front of the others."""
-    record = Backend("imaginary", "_imaginary", lambda op, device, dtype: "it does not exist")
-    replace_backends(monkeypatch, [record, *registered()])
+    with isolated_registry():
+        register_backend(Backend("imaginary", "_imaginary", lambda op, device, dtype: "it does not exist"))
+        yield
 
 
 def test_a_backend_that_is_named_runs_or_raises_with_the_reason(absent_backend):
@@ -84,17 +84,27 @@ def test_import_is_light(tmp_path):
         "    assert name in before or name not in sys.modules, name\n"
         "assert 'causal_conv1d' not in sys.modules\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "VIM_CACHE_DIR": str(tmp_path / "cache")}, check=True
-    )
+    run_command(sys.executable, "-c", code, VIM_CACHE_DIR=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_backend_by_name_only_is_never_the_default(monkeypatch):
-    record = Backend("shy", "_reference", lambda op, device, dtype: None, by_name_only=True)
-    replace_backends(monkeypatch, [record, *registered()])
-    assert chosen_suffix("add_rms_norm", "shy", "cpu") == "_reference"
-    assert chosen_suffix("add_rms_norm", None, "cpu") == ""
+def test_a_backend_by_name_only_is_never_the_default():
+    usual = chosen_op("add_rms_norm", None, "cpu")
+    with isolated_registry({"reference"}):
+        register_backend(Backend("shy", "_triton", lambda op, device, dtype: None, by_name_only=True))
+        assert chosen_op("add_rms_norm", "shy", "cpu") is torch.ops.vim.add_rms_norm_triton.default
+        assert chosen_op("add_rms_norm", None, "cpu") is torch.ops.vim.add_rms_norm.default
+    assert chosen_op("add_rms_norm", None, "cpu") is usual
+
+
+def test_an_isolated_registry_leaves_nothing_behind():
+    usual = chosen_op("add_rms_norm", None, "meta")
+    with isolated_registry():
+        pin_to_reference("meta")
+        register_backend(Backend("other", "_reference", lambda op, device, dtype: None))
+        assert chosen_op("add_rms_norm", None, "meta") is torch.ops.vim.add_rms_norm_reference.default
+    assert chosen_op("add_rms_norm", None, "meta") is usual
+    assert "other" not in available_backends("add_rms_norm")
 
 
 @pytest.mark.parametrize("enter", [lambda: vim.ops.default_backend("reference"), vim.ops.exportable_ops])

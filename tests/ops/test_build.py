@@ -22,22 +22,13 @@ import pytest
 import torch
 
 import vim.ops
-from tests.backends import registered, replace_backends
+from tests.processes import ROOT, run_command
 from vim.ops.backends import native
+from vim.ops.backends.registry import isolated_registry
 from vim.ops.build import compilation
 from vim.ops.build.compilation import LIBRARY, BuildError, cpu_recipe
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and an empty folder for temporary files."""
-    monkeypatch.setenv("VIM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -113,9 +104,9 @@ def test_a_real_build_takes_less_than_a_minute(cache):
     if compilation.find_compiler() is None:
         pytest.skip("no C++ compiler")
     start = _processor_time()
-    done = subprocess.run([sys.executable, "-m", "vim.build"], cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = run_command(sys.executable, "-m", "vim.build")
     assert _processor_time() - start < 120, "more than a minute of two processors"
-    path = Path(done.stdout.splitlines()[-1])
+    path = Path(printed.splitlines()[-1])
     assert path == find_library()
     assert path.is_relative_to(cache)
     assert [p.name for p in path.parents[1].glob("build-*")] == []
@@ -326,9 +317,7 @@ def test_an_empty_capability_is_none():
     """For the library too, which reads the variable itself."""
     assert native.load() is None
     code = "from vim.ops.backends import native; print(native.load(), native.capability())"
-    environment = {**os.environ, "VIM_CPU_CAPABILITY": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["None", native.capability()]
+    assert run_command(sys.executable, "-c", code, VIM_CPU_CAPABILITY="").split() == ["None", native.capability()]
 
 
 def test_relative_folders_and_compilers(compiler, tmp_path, monkeypatch):
@@ -407,7 +396,8 @@ def test_a_full_disk(cache, compiler, monkeypatch):
 def fresh(monkeypatch):
     """The native backend as in a new process."""
     monkeypatch.setattr(native, "cpu", native.NativeLibrary())
-    replace_backends(monkeypatch, registered())
+    with isolated_registry():
+        yield
 
 
 @pytest.mark.parametrize("what", ["no compiler", "error", "no library"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backends import chosen_suffix, keep_backends, registered, replace_backends
+from tests.backends import chosen_op
+from tests.processes import run_command
 from vim import build as build_command
 from vim.ops import unavailable_backends
-from vim.ops.backends import native, registry
+from vim.ops.backends import native
+from vim.ops.backends.registry import isolated_registry
 from vim.ops.build import compilation, cuda_recipe
 from vim.ops.build.compilation import BuildError
 
-ROOT = Path(__file__).parents[2]
 OPS = ["add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan"]
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and an empty folder for temporary files."""
-    monkeypatch.setenv("VIM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -53,12 +44,12 @@ def tools(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if torch saw a GPU of architecture 9.0, in a new process."""
+    """As if torch saw a GPU of architecture 9.0, in a new process without Triton."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda_recipe, "visible_architectures", lambda: ((9, 0),))
     monkeypatch.setattr(native, "cuda", native.CUDALibrary())
-    monkeypatch.setattr(registry, "_pinned", set())
-    replace_backends(monkeypatch, registered())
+    with isolated_registry({"native", "reference"}):
+        yield
 
 
 def _quiet(line: str) -> None:
@@ -155,12 +146,11 @@ def test_a_failure_is_one_warning_and_the_next_backend(what, cache, tools, gpu, 
     tools("echo 'conv.cu(1): error: boom'; exit 2" if what == "error" else "")
     if what == "no nvcc":
         _no_nvcc(monkeypatch)
-    keep_backends(monkeypatch, "native", "reference")
     with caplog.at_level(logging.WARNING, "vim"):
         for _ in range(2):
             for op in OPS:
-                assert chosen_suffix(op, None, "cuda") == ""
-                assert chosen_suffix(op, None, "cuda", torch.float64) == ""
+                for dtype in (torch.float32, torch.float64):
+                    assert chosen_op(op, None, "cuda", dtype) is getattr(torch.ops.vim, op).default
     building, warning = [r.getMessage() for r in caplog.records][:-1], caplog.records[-1].getMessage()
     assert building == ([] if what == "no nvcc" else ["building the CUDA kernels, once; this takes a minute or two"])
     assert warning.startswith("backend 'native' is not used on cuda: ")
@@ -171,7 +161,7 @@ def test_a_failure_is_one_warning_and_the_next_backend(what, cache, tools, gpu, 
     }
     assert words[what] in warning
     with pytest.raises(RuntimeError, match="backend 'native' cannot run add_rms_norm on cuda"):
-        chosen_suffix("add_rms_norm", "native", "cuda")
+        chosen_op("add_rms_norm", "native", "cuda")
 
 
 def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, caplog):
@@ -181,10 +171,9 @@ def test_kernels_that_cannot_run_are_bypassed(cache, tools, gpu, monkeypatch, ca
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(native.CUDALibrary, "runs", lambda self, op: True)
     monkeypatch.setattr(cuda_recipe, "problem", lambda path: "H100: CUDA driver version is insufficient")
-    keep_backends(monkeypatch, "native", "reference")
     with caplog.at_level(logging.WARNING, "vim"):
-        assert chosen_suffix("add_rms_norm", None, "cuda") == "_reference"
-        assert chosen_suffix("add_rms_norm", None, "cuda", torch.float64) == "_reference"
+        for dtype in (torch.float32, torch.float64):
+            assert chosen_op("add_rms_norm", None, "cuda", dtype) is torch.ops.vim.add_rms_norm_reference.default
     assert "cannot run here: H100: CUDA driver version is insufficient" in caplog.text
     assert len(caplog.records) == 1
 
@@ -251,15 +240,7 @@ def test_a_real_library_of_the_norm_loads_without_a_gpu(cache):
             compilation.build(recipe, _quiet)
         return
     path = compilation.build(recipe, _quiet)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(path), *OPS],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    attached, problem = done.stdout.splitlines()
+    printed = run_command(sys.executable, "-c", LOAD, path, *OPS, CUDA_VISIBLE_DEVICES="")
+    attached, problem = printed.splitlines()
     assert attached == "['add_rms_norm']"
     assert "no CUDA-capable device" in problem or "driver" in problem

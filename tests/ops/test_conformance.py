@@ -5,6 +5,7 @@ In a process with TRITON_INTERPRET=1, which `test_triton.py` starts, the backend
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import pytest
@@ -16,12 +17,11 @@ from tests import emulated
 from tests.helpers import golden_names, make_bidirectional_inputs, make_scan_inputs
 from tests.ops import conformance, interpreted, stand_ins
 from tests.ops.conformance import FLOATS, PlainTarget, Target, detached, everything, noise
-from vim.ops.backends import native
-from vim.ops.backends.registry import Inapplicable
-from vim.ops.build import compilation
+from tests.ops.natives import REASON
 
 HALF = {"dtype": (torch.bfloat16, torch.float16)}
 NATIVE = Target("native", "", {})
+REFERENCE = Target("reference", "_reference", {})
 # Emulated threads take long for long sequences. What a warp takes in a row: 256, 512 or 1024 numbers, four at a time;
 # 1056 are read twice and 33 one at a time. A block has 64 channels; a convolution pieces of 8 tokens.
 EMULATED = Target(
@@ -75,13 +75,11 @@ MAMBA_SSM = PlainTarget(
 )
 
 if not interpreted.INTERPRETED:
-    REASON = native.load()
-    if REASON is not None and not isinstance(REASON, Inapplicable) and compilation.find_compiler() is not None:
-        raise RuntimeError(f"there is a compiler, but there are no native kernels: {REASON}")
     LIBRARY = ctypes.CDLL(str(emulated.load()))
 KERNELS = [TRITON] if interpreted.INTERPRETED else [NATIVE, EMULATED]
 TARGETS = KERNELS if interpreted.INTERPRETED else [*KERNELS, MAMBA_SSM]
 by_kernels = pytest.mark.parametrize("target", KERNELS, ids=lambda target: target.name)
+by_family = pytest.mark.parametrize("target", [*KERNELS, REFERENCE], ids=lambda target: target.name)
 without_interpreter = pytest.mark.skipif(interpreted.INTERPRETED, reason="too long for the interpreter")
 
 
@@ -91,12 +89,10 @@ def _surroundings(request, monkeypatch):
     target = getattr(request.node, "callspec", None) and request.node.callspec.params.get("target")
     if target is NATIVE and REASON is not None:
         pytest.skip(f"no native kernels: {REASON}")
-    if target is MAMBA_SSM:
-        stand_ins.install(monkeypatch)
     if target is TRITON:
         interpreted.set_lanes(monkeypatch, 8)
-    yield
-    stand_ins.forget()
+    with stand_ins.installed() if target is MAMBA_SSM else contextlib.nullcontext():
+        yield
 
 
 @pytest.mark.parametrize(("target", "op", "case"), list(conformance.parameters(TARGETS)))
@@ -151,7 +147,7 @@ def test_every_output_is_written(target):
 
 
 @without_interpreter
-@by_kernels
+@by_family
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_same_bits_under_autocast(target, dtype):
     """`loss.backward()` within the region: the products of the backward pass stay in float32."""
@@ -165,13 +161,7 @@ def test_same_bits_under_autocast(target, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_same_bits_for_any_number_of_threads(target, batch, dtype):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(everything("", (batch, 197, 96, 16, 12), dtype))
-    finally:
-        torch.set_num_threads(before)
+    results = conformance.by_threads(lambda: everything("", (batch, 197, 96, 16, 12), dtype), (1, 2, 3, 1))
     for other in results[1:]:
         conformance.assert_same_bits(results[0], other)
 
@@ -211,7 +201,7 @@ def test_wrong_sizes_raise_instead_of_reading_beyond(target):
             conformance.run_op(f"bidirectional_scan{target.suffix}", *wrong, 0.5, 0)
 
 
-@by_kernels
+@by_family
 @pytest.mark.parametrize("op", list(conformance.OPS))
 def test_registration(op, target):
     """Schema, fakes and autograd hold."""
@@ -219,14 +209,18 @@ def test_registration(op, target):
     def leaf(*shape: int) -> torch.Tensor:
         return noise(*shape).requires_grad_()
 
-    args = {
-        "bidirectional_scan": lambda: (*make_bidirectional_inputs(1, 3, 3, 2, 2), 0.5, 2),
-        "selective_scan": lambda: (*make_scan_inputs(1, 4, 3, 2).values(), True, False, 2),
-        "bidirectional_conv1d": lambda: (leaf(2, 5, 3), leaf(3, 4), leaf(3), leaf(3, 4), None),
-        "causal_conv1d": lambda: (leaf(2, 3, 5), leaf(3, 4), None, True, True),
-        "add_rms_norm": lambda: (leaf(2, 5, 3), leaf(2, 5, 3), leaf(3), 1e-5),
-    }[op]()
-    torch.library.opcheck(getattr(torch.ops.vim, op + target.suffix).default, args)
+    calls = {
+        "bidirectional_scan": [(*make_bidirectional_inputs(1, 3, 3, 2, 2), 0.5, every) for every in (0, 2)],
+        "selective_scan": [(*make_scan_inputs(1, 4, 3, 2).values(), True, False, every) for every in (0, 2)],
+        "bidirectional_conv1d": [(leaf(2, 5, 3), leaf(3, 4), leaf(3), leaf(3, 4), None)],
+        "causal_conv1d": [
+            (leaf(2, 3, 5), leaf(3, 4), None, True, True),
+            (noise(2, 5, 3).mT.requires_grad_(), leaf(3, 4), leaf(3), False, False),
+        ],
+        "add_rms_norm": [(leaf(2, 5, 3), residual, leaf(3), 1e-5) for residual in (leaf(2, 5, 3), None)],
+    }
+    for arguments in calls[op]:
+        torch.library.opcheck(getattr(torch.ops.vim, op + target.suffix).default, arguments)
 
 
 @pytest.mark.parametrize("target", [TRITON] if interpreted.INTERPRETED else [MAMBA_SSM], ids=lambda target: target.name)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import TOLERANCES, assert_close, gradients
+from tests.helpers import assert_close, assert_same_gradients
 from vim.ops import available_backends, bidirectional_conv1d, causal_conv1d
 
 ONE, BOTH = available_backends("causal_conv1d"), available_backends("bidirectional_conv1d")
@@ -37,8 +37,7 @@ def test_one_direction_matches_torch(width, seqlen, activation, reverse, backend
         actual = causal_conv1d(x, weight, b, activation, reverse=reverse, backend=backend)
         assert_close(actual, expected, 1e-6)
         leaves = [x, weight] if b is None else [x, weight, b]
-        for got, wanted in zip(gradients(actual, leaves), gradients(expected, leaves), strict=True):
-            assert_close(got, wanted, 5e-6)
+        assert_same_gradients(actual, expected, leaves, 5e-6)
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -55,23 +54,7 @@ def test_both_directions_match_torch(width, width_b, seqlen, backend):
         assert out.is_contiguous()
         assert out_b.is_contiguous()
         leaves = [t for t in (x, weights[0], bias, weights[2], bias_b) if t is not None]
-        actual_grads = gradients(torch.stack([out, out_b]), leaves)
-        for got, wanted in zip(actual_grads, gradients(torch.stack([expected, expected_b]), leaves), strict=True):
-            assert_close(got, wanted, 5e-6)
-
-
-@pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_is_computed_in_float32_and_rounded_once(dtype, backend):
-    x = _normal(2, 19, 24, dtype=dtype)
-    weights = [_normal(24, 4), _normal(24), _normal(24, 4, seed=1), _normal(24, seed=1)]
-    wide = x.detach().float().requires_grad_()
-    actual = torch.stack(bidirectional_conv1d(x, *weights, backend=backend))
-    expected = torch.stack(bidirectional_conv1d(wide, *weights, backend="reference"))
-    assert actual.dtype == dtype
-    assert_close(actual, expected, TOLERANCES[dtype].value / 2)
-    for got, wanted in zip(gradients(actual, [x, *weights]), gradients(expected, [wide, *weights]), strict=True):
-        assert_close(got, wanted, TOLERANCES[dtype].gradient)
+        assert_same_gradients(torch.stack([out, out_b]), torch.stack([expected, expected_b]), leaves, 5e-6)
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -93,16 +76,6 @@ def test_gradcheck_reference():
         assert torch.autograd.gradcheck(
             lambda *a, r=reverse: causal_conv1d(*a, "silu", reverse=r, backend="reference"), (xt, w, b)
         )
-
-
-@pytest.mark.parametrize("family", ["", "_reference"])
-def test_opcheck(family):
-    x, w, b = _normal(2, 7, 5), _normal(5, 4), _normal(5)
-    both = getattr(torch.ops.vim, f"bidirectional_conv1d{family}").default
-    one = getattr(torch.ops.vim, f"causal_conv1d{family}").default
-    torch.library.opcheck(both, (x, w, b, _normal(5, 4, seed=1), None))
-    torch.library.opcheck(one, (x.detach().mT.requires_grad_(), w, None, True, True))
-    torch.library.opcheck(one, (_normal(2, 5, 7), w, b, False, False))
 
 
 def test_layout_of_the_output_follows_the_input():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_command
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import sass_counts  # noqa: E402
@@ -20,15 +22,7 @@ HAS_NVCC = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_NVCC, reason="no nvcc")
 def test_main_loops_of_the_fast_scan():
-    done = subprocess.run(
-        ["bash", ROOT / "scripts/check_cuda_compiles.sh", "--fast"],
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 4
+    assert run_command("bash", "scripts/check_cuda_compiles.sh", "--fast", PYTHON=sys.executable).count("ok ") == 4
 
 
 def test_without_a_compiler_it_says_so(tmp_path):

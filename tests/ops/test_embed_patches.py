@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import TOLERANCES, assert_close
+from tests.ops.conformance import by_threads
 from vim.ops import available_backends, embed_patches
 
 BACKENDS = available_backends("embed_patches")
@@ -87,15 +88,8 @@ def test_opcheck(family):
 
 def test_the_bits_do_not_depend_on_threads():
     inputs, settings = make(*CASES["many"], torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(embed_patches(*inputs, **settings))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    first, *others = by_threads(lambda: embed_patches(*inputs, **settings))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_autocast():

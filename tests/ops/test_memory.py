@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.ops.conformance import noise
-from tests.ops.test_native_kernels import pytestmark as pytestmark
+from tests.ops.natives import needs_native
 from vim.ops import (
     ScanOperands,
     add_rms_norm,
@@ -23,6 +23,8 @@ from vim.ops import (
     causal_conv1d,
     selective_scan,
 )
+
+pytestmark = needs_native
 
 
 def _arguments() -> dict[str, tuple[Any, ...]]:

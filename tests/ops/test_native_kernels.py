@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -13,11 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.ops import test_product
 from tests.ops.conformance import OPS, check_extremes, detached, noise
+from tests.ops.natives import needs_native
 from tests.ops.test_conformance import NATIVE
-from tests.ops.test_conformance import REASON as REASON
+from tests.processes import run_command
 from vim.ops.backends import native as native
 
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
+pytestmark = needs_native
 
 
 def check_exponential() -> None:
@@ -57,15 +56,7 @@ def test_every_instruction_set(capability):
         "from tests.ops.test_native_kernels import check_instruction_set, native\n"
         "check_instruction_set()\nprint(native.capability())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "VIM_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    used = done.stdout.split()[-1]
+    used = run_command(sys.executable, "-c", code, VIM_CPU_CAPABILITY=capability).split()[-1]
     if used != capability:
         pytest.skip(f"not on this processor: {capability} kernels are not tested, {used} runs in their place")
 
@@ -94,14 +85,6 @@ def test_backward_workspace_is_below_one_and_a_half_inputs(dtype):
     outputs = sum(t.nbytes for t in results)
     assert allocated > outputs
     assert allocated - outputs < 1.5 * tensors[0].nbytes
-
-
-def test_steps_that_forget_everything_stay_finite():
-    inputs = {name: t.detach() for name, t in make_scan_inputs(1, 24, 40, 16).items()}
-    for delta in (1e4, -1e4, 0.0):
-        inputs["delta"] = torch.full((1, 24, 40), delta)
-        out = torch.ops.vim.selective_scan(*inputs.values(), True, False, 0)[0]
-        assert torch.isfinite(out).all()
 
 
 def test_complex_reaches_the_reference_through_the_portable_op():

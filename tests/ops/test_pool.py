@@ -17,19 +17,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
-from tests.processes import run_together
-from vim.ops.backends import native
-from vim.ops.backends.registry import Inapplicable
+from tests.ops.natives import needs_native
+from tests.processes import ROOT, run_command, run_together
 from vim.ops.build import compilation
 
-REASON = native.load()
-if REASON is not None and not isinstance(REASON, Inapplicable) and compilation.find_compiler() is not None:
-    raise RuntimeError(f"there is a compiler, but there are no native kernels: {REASON}")
 pytestmark = [
-    pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}"),
+    needs_native,
     pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc"),
 ]
-ROOT = Path(__file__).parents[2]
 PROCESSORS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
@@ -188,6 +183,5 @@ def test_pool_under_stress(tmp_path):
     sources = ("csrc/cpu/pool.cpp", "csrc/cpu/processors.cpp", "scripts/pool_driver.cpp")
     driver = str(tmp_path / "driver")
     command = [*compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *sources, "-o", driver, "-pthread"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    done = subprocess.run([driver], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "pool: 0 failures\n")
+    run_command(*command)
+    assert run_command(driver, timeout=120) == "pool: 0 failures\n"

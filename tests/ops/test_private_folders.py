@@ -9,10 +9,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vim.ops.build import private_folders
 from vim.ops.build.private_folders import NotPrivate, private_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no owners and modes of this kind")
@@ -48,9 +48,12 @@ def test_a_folder_that_others_can_write(name, mode, tmp_path):
 def test_a_folder_that_a_group_can_write(tmp_path, monkeypatch):
     """Nobody else is in a user's own group, to which many systems let new folders belong, to be written."""
     tmp_path.chmod(0o770)
-    monkeypatch.setattr(private_folders, "_is_own_group", lambda group: True)
+    user = SimpleNamespace(pw_gid=tmp_path.stat().st_gid, pw_name="ada")
+    group = SimpleNamespace(gr_gid=user.pw_gid, gr_name="ada", gr_mem=["ada"])
+    monkeypatch.setattr("pwd.getpwuid", lambda number: user)
+    monkeypatch.setattr("grp.getgrgid", lambda number: group)
     assert private_folder(tmp_path) == tmp_path
-    monkeypatch.setattr(private_folders, "_is_own_group", lambda group: False)
+    group.gr_mem.append("eve")
     with pytest.raises(NotPrivate, match="can be written by other users"):
         private_folder(tmp_path)
 
@@ -86,7 +89,7 @@ def test_where_the_way_ends(tmp_path):
 
 def test_in_a_container_root_may_be_nobody(tmp_path, monkeypatch):
     """Not so below a folder that all share: there nobody may be anybody."""
-    lstat = Path.lstat
+    lstat, read_text = Path.lstat, Path.read_text
     nobody = int(Path("/proc/sys/kernel/overflowuid").read_text())
 
     def lstat_of(path: Path) -> os.stat_result:
@@ -97,7 +100,8 @@ def test_in_a_container_root_may_be_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "lstat", lstat_of)
     with pytest.raises(NotPrivate, match="/ belongs to another user"):
         private_folder(tmp_path)
-    monkeypatch.setattr(private_folders, "_knows_root", lambda: False)
+    users = "0 1000 1\n"  # the machine's root is none of them
+    monkeypatch.setattr(Path, "read_text", lambda p: users if p.name == "uid_map" else read_text(p))
     if any(lstat(p).st_mode & stat.S_IWOTH for p in tmp_path.parents):
         with pytest.raises(NotPrivate, match="belongs to another user"):
             private_folder(tmp_path)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tests.ops.conformance import FLOATS
+from tests.ops.natives import needs_native
 from vim.ops.backends import native
 
-REASON = native.load()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
+pytestmark = needs_native
 
 _generator = torch.Generator().manual_seed(9)
 

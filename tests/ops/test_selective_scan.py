@@ -7,16 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import (
-    TOLERANCES,
-    assert_close,
-    assert_golden,
-    golden_names,
-    golden_tolerances,
-    gradients,
-    load_golden,
-    make_scan_inputs,
-)
+from tests.helpers import assert_close, assert_same_gradients, golden_names, gradients, load_golden, make_scan_inputs
+from tests.ops.conformance import check_golden_scan
 from vim.ops import available_backends, selective_scan
 from vim.ops.selective_scan import chunked, reference
 
@@ -32,16 +24,7 @@ def test_all_golden_cases_are_there():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, backend):
-    metadata, tensors = load_golden("scan", case)
-    inputs = {key[3:]: tensor.requires_grad_() for key, tensor in tensors.items() if key.startswith("in.")}
-    softplus = metadata["delta_softplus"] == "true"
-    out, last_state = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, backend=backend)
-    listed = golden_tolerances(f"scan/{case}")
-    assert_golden(out, tensors["out64"], listed["out"], "out")
-    assert_golden(last_state, tensors["last_state"], listed["last_state"], "last_state")
-    grads = torch.autograd.grad(out, list(inputs.values()), tensors["cotangent"])
-    for name, grad in zip(inputs, grads, strict=True):
-        assert_golden(grad, tensors[f"grad.{name}"], listed[f"grad.{name}"], f"grad.{name}")
+    check_golden_scan(case, backend)
 
 
 def _page(inputs: dict[str, torch.Tensor], softplus: bool, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,60 +92,6 @@ def test_chunks_equal_the_loop_over_tokens(kind, every, reverse, softplus, seqle
         assert_close(got, wanted, 1e-12, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_reverse_equals_flipping_everything(backend):
-    inputs = make_scan_inputs(2, 5, 70, 16)
-    flipped = {name: t.flip(-1) if name in ("u", "delta", "B", "C", "z") else t for name, t in inputs.items()}
-    actual, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, reverse=True, backend=backend)
-    expected, expected_state = selective_scan(**flipped, delta_softplus=True, return_last_state=True, backend=backend)
-    assert_close(actual, expected.flip(-1), 1e-6)
-    assert_close(state, expected_state, 1e-6)
-    assert not torch.allclose(actual, selective_scan(**inputs, delta_softplus=True, backend=backend))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_inputs_are_computed_in_float32_and_rounded_once(dtype, backend):
-    inputs = make_scan_inputs(2, 5, 70, 16, dtype=dtype)
-    wide = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
-    out = selective_scan(**inputs, delta_softplus=True, backend=backend)
-    expected = selective_scan(**wide, delta_softplus=True, backend="reference")
-    assert out.dtype == dtype
-    # Once rounded: half a unit in the last place.
-    assert_close(out, expected, TOLERANCES[dtype].value / 2)
-    pairs = zip(inputs, gradients(out, list(inputs.values())), gradients(expected, list(wide.values())), strict=True)
-    for name, actual, wanted in pairs:
-        assert actual.dtype == inputs[name].dtype
-        assert_close(actual, wanted, TOLERANCES[dtype].gradient, name)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_strides_and_channel_last_stays_channel_last(backend):
-    inputs = make_scan_inputs(2, 6, 33, 4)
-    expected = selective_scan(**inputs, delta_softplus=True, backend=backend)
-    strided = {
-        "u": inputs["u"].mT.contiguous().mT,
-        "delta": torch.stack([inputs["delta"]] * 2, -1)[..., 1],
-        "A": inputs["A"].mT.contiguous().mT,
-        "B": inputs["B"].transpose(0, 1).contiguous().transpose(0, 1),
-        "C": inputs["C"].mT.contiguous().mT,
-        "z": inputs["z"].repeat(1, 2, 1)[:, ::2][:, [0, 3, 1, 4, 2, 5]],
-    }
-    strided["z"] = torch.cat([inputs["z"]] * 2, 1)[:, :6]
-    actual = selective_scan(**{**inputs, **strided}, delta_softplus=True, backend=backend)
-    assert_close(actual, expected, 1e-6)
-    assert actual.stride(1) == 1, "u is channel-last, so must be the output"
-    assert expected.is_contiguous()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_state_is_carried_across_an_infinite_decay(backend):
-    inputs = make_scan_inputs(1, 3, 8, 4)
-    inputs["delta"] = torch.full_like(inputs["delta"], 1e4)
-    out = selective_scan(**inputs, delta_softplus=True, backend=backend)
-    assert torch.isfinite(out).all()
-
-
 def test_backward_memory_does_not_grow_with_the_length():
     """The largest tensor of the backward pass holds one chunk's states, not the sequence's."""
 
@@ -184,31 +113,12 @@ def test_backward_memory_does_not_grow_with_the_length():
     assert 0 < largest.numel <= batch * dim * d_state * every
 
 
-@pytest.mark.parametrize("family", ["selective_scan", "selective_scan_reference"])
-@pytest.mark.parametrize("every", [0, 3])
-def test_opcheck(family, every):
-    inputs = list(make_scan_inputs(2, 4, 5, 3).values())
-    torch.library.opcheck(getattr(torch.ops.vim, family).default, (*inputs, True, True, every))
-
-
 def test_gradient_where_only_the_backward_is_run_with_gradients():
     """A graph that was recorded without entry states makes them when they are needed."""
     inputs = list(make_scan_inputs(2, 4, 70, 3, dtype=torch.float64).values())
     lazy = torch.ops.vim.selective_scan(*inputs, True, False, 0)[0]
     eager = torch.ops.vim.selective_scan(*inputs, True, False, 16)[0]
-    for actual, expected in zip(gradients(lazy, inputs), gradients(eager, inputs), strict=True):
-        assert_close(actual, expected, 1e-12)
-
-
-def test_compiles_without_graph_breaks():
-    inputs = make_scan_inputs(2, 4, 37, 3)
-    compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
-    expected = selective_scan(**inputs, delta_softplus=True, reverse=True)
-    actual = compiled(**inputs, delta_softplus=True, reverse=True)
-    assert_close(actual, expected, 1e-6)
-    leaves = list(inputs.values())
-    for actual_grad, expected_grad in zip(gradients(actual, leaves), gradients(expected, leaves), strict=True):
-        assert_close(actual_grad, expected_grad, 1e-5)
+    assert_same_gradients(lazy, eager, inputs, 1e-12)
 
 
 def test_flops():

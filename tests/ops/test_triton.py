@@ -7,17 +7,18 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.backends import chosen_suffix, keep_backends
+from tests.backends import chosen_op
+from tests.processes import ROOT, run_command
 from vim.ops import available_backends, unavailable_backends
+from vim.ops.backends.registry import isolated_registry
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; PyTorch for Linux comes with it"
 )
@@ -25,10 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 def _run_interpreted(file: str, keyword: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", "-k", keyword, file]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert " passed" in run_command(*command, TRITON_INTERPRET="1")
 
 
 def _interpreter_misses_numpy() -> bool:
@@ -70,16 +68,18 @@ def test_kernels_in_the_interpreter(file, keyword):
     _run_interpreted(f"tests/ops/{file}.py", keyword)
 
 
+def _compile(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Return what Triton makes of its kernels."""
+    command = (sys.executable, "scripts/check_triton_compiles.py", *arguments, "--json", folder / "rows")
+    run_command(*command, PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=str(folder), TRITON_INTERPRET="0")
+    return json.loads((folder / "rows").read_text())
+
+
 # The bidirectional scan's backward pass is the selective scan's, twice, and takes as long again to compile; the script
 # compiles everything.
 @pytest.mark.parametrize("ops", [pytest.param(["selective_scan"], marks=pytest.mark.slow), ["add_rms_norm"]], ids=str)
 def test_kernels_compile_for_a_gpu(ops, tmp_path):
-    command = [sys.executable, "scripts/check_triton_compiles.py", "sm_90", "--json", tmp_path / "rows", "--ops", *ops]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = {row["kernel"]: row for row in json.loads((tmp_path / "rows").read_text())}
+    rows = {row["kernel"]: row for row in _compile(tmp_path, "sm_90", "--ops", *ops)}
     assert {f"{op}_{side}_kernel" for op in ops for side in ("fwd", "bwd")} <= set(rows)
     for kernel, row in rows.items():
         assert row["spilled"] == 0 or kernel == "selective_scan_bwd_kernel"
@@ -91,11 +91,7 @@ def test_kernels_compile_for_a_gpu(ops, tmp_path):
 @pytest.mark.slow
 def test_each_target_is_compiled_for(tmp_path):
     """Triton keeps kernels by device: without a device of its own, a target would be given another one's."""
-    command = [sys.executable, "scripts/check_triton_compiles.py", "sm_90", "gfx942", "--json", tmp_path / "rows"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    subprocess.run([*command, "--ops", "add_rms_norm"], cwd=ROOT, env=environment, capture_output=True, check=True)
-    rows = json.loads((tmp_path / "rows").read_text())
+    rows = _compile(tmp_path, "sm_90", "gfx942", "--ops", "add_rms_norm")
     # Shuffles are counted in the code of NVIDIA's GPUs alone.
     assert {(row["target"], "shuffles" in row) for row in rows} == {("sm_90", True), ("gfx942", False)}
 
@@ -108,9 +104,9 @@ def test_reasons():
 
 
 def test_a_gpu_runs_on_triton_and_a_machine_without_it_is_told_so(monkeypatch):
-    keep_backends(monkeypatch, "triton", "reference")  # a machine with a GPU and nvcc has native kernels, too
-    assert available_backends("selective_scan", "cuda") == ("triton", "reference")
-    assert chosen_suffix("selective_scan", None, "cuda") == "_triton"
-    assert chosen_suffix("selective_scan", None, "cuda", torch.float64) == ""
+    with isolated_registry({"triton", "reference"}):  # a machine with a GPU and nvcc has native kernels, too
+        assert available_backends("selective_scan", "cuda") == ("triton", "reference")
+        assert chosen_op("selective_scan", None, "cuda") is torch.ops.vim.selective_scan_triton.default
+        assert chosen_op("selective_scan", None, "cuda", torch.float64) is torch.ops.vim.selective_scan.default
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert unavailable_backends("selective_scan", "cuda")["triton"] == "triton is not installed"

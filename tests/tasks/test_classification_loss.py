@@ -19,7 +19,7 @@ class Fixed(nn.Module):
 
     def __init__(self, logits):
         super().__init__()
-        self.logits = logits
+        self.logits = nn.Parameter(logits)
 
     def forward(self, images):
         return self.logits

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from tests.tasks.test_classification_loss import Fixed
 from tests.tiny_runs import change, tiny_config
 from vim.tasks.classification_loss import ClassificationLoss
 from vim.tasks.distillation import Teacher
@@ -46,15 +47,6 @@ def test_a_teacher_of_other_classes_is_refused_even_if_they_are_as_many(teacher_
         Teacher(config, (*NAMES[:-1], "ten"), CPU)
 
 
-class Fixed(nn.Module):
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, images):
-        return self.logits
-
-
 @pytest.mark.parametrize(("mode", "temperature"), [("hard", 1.0), ("soft", 1.0), ("soft", 3.0)])
 def test_the_loss_is_that_of_the_labels_and_of_the_teacher_in_their_shares(teacher_run, mode, temperature):
     torch.manual_seed(0)
@@ -63,7 +55,7 @@ def test_the_loss_is_that_of_the_labels_and_of_the_teacher_in_their_shares(teach
     config = change(config, distill__mode=mode, distill__weight=0.3, distill__temperature=temperature)
     loss_of = ClassificationLoss(config, NAMES, CPU)
     images, labels, student = torch.randn(4, 1, 16, 16), torch.tensor([1, 5, 9, 0]), Fixed(torch.randn(4, 10))
-    answer, logits = loss_of._teacher.answer(images), student.logits
+    answer, logits = Teacher(config, NAMES, CPU).answer(images), student.logits
     if mode == "hard":
         of_teacher = nn.functional.cross_entropy(logits, answer.argmax(1))
     else:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.processes import run_together
+from tests.inference.test_evaluation import Table
+from tests.processes import run_command, run_together
 from tests.tiny_runs import TINY_OPTIONS, tiny_config, write_image_folder
 from vim import train, validate
 from vim.checkpoints.io import load_checkpoint
@@ -28,36 +28,20 @@ from vim.training.trainer import Trainer
 EXACT = {"augment__scale": (1.0, 1.0), "augment__ratio": (1.0, 1.0)}
 
 
-class Losses:
-    """Takes the figures of every step."""
-
-    def __init__(self):
-        self.figures = []
-
-    def log(self, figures, step):
-        self.figures += [figures] if "step/loss" in figures else []
-
-    def close(self):
-        pass
-
-
-def fit(config, folder, prepare=lambda trainer: None):
-    """Train in the processes of this run; return the figures of its steps, the history and the weights."""
+def fit(config, folder):
+    """Train in the processes of this run; return the history and the weights."""
     with join_processes() as processes:
         trainer = Trainer(config, RunFolder(folder), Console(quiet=True), processes)
-        prepare(trainer)
-        losses = Losses()
-        open_records = trainer._open_records
-
-        def open_watched():
-            recorder = open_records()
-            recorder._trackers = [losses]
-            return recorder
-
-        trainer._open_records = open_watched
         trainer.fit()
         state = {name: tensor.numpy() for name, tensor in trainer.model.state_dict().items()}
-        return losses.figures, trainer.position.history, state
+        return trainer.position.history, state
+
+
+def steps_of(folder, figure):
+    """Return what TensorBoard shows of a run, step by step."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars(figure)]
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
@@ -71,14 +55,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         optim__lr=1e-3,
         **EXACT,
     )
-    alone, history, weights = fit(config, tmp_path / "one")
+    history, weights = fit(config, tmp_path / "one")
     results = run_together(2, fit, config, tmp_path / "two")
-    assert len(alone) == 21
-    for figures, two_history, two_weights in results:
-        assert len(figures) == 21
-        for step, (expected, got) in enumerate(zip(alone, figures, strict=True)):
-            assert got["step/loss"] == pytest.approx(expected["step/loss"], rel=1e-5), step
-            assert got["step/lr"] == expected["step/lr"]
+    losses, rates = (steps_of(tmp_path / "one", figure) for figure in ("step/loss", "step/lr"))
+    assert len(losses) == 21
+    assert steps_of(tmp_path / "two", "step/loss") == pytest.approx(losses, rel=1e-5)
+    assert steps_of(tmp_path / "two", "step/lr") == rates
+    for two_history, two_weights in results:
         for name, expected in weights.items():
             torch.testing.assert_close(
                 torch.from_numpy(two_weights[name]), torch.from_numpy(expected), atol=1e-5, rtol=1e-5, msg=name
@@ -87,17 +70,6 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     saved = load_checkpoint(tmp_path / "two" / "last.pth")
     assert len(saved["rng"]) == 2
     assert not torch.equal(saved["rng"][0]["torch"], saved["rng"][1]["torch"])
-
-
-class Table(nn.Module):
-    """Looks the logits of an image up by its only pixel."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, images):
-        return self.logits[images.flatten().long()]
 
 
 def evaluate_share(logits, labels, stop_in=None):
@@ -164,17 +136,16 @@ def overflow_once(config, folder):
     with join_processes() as processes:
         trainer = Trainer(config, RunFolder(folder), Console(quiet=True), processes)
         poison(trainer)
-        update, seen = trainer._update, []
+        weights, choose = {}, trainer.schedule.set
 
-        def watch(batches, meter, reporter):
-            before = trainer.model.head.weight.detach().clone()
-            result = update(batches, meter, reporter)
-            seen.append(torch.equal(before, trainer.model.head.weight))
-            return result
+        def watch(epoch, step):
+            weights[trainer.position.step] = trainer.model.head.weight.detach().clone()
+            return choose(epoch, step)
 
-        trainer._update = watch
+        trainer.schedule.set = watch
         trainer.fit()
-        return seen, trainer.state.scaler.get_scale(), trainer.position.history[0]["skipped_steps"]
+        unchanged = list(map(torch.equal, weights.values(), (*list(weights.values())[1:], trainer.model.head.weight)))
+        return unchanged, trainer.state.scaler.get_scale(), trainer.position.history[0]["skipped_steps"]
 
 
 def test_an_overflow_of_float16_in_one_process_is_skipped_by_both(tmp_path):
@@ -184,6 +155,9 @@ def test_an_overflow_of_float16_in_one_process_is_skipped_by_both(tmp_path):
     unchanged, scale, skipped = first
     assert unchanged == [False, False, True, False, False, False]
     assert (scale, skipped) == (2.0**15, 1)
+    resumed = Trainer(config, RunFolder(tmp_path / "run"), Console(quiet=True))
+    resumed.resume()
+    assert resumed.state.scaler.get_scale() == scale
 
 
 def failing_main(arguments):
@@ -290,11 +264,10 @@ def test_torchrun_trains_on_a_cpu(tmp_path):
         *("--model.img_size", "16", "--model.args", "{patch_size: 8, embed_dim: 16, depth: 1, d_state: 4}"),
         *("--epochs", "2", "--schedule.warmup_epochs", "0"),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "batch 64 = 2 x 32" in result.stdout
-    assert result.stdout.count("epoch 1/2") == 1  # one process talks
-    assert result.stdout.count(f"report: {folder / 'report.html'}") == 1
+    printed = run_command(*command, timeout=300)
+    assert "batch 64 = 2 x 32" in printed
+    assert printed.count("epoch 1/2") == 1  # one process talks
+    assert printed.count(f"report: {folder / 'report.html'}") == 1
     assert load_checkpoint(folder / "last.pth")["position"]["epoch"] == 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from rich.console import Console
 from torch import nn
@@ -21,17 +23,19 @@ def weights_by_epoch(config, folder):
     """The weights at the start and after every epoch."""
     with join_processes() as processes:
         trainer = Trainer(config, RunFolder(folder), Console(quiet=True), processes)
-        states = []
-        train_epoch = trainer._train_epoch
+        states = {}
+        choose = trainer.schedule.set
 
-        def watch(*arguments):
-            states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-            return train_epoch(*arguments)
+        def watch(epoch, step):
+            if epoch not in states:
+                states[epoch] = copy.deepcopy(trainer.model.state_dict())
+            return choose(epoch, step)
 
-        trainer._train_epoch = watch
+        trainer.schedule.set = watch
         trainer.fit()
-        states.append(trainer.model.state_dict())
-        return [{name: tensor.numpy() for name, tensor in state.items()} for state in states]
+        return [
+            {name: tensor.numpy() for name, tensor in s.items()} for s in (*states.values(), trainer.model.state_dict())
+        ]
 
 
 def moved(before, after):

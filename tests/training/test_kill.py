@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from tests.processes import start
-from tests.tiny_runs import tiny_config, write_image_folder
-from tests.training.test_trainer import RANDOM, read_summary, same
+from tests.tiny_runs import read_table, tiny_config, write_image_folder
+from tests.training.test_trainer import RANDOM, same
 from vim.checkpoints.io import load_checkpoint
 from vim.training.run_folder import RunFolder
 from vim.training.trainer import Trainer
@@ -30,7 +30,7 @@ def results(folder):
     """What a run has computed, without its settings of saving and loading."""
     files = RunFolder(folder)
     checkpoints = [{**load_checkpoint(path), "config": None} for path in (files.last, files.best)]
-    return [*checkpoints, read_summary(files.summary), files.best_weights.read_bytes()]
+    return [*checkpoints, read_table(files.summary), files.best_weights.read_bytes()]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.tiny_runs import TINY_MODEL, tiny_config
 from vim.models.build import build_model
-from vim.training.optim import Schedule, build_ema, build_optimizer, clip_gradients, gradient_norm
+from vim.training.optim import Schedule, build_optimizer, clip_gradients, gradient_norm
 
 
 def rates(config, updates_per_epoch=10):
@@ -54,14 +54,6 @@ def test_without_lag_the_warm_up_begins_at_once():
     assert by_epoch[:6] == pytest.approx(
         [*(1e-6 + epoch * (1e-3 - 1e-6) / 5 for epoch in range(5)), 1e-5 + 0.5 * 9.9e-4 * (1 + math.cos(math.pi / 4))]
     )
-
-
-def test_a_schedule_by_steps_rises_and_falls_within_an_epoch():
-    config = tiny_config(epochs=4, optim__lr=1e-2, schedule__warmup_epochs=1, schedule__min_lr=0.0)
-    _, by_step = rates(config)
-    warm_up = [1e-6 + step * (1e-2 - 1e-6) / 10 for step in range(10)]
-    cosine = [0.5 * 1e-2 * (1 + math.cos(math.pi * step / 40)) for step in range(10, 40)]
-    assert by_step == pytest.approx(warm_up + cosine, rel=1e-9)
 
 
 def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up():
@@ -131,33 +123,10 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest():
         build_optimizer(nn.Linear(2, 2), tiny_config(optim__name="adamww"))
 
 
-def test_the_average_of_the_weights_decays_as_said():
-    model = nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    ema = build_ema(model, 0.9)
-    expected = 1.0
-    for value in (2.0, -3.0, 5.0):
-        with torch.no_grad():
-            model.weight.fill_(value)
-        ema.update(model)
-        expected = 0.9 * expected + 0.1 * value
-    assert ema.module.weight.item() == pytest.approx(expected)
-    assert build_ema(model, None) is None
-
-
 def gradients(*values):
     model = nn.Linear(len(values), 1, bias=False)
     model.weight.grad = torch.tensor([values])
     return model
-
-
-def test_clipping_by_norm_keeps_the_direction_and_reports_the_norm_before():
-    model = gradients(3.0, 4.0)
-    norm = gradient_norm(model)
-    clip_gradients(model, tiny_config(optim__clip_grad=1.0).optim, norm)
-    assert norm.item() == pytest.approx(5.0)
-    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
 
 
 def test_clipping_by_value_cuts_each_gradient_and_no_clipping_changes_none():

@@ -6,19 +6,9 @@ import io
 
 from rich.console import Console
 
+from tests.tasks.test_classification import ROW
 from vim.training import progress
 from vim.training.progress import Reporter, describe_epoch, loading_advice
-
-ROW = {
-    "epoch": 1,
-    "step": 10,
-    "grad_norm": 0.512,
-    "skipped_steps": 0,
-    "images_per_second": 1234.5,
-    "data_wait_percent": 3.2,
-    "memory_gib": 1.25,
-    "seconds": 75.0,
-}
 
 
 def test_without_a_terminal_lines_appear_now_and_then(monkeypatch):

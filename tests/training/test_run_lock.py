@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -10,10 +11,12 @@ import time
 import pytest
 from rich.console import Console
 
+from tests.helpers import assert_refused
 from tests.processes import run_together, start
 from tests.tiny_runs import TINY_OPTIONS, tiny_config
 from vim import train
 from vim.checkpoints.io import load_checkpoint
+from vim.runtime.distributed import join_processes
 from vim.training import run_lock
 from vim.training.run_folder import RunFolder
 from vim.training.run_lock import FolderInUse, RunLock
@@ -29,18 +32,25 @@ def hold(path):
     time.sleep(60)
 
 
+@contextlib.contextmanager
+def holding(folder):
+    """Have another process hold the lock on a run's folder."""
+    process = start(hold, folder / ".lock")
+    try:
+        while not (folder / "held").exists():
+            time.sleep(0.01)
+        (folder / "held").unlink()
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
 @pytest.fixture
 def holder(tmp_path):
-    """A process that has the lock on a run's folder."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    process = start(hold, folder / ".lock")
-    while not (folder / "held").exists():
-        time.sleep(0.01)
-    (folder / "held").unlink()
-    yield process
-    process.kill()
-    process.join()
+    (tmp_path / "run").mkdir()
+    with holding(tmp_path / "run") as process:
+        yield process
 
 
 def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path, holder):
@@ -92,33 +102,29 @@ def test_a_run_is_not_resumed_while_it_runs(tmp_path, capsys):
     assert train.main([*SYNTHETIC, "--output", str(folder)]) == 0
     assert not (folder / ".lock").exists()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    process = start(hold, folder / ".lock")
-    try:
-        while not (folder / "held").exists():
-            time.sleep(0.01)
-        (folder / "held").unlink()
-        capsys.readouterr()
-        assert train.main(["--resume", str(folder)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert f"is in use by process {process.pid} on {socket.gethostname()}" in error
+    with holding(folder) as process:
+        words = f"is in use by process {process.pid} on {socket.gethostname()}"
+        assert_refused(train, ["--resume", str(folder)], words, capsys)
         (folder / "last.pth").rename(folder / "away")
         assert train.main(["--resume", str(folder)]) == 2  # it would begin anew
         (folder / "away").rename(folder / "last.pth")
         assert {path: path.read_bytes() for path in before} == before
-    finally:
-        process.kill()
-        process.join()
     assert train.main(["--resume", str(folder)]) == 0
     assert load_checkpoint(folder / "last.pth")["position"]["epoch"] == 1
 
 
-def test_all_processes_leave_a_folder_in_use(tmp_path, holder, capfd):
-    folder = tmp_path / "run"
-    arguments = [*SYNTHETIC, "--output", str(folder)]
-    (folder / ".lock").rename(tmp_path / "lock")  # the folder is empty as long as the settings are looked at
-    assert run_together(2, put_back_and_train, arguments, tmp_path / "lock", folder / ".lock") == [2, 2]
-    assert capfd.readouterr().err.count("is in use by process") == 1
+def refused_by_the_lock(folder):
+    with join_processes() as processes:
+        trainer = Trainer(tiny_config(), RunFolder(folder), Console(quiet=True), processes)
+        with pytest.raises(FolderInUse) as raised:
+            trainer.fit()
+        return str(raised.value)
+
+
+def test_all_processes_leave_a_folder_in_use(tmp_path, holder):
+    first, second = run_together(2, refused_by_the_lock, tmp_path / "run")
+    assert first == second
+    assert f"is in use by process {holder.pid}" in first
 
 
 def test_two_runs_that_chose_the_same_new_folder_do_not_mix(tmp_path):
@@ -130,15 +136,3 @@ def test_two_runs_that_chose_the_same_new_folder_do_not_mix(tmp_path):
         second.fit()
     assert (tmp_path / "run" / "last.pth").read_bytes() == saved
     assert not (tmp_path / "run" / ".lock").exists()
-
-
-def put_back_and_train(arguments, lock, place):
-    check = Trainer._check_agreement
-
-    def put_back(trainer):
-        check(trainer)
-        if trainer.processes.is_main:
-            lock.rename(place)
-
-    Trainer._check_agreement = put_back
-    return train.main(arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import io
 import json
 import math
@@ -16,7 +15,7 @@ import timm
 import torch
 from rich.console import Console
 
-from tests.tiny_runs import TINY_MODEL, change, tiny_config, write_image_folder
+from tests.tiny_runs import TINY_MODEL, change, read_table, tiny_config, write_image_folder
 from vim.checkpoints.io import CheckpointError, load_checkpoint
 from vim.config.load import config_to_dict, parse_command_line
 from vim.config.run import SaveConfig
@@ -59,11 +58,6 @@ def same(a, b):
     return a == b
 
 
-def read_summary(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     """A short run on the digits."""
@@ -93,8 +87,7 @@ def test_a_run_leaves_its_settings_figures_and_pictures(digits_run):
     trainer, best = digits_run
     folder = trainer.folder
     assert parse_command_line(["--config", str(folder.config)]).config == trainer.config
-    with open(folder.summary, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(folder.summary)
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert float(rows[-1]["val_loss"]) == trainer.position.history[-1]["val_loss"]
     assert [int(row["step"]) for row in rows] == [22, 44, 66, 88]
@@ -199,7 +192,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one_to_the_bit(tmp_path, images_folde
         expected, result = (load_checkpoint(getattr(trainer.folder, name)) for trainer in (unbroken, resumed))
         assert same({**expected, "config": None}, {**result, "config": None})
     assert unbroken.folder.best_weights.read_bytes()[-4096:] == resumed.folder.best_weights.read_bytes()[-4096:]
-    summaries = [read_summary(trainer.folder.summary) for trainer in (unbroken, resumed)]
+    summaries = [read_table(trainer.folder.summary) for trainer in (unbroken, resumed)]
     assert same(*summaries)
     assert len(summaries[0]) == 3
     assert len(json.loads(resumed.folder.environment.read_text(encoding="utf-8"))) == len(deaths) + 1
@@ -278,81 +271,68 @@ def test_gradients_of_small_batches_add_up_to_those_of_the_whole(tmp_path):
         torch.testing.assert_close(parts.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_the_loop_takes_the_steps_of_one_written_by_hand(tmp_path):
-    config = tiny_config(epochs=3, ema_decay=0.9, optim__lr=3e-3, schedule__warmup_epochs=1, **NO_AUGMENTATION)
-    trainer = make_trainer(config, tmp_path)
-    model, dataset = copy.deepcopy(trainer.model), trainer.task.loaders.sets.train
-    averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainer.fit()
-
-    images = (dataset.images / 255 - 0.309) / 0.35
-    named = dict(model.named_parameters())
-    kept = [p for name, p in named.items() if p.ndim == 1 or "A_" in name or name in ("cls_token", "pos_embed")]
-    decayed = [p for p in named.values() if all(p is not other for other in kept)]
-    groups = [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.05}]
-    optimizer = torch.optim.AdamW(groups, eps=1e-8)
-    for step in range(9):
-        epoch, place = divmod(step, 3)
-        rate = 1e-6 + step * (3e-3 - 1e-6) / 3
-        if step >= 3:
-            rate = 1e-5 + 0.5 * (3e-3 - 1e-5) * (1 + math.cos(math.pi * step / 9))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        order = torch.randperm(48, generator=generator_for(Draw.ORDER, 0, epoch))[16 * place : 16 * (place + 1)]
-        targets = 0.9 * torch.eye(10)[dataset.labels[order]] + 0.01
-        loss = -(targets * model(images[order]).log_softmax(dim=1)).sum(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        for name, tensor in model.state_dict().items():
-            averaged[name] = 0.9 * averaged[name] + 0.1 * tensor
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
-        torch.testing.assert_close(
-            trainer.state.ema.module.state_dict()[name], averaged[name], atol=1e-6, rtol=1e-5, msg=name
-        )
+def rate_by_steps(epoch, step):
+    """Three steps of warm-up, then a cosine over nine."""
+    if step < 3:
+        return 1e-6 + step * (3e-3 - 1e-6) / 3
+    return 1e-5 + 0.5 * (3e-3 - 1e-5) * (1 + math.cos(math.pi * step / 9))
 
 
-def test_the_loop_takes_fifty_steps_of_the_original_recipe_as_one_written_by_hand(tmp_path):
-    """The original's order: the rate of the epoch before, AdamW with decay of A_log, no clipping, then the average."""
-    changes = {"schedule__unit": "epoch", "schedule__lag_epochs": 1, "schedule__warmup_epochs": 2}
-    changes |= {"optim__clip_grad": None, "optim__no_weight_decay": (), "optim__weight_decay": 0.1, "optim__lr": 1e-3}
-    config = tiny_config(epochs=10, data__synthetic_images=80, ema_decay=0.99, **changes, **NO_AUGMENTATION)
+def rate_of_the_original(epoch, step):
+    """Two epochs of warm-up, then a cosine over ten; the schedule is told the number of the epoch that has ended."""
+    ended = max(0, epoch - 1)
+    if ended < 2:
+        return 1e-6 + ended * (1e-3 - 1e-6) / 2
+    return 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * ended / 10))
+
+
+OWN = {"epochs": 3, "micro_batch_size": 8, "ema_decay": 0.9, "optim__lr": 3e-3, "schedule__warmup_epochs": 1}
+ORIGINAL = {
+    **{"epochs": 10, "data__synthetic_images": 80, "ema_decay": 0.99, "optim__lr": 1e-3, "optim__weight_decay": 0.1},
+    **{"optim__clip_grad": None, "optim__no_weight_decay": ()},
+    **{"schedule__unit": "epoch", "schedule__lag_epochs": 1, "schedule__warmup_epochs": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate_of"), [(OWN, rate_by_steps), (ORIGINAL, rate_of_the_original)], ids=["own", "original"]
+)
+def test_the_loop_takes_the_steps_of_one_written_by_hand(tmp_path, settings, rate_of):
+    """Two micro-batches a step and clipping; or fifty steps of the original's recipe, in which A_log decays."""
+    config = tiny_config(**settings, **NO_AUGMENTATION)
     trainer = make_trainer(config, tmp_path)
     model, dataset = copy.deepcopy(trainer.model), trainer.task.loaders.sets.train
     averaged = {name: tensor.double() for name, tensor in model.state_dict().items()}
     trainer.fit()
 
     images = (dataset.images / 255 - 0.309) / 0.35
-    named = dict(model.named_parameters())
-    kept = [p for name, p in named.items() if p.ndim == 1 or name in ("cls_token", "pos_embed")]
-    decayed = [p for p in named.values() if all(p is not other for other in kept)]
-    groups = [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
+    kept, decayed = [], []
+    for name, parameter in model.named_parameters():
+        keeps_all = parameter.ndim == 1 or name in ("cls_token", "pos_embed") or (settings is OWN and "A_" in name)
+        (kept if keeps_all else decayed).append(parameter)
+    groups = [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.optim.weight_decay}]
     optimizer = torch.optim.AdamW(groups, eps=1e-8)
-    rate = 1e-6
-    for epoch in range(10):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        order = torch.randperm(80, generator=generator_for(Draw.ORDER, 0, epoch))
+    step = 0
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(images), generator=generator_for(Draw.ORDER, 0, epoch))
         for batch in order.split(16):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_of(epoch, step)
             targets = 0.9 * torch.eye(10)[dataset.labels[batch]] + 0.01
             loss = -(targets * model(images[batch]).log_softmax(dim=1)).sum(dim=1).mean()
             optimizer.zero_grad()
             loss.backward()
+            if settings is OWN:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            for name, tensor in model.state_dict().items():
-                averaged[name] = 0.99 * averaged[name] + 0.01 * tensor
-        # The schedule is told the number of the epoch that has ended.
-        warm_up = 1e-6 + epoch * (1e-3 - 1e-6) / 2
-        rate = warm_up if epoch < 2 else 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10))
-    assert trainer.position.step == 50
+            step += 1
+            decay = config.ema_decay
+            averaged = {n: decay * averaged[n] + (1 - decay) * tensor for n, tensor in model.state_dict().items()}
+    assert trainer.position.step == step
     for name, tensor in model.state_dict().items():
-        weights = {"raw": (trainer.model, tensor), "averaged": (trainer.state.ema.module, averaged[name])}
-        for kind, (module, expected) in weights.items():
-            torch.testing.assert_close(
-                module.state_dict()[name], expected.float(), atol=1e-6, rtol=1e-6, msg=f"{kind} {name}"
-            )
+        found = (trainer.model.state_dict()[name], trainer.state.ema.module.state_dict()[name])
+        expected = (tensor, averaged[name].float())
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("setting", ["compile", "model__grad_checkpointing"])
@@ -413,24 +393,12 @@ def test_a_batch_that_the_epoch_does_not_fill_is_left_out(tmp_path):
     assert trainer.position.step == 2
 
 
-def test_the_averaged_weights_follow_every_step(tmp_path):
-    trainer = make_trainer(tiny_config(batch_size=48, micro_batch_size=16, ema_decay=0.75), tmp_path)
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer.fit()
-    assert trainer.position.step == 1
-    after, averaged = trainer.model.state_dict(), trainer.state.ema.module.state_dict()
-    moved = 0
-    for name, tensor in before.items():
-        torch.testing.assert_close(averaged[name], 0.75 * tensor + 0.25 * after[name])
-        moved += not torch.equal(averaged[name], tensor)
-    assert moved > 10
-
-
 def test_without_an_average_only_the_raw_weights_are_evaluated_and_saved(tmp_path):
     trainer = make_trainer(tiny_config(ema_decay=None), tmp_path)
     best = trainer.fit()
     assert best["weights"] == "raw"
     assert trainer.position.history[0]["ema_top1"] is None
+    assert read_table(trainer.folder.summary)[0]["ema_top1"] == ""
     assert load_checkpoint(trainer.folder.last)["model_ema"] is None
     resumed = make_trainer(tiny_config(ema_decay=None), tmp_path)
     resumed.resume()

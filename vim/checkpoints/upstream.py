@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 # Defaults of the original, on which its registered models and checkpoints rely.
-_MODEL_DEFAULTS: dict[str, Any] = {
+MODEL_DEFAULTS: dict[str, Any] = {
     "img_size": 224,
     "patch_size": 16,
     "stride": 16,
@@ -47,7 +47,7 @@ _MODEL_DEFAULTS: dict[str, Any] = {
     "if_random_cls_token_position": False,
     "if_random_token_rank": False,
 }
-_MIXER_DEFAULTS: dict[str, Any] = {
+MIXER_DEFAULTS: dict[str, Any] = {
     "d_state": 16,
     "d_conv": 4,
     "expand": 2,
@@ -68,7 +68,7 @@ _MIXER_DEFAULTS: dict[str, Any] = {
     "init_layer_scale": None,
 }
 # Other spellings of an argument in the history of the original.
-_SYNONYMS = {"if_devide_out": "if_divide_out", "in_chans": "channels"}
+SYNONYMS = {"if_devide_out": "if_divide_out", "in_chans": "channels"}
 _POOLS = {"none": "last", "mean": "avg", "max": "max", "all": ""}
 
 
@@ -83,7 +83,7 @@ def translate_mixer_args(**upstream: Any) -> dict[str, Any]:
         ValueError: The original does not allow a value.
     """
     passed = {name: upstream.pop(name) for name in ("d_model",) if name in upstream}
-    args = _with_defaults("mixer", _MIXER_DEFAULTS, upstream)
+    args = _with_defaults("mixer", MIXER_DEFAULTS, upstream)
     if args["dt_init"] != "random":
         raise ValueError(f"dt_init must be 'random', got {args['dt_init']!r}")
     same = ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias", "device", "dtype")
@@ -109,7 +109,7 @@ def translate_model_args(**upstream: Any) -> dict[str, Any]:
         ValueError: The original does not allow a value, or fails with a combination: maximum pooling with a class
             token, or rotary tables whose side differs from the grid's.
     """
-    args = _with_defaults("model", _MODEL_DEFAULTS, upstream)
+    args = _with_defaults("model", MODEL_DEFAULTS, upstream)
     if args["initializer_cfg"] is not None:
         raise ValueError(f"initializer_cfg must be None, got {args['initializer_cfg']!r}")
     bimamba_type = "v1" if args["if_bimamba"] else args["bimamba_type"]
@@ -150,7 +150,7 @@ def translate_model_args(**upstream: Any) -> dict[str, Any]:
 
 
 def _with_defaults(kind: str, defaults: dict[str, Any], upstream: dict[str, Any]) -> dict[str, Any]:
-    renamed = {_SYNONYMS.get(name, name): value for name, value in upstream.items()}
+    renamed = {SYNONYMS.get(name, name): value for name, value in upstream.items()}
     if len(renamed) < len(upstream):
         raise TypeError(f"two spellings of one argument are given: {sorted(upstream)}")
     unknown = sorted(set(renamed) - set(defaults))
@@ -197,12 +197,12 @@ def _ssm_cfg(ssm_cfg: dict[str, Any] | None) -> dict[str, Any]:
     supported = ("d_conv", "expand", "dt_rank", "conv_bias", "bias")
     translated = {}
     for name, value in (ssm_cfg or {}).items():
-        if name not in _MIXER_DEFAULTS:
+        if name not in MIXER_DEFAULTS:
             raise TypeError(f"the original's mixer has no argument {name!r} (in ssm_cfg)")
         if name in supported:
             translated[name] = value
-        elif name not in ("use_fast_path", "layer_idx") and value != _MIXER_DEFAULTS[name]:
-            raise ValueError(f"ssm_cfg[{name!r}] must be {_MIXER_DEFAULTS[name]!r} in a model, got {value!r}")
+        elif name not in ("use_fast_path", "layer_idx") and value != MIXER_DEFAULTS[name]:
+            raise ValueError(f"ssm_cfg[{name!r}] must be {MIXER_DEFAULTS[name]!r} in a model, got {value!r}")
     return translated
 
 

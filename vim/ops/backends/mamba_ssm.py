@@ -21,7 +21,6 @@ from vim.ops.backends.registry import Backend, Inapplicable, register_backend
 from vim.ops.bidirectional_scan.operands import split_directions
 from vim.ops.selective_scan.inputs import ScanInputs, is_constant
 
-_DEVICES = ("cuda",)  # torch calls AMD's GPUs cuda, too
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The first versions with the argument order and the module names that are used here.
 _OLDEST = {"causal_conv1d": (1, 2), "mamba_ssm": (2, 0)}
@@ -99,7 +98,7 @@ def _flip_tokens(B: Tensor, A: Tensor) -> Tensor:
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if op not in _FUNCTIONS:
         return Inapplicable(f"it has no kernel for {op}, which runs by its parts")
-    if device.type not in _DEVICES:
+    if device.type != "cuda":  # torch calls AMD's GPUs cuda, too
         return Inapplicable(f"its kernels are for GPUs, not for {device.type}")
     if dtype not in _DTYPES:
         return Inapplicable(f"its kernels do not compute in {str(dtype).removeprefix('torch.')}")
@@ -131,4 +130,5 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bidirectional_conv1d": bidirectional_conv1d,
     "add_rms_norm": add_rms_norm,
 }
-register_backend(Backend("mamba_ssm", "_mamba_ssm", _why_not, by_name_only=True, functions=_FUNCTIONS))
+BACKEND = Backend("mamba_ssm", "_mamba_ssm", _why_not, by_name_only=True, functions=_FUNCTIONS)
+register_backend(BACKEND)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +95,31 @@ def pin_to_reference(device_type: str) -> None:
     """Make the reference backend bypass kernels that are attached to the portable ops for this type of device."""
     _pinned.add(device_type)
     _choose.cache_clear()
+
+
+@contextlib.contextmanager
+def isolated_registry(names: Collection[str] | None = None) -> Iterator[None]:
+    """Undo at the end of a `with` block what it registers and pins, for all threads; inside, every choice is made anew.
+
+    Args:
+        names: The backends that the block begins with; `None` is all of them.
+    """
+    backends, functions, pinned = list(_backends), dict(_functions), set(_pinned)
+    _replace([b for b in backends if names is None or b.name in names], functions, set())
+    try:
+        yield
+    finally:
+        _replace(backends, functions, pinned)
+
+
+def _replace(backends: list[Backend], functions: dict[str, Mapping[str, Callable[..., Any]]], pinned: set[str]) -> None:
+    _backends[:] = backends
+    _functions.clear()
+    _functions.update(functions)
+    _pinned.clear()
+    _pinned.update(pinned)
+    _choose.cache_clear()
+    _warn_once.cache_clear()
 
 
 def available_backends(
