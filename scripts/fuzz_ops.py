@@ -106,8 +106,12 @@ def _work() -> None:
         model = vim.VisionMamba(**small, directions=directions).to(dtype)
         images = torch.randn(2, 3, 16, 16, dtype=dtype)
         model(images).float().sum().backward()
+        for layer in model.layers:  # a hook makes a block call its modules, and with them the ops of a mixer's parts
+            layer.mixer.x_proj.register_forward_hook(lambda *_: None)
+        model(images).float().sum().backward()
         with torch.no_grad():
             model.eval()(images)
+    torch.ops.vim.product_.default(torch.randn(9, 7), torch.randn(7, 5), torch.randn(5), False, torch.empty(9, 5))
     u = torch.randn(2, 24, 70)
     for shape in ((2, 5, 70), (2, 3, 5, 70), (24, 5)):
         B = torch.randn(shape, requires_grad=True)

@@ -15,3 +15,4 @@ def test_every_call_returns_or_raises():
     assert "seed 3, calls 0 to 149\n" in printed
     for op in ("selective_scan", "bidirectional_scan_backward", "causal_conv1d", "add_rms_norm_backward"):
         assert f"{op}: " in printed
+    assert "no call to start from" not in printed

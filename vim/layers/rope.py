@@ -72,7 +72,8 @@ class GridRotary(nn.Module):
         frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
         rows, columns = (torch.arange(side, dtype=torch.float32) / side * self.pretrained_side for side in grid_size)
         cells = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (rows, columns, 2)
-        angles = repeat(cells[..., None] * frequencies, "rows columns axis f -> (rows columns) (axis f pair)", pair=2)
+        angles = cells[..., None] * frequencies
+        angles = repeat(angles, "rows columns side f -> (rows columns) (side f pair)", pair=2)
         return angles.cos(), angles.sin()
 
     @fx_leaf
