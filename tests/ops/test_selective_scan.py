@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import assert_close, assert_same_gradients, golden_names, gradients, load_golden, make_scan_inputs
 from tests.ops.conformance import check_golden_scan
-from vim.ops import available_backends, selective_scan
+from vim.ops import available_backends, causal_conv1d, selective_scan
 from vim.ops.selective_scan import chunked, reference
 
 BACKENDS = available_backends("selective_scan")
@@ -179,3 +179,33 @@ def test_empty_batch():
     out = selective_scan(**inputs, delta_softplus=True)
     assert out.shape == (0, 4, 5)
     assert all(torch.count_nonzero(g) == 0 for g in gradients(out, list(inputs.values())))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_over_one_input(name):
+    inputs = {**make_scan_inputs(2, 4, 70, 3, dtype=torch.float64), "B": torch.randn(2, 2, 3, 70).double()}
+    rows = torch.stack([inputs[name], 2 * inputs[name]])
+
+    def loss(value: torch.Tensor, others: dict[str, torch.Tensor]) -> torch.Tensor:
+        return selective_scan(**{**others, name: value}, delta_softplus=True).square().sum()
+
+    both = torch.func.grad(loss, argnums=(0, 1))
+    batched = torch.func.vmap(both, in_dims=(0, None))(rows, inputs)
+    for i, row in enumerate(rows):
+        own, others = both(row, inputs)
+        assert_close(batched[0][i], own, 1e-12)
+        for key, expected in others.items():
+            assert_close(batched[1][key][i], expected, 1e-12, key)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_vmap_of_the_convolution_over_one_input(name):
+    inputs = {"x": torch.randn(2, 6, 9), "weight": torch.randn(6, 3), "bias": torch.randn(6)}
+    rows = torch.stack([inputs[name], 2 * inputs[name]])
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        return causal_conv1d(**{**inputs, name: value}, activation="silu").square().sum()
+
+    batched = torch.func.vmap(torch.func.grad(loss))(rows)
+    for found, row in zip(batched, rows, strict=True):
+        assert_close(found, torch.func.grad(loss)(row), 1e-5)

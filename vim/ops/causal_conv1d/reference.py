@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim.ops.common.layout import accumulate_dtype, empty_like_layout
+from vim.ops.common.layout import accumulate_dtype, like_layout
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -20,7 +20,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
     out = convolve(x.to(accumulate_dtype(x.dtype)), weight, reverse)
     if bias is not None:
         out = out + bias[:, None]
-    return empty_like_layout(x).copy_(F.silu(out) if silu else out)
+    return like_layout(F.silu(out) if silu else out, x)
 
 
 def causal_conv1d_backward(
@@ -34,7 +34,7 @@ def causal_conv1d_backward(
         gate = torch.sigmoid(before)
         grad = grad * gate * (1 + before * (1 - gate))
     # The gradient of a causal convolution is the same convolution in the other direction.
-    dx = empty_like_layout(x).copy_(convolve(grad, weight, not reverse))
+    dx = like_layout(convolve(grad, weight, not reverse), x)
     dweight = torch.stack([(grad * tap).sum((0, 2)) for tap in taps(x.to(acc), weight.shape[1], reverse)], dim=1)
     return dx, dweight, x.new_empty(0, dtype=acc) if bias is None else grad.sum((0, 2))
 

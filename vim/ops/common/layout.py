@@ -67,6 +67,12 @@ def empty_like_layout(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(batch, dim, seqlen)
 
 
+def like_layout(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return `y` (batch, dim, len) in the dtype of `x`, laid out in memory as `empty_like_layout(x)` is."""
+    y = y.to(x.dtype)
+    return y.mT.contiguous().mT if x.stride(1) == 1 and x.stride(2) != 1 else y.contiguous()
+
+
 def checkpoint_interval(*inputs: torch.Tensor | None) -> int:
     """Return the number of tokens between the states that an op saves for its backward pass; 0 if it saves none.
 

@@ -6,14 +6,15 @@ Forward and backward hold the states of one chunk at a time, so memory does not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim.ops.common.layout import CHECKPOINT_EVERY, accumulate_dtype, empty_like_layout
-from vim.ops.selective_scan.inputs import ScanInputs, is_constant, split_backward
+from vim.ops.common.layout import CHECKPOINT_EVERY, accumulate_dtype, like_layout
+from vim.ops.selective_scan.inputs import TENSORS, ScanInputs, is_constant, split_backward
 
 
 def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +45,7 @@ def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         checkpoints = torch.stack(entry_states[::-1] if reverse else entry_states, 1)
     else:
         checkpoints = A.new_empty(batch, 0, A.shape[1], dim)
-    return empty_like_layout(u).copy_(y), state, checkpoints
+    return like_layout(y, u), state, checkpoints
 
 
 def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -66,11 +67,10 @@ def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments
     acc = accumulate_dtype(u.dtype)
     step = step_size(delta, delta_bias, delta_softplus)
     weight = 2 if A.is_complex() else 1
-    du, dstep, y = (torch.zeros_like(step) for _ in range(3))
     dA = torch.zeros_like(A)
-    dB, dC = (torch.zeros(t.shape, dtype=t.dtype if is_constant(t) else acc, device=t.device) for t in (B, C))
     dy = dout.to(acc) if z is None else dout.to(acc) * F.silu(z.to(acc))
     carry = A.new_zeros(u.shape[0], *A.shape) if dlast_state is None else dlast_state.to(A.dtype)
+    found = []
     for tokens in reversed(list(chunks(u.shape[-1], checkpoint_every, reverse))):
         u_chunk, step_chunk, dy_chunk = (time_first(t[..., tokens].to(acc)) for t in (u, step, dy))
         B_chunk, C_chunk = expand_map(B, A, tokens), expand_map(C, A, tokens)
@@ -82,30 +82,33 @@ def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments
         carry = (decay.conj()[-1 if reverse else 0]) * dstates[-1 if reverse else 0]
         g, h = torch.stack(dstates), torch.stack(states)
         dlog_decay = g * (before * decay).conj()
-        y[..., tokens] = read_out(h, C_chunk).permute(1, 2, 0)
-        dA += (dlog_decay * step_chunk[..., None]).sum((0, 1))
+        dA = dA + (dlog_decay * step_chunk[..., None]).sum((0, 1))
         through_drive = (g * B_chunk.conj()).real.sum(-1)
-        dstep[..., tokens] = ((dlog_decay * A.conj()).real.sum(-1) + through_drive * u_chunk).permute(1, 2, 0)
-        du[..., tokens] = (through_drive * step_chunk).permute(1, 2, 0)
-        add_map_grad(dB, g * (step_chunk * u_chunk)[..., None], A, tokens)
-        add_map_grad(dC, weight * dy_chunk[..., None] * h.conj(), A, tokens)
+        dstep_chunk = (dlog_decay * A.conj()).real.sum(-1) + through_drive * u_chunk
+        dB_chunk = map_grad(g * (step_chunk * u_chunk)[..., None], B)
+        dC_chunk = map_grad(weight * dy_chunk[..., None] * h.conj(), C)
+        found.append((read_out(h, C_chunk), dstep_chunk, through_drive * step_chunk, dB_chunk, dC_chunk))
     absent = u.new_empty(0, dtype=acc)
+    if not found:
+        zeros = [absent if t is None else torch.zeros_like(t) for t in inputs[:TENSORS]]
+        return *zeros[:6], zeros[6].to(u.dtype), zeros[7]
+    y, dstep, du, dB, dC = zip(*(found if reverse else found[::-1]), strict=True)
+    y, dstep, du = (torch.cat(rows).permute(1, 2, 0) for rows in (y, dstep, du))
     dD, dz, ddelta_bias = absent, absent.to(u.dtype), absent
     if D is not None:
-        du += D[:, None] * dy
-        y += D[:, None] * u.to(acc)
+        du = du + D[:, None] * dy
+        y = y + D[:, None] * u.to(acc)
         dD = (dy * u.to(acc)).sum((0, 2))
     if z is not None:
         gate = torch.sigmoid(z.to(acc))
-        dz = empty_like_layout(z).copy_(dout.to(acc) * y * gate * (1 + z.to(acc) * (1 - gate)))
+        dz = like_layout(dout.to(acc) * y * gate * (1 + z.to(acc) * (1 - gate)), z)
     if delta_softplus:
         dstep = dstep * -torch.expm1(-step)  # softplus'(x) = 1 - exp(-softplus(x))
     if delta_bias is not None:
         ddelta_bias = dstep.sum((0, 2))
     return (
-        empty_like_layout(u).copy_(du),
-        empty_like_layout(delta).copy_(dstep),
-        dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, ddelta_bias,
+        like_layout(du, u), like_layout(dstep, delta), dA, join_map_grads(dB, B), join_map_grads(dC, C), dD, dz,
+        ddelta_bias,
     )  # fmt: skip
 
 
@@ -165,13 +168,26 @@ def expand_map(B: Tensor, A: Tensor, tokens: slice) -> Tensor:
     return grouped.permute(3, 0, 1, 2).repeat_interleave(A.shape[0] // grouped.shape[1], dim=2)
 
 
-def add_map_grad(dB: Tensor, grad: Tensor, A: Tensor, tokens: slice) -> None:
-    """Add the gradient of an expanded chunk, (len, batch, dim, d_state), to the gradient of B or C."""
-    if is_constant(dB):
-        dB += grad.sum((0, 1))
-        return
-    target = as_grouped(dB, A)[..., tokens]
-    target += grad.unflatten(2, (target.shape[1], -1)).sum(3).permute(1, 2, 3, 0)
+def map_grad(grad: Tensor, B: Tensor) -> Tensor:
+    """Return the gradient of a chunk of B or C, (len, batch, groups, d_state), or B's shape if B is constant.
+
+    Args:
+        grad: Gradient of the expanded chunk, (len, batch, dim, d_state).
+        B: B or C.
+    """
+    if is_constant(B):
+        return grad.sum((0, 1))
+    return grad.unflatten(2, (B.shape[1] if B.dim() == 4 else 1, -1)).sum(3)
+
+
+def join_map_grads(grads: Sequence[Tensor], B: Tensor) -> Tensor:
+    """Return the gradient of B or C from the gradients of its chunks, in token order."""
+    if is_constant(B):
+        return torch.stack(list(grads)).sum(0).to(B.dtype)
+    grad = torch.cat(list(grads)).permute(1, 2, 3, 0)
+    if grad.is_complex():
+        grad = torch.view_as_real(grad).flatten(-2)
+    return (grad if B.dim() == 4 else grad.squeeze(1)).to(B.dtype).contiguous()
 
 
 def as_grouped(B: Tensor, A: Tensor) -> Tensor:
