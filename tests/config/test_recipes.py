@@ -33,6 +33,7 @@ DEFAULTS = {
     "model.pretrained_weights": "best",
     "model.pretrained_resampling": "exact",
     "model.args": {},
+    "max_steps": None,
     "optim.layer_decay": None,
     "optim.trainable": ("*",),
     "progressive.start_size": None,
@@ -83,10 +84,19 @@ DEFAULTS = {
     "schedule.warmup_lr": 1e-6,
     "schedule.min_lr": 1e-5,
     "schedule.lag_epochs": 1,
+    "schedule.warmup_steps": None,
 }
 OF_THE_MACHINE = {
     *("micro_batch_size", "eval_batch_size", "max_skipped_steps", "device", "data.path", "data.synthetic_images"),
-    *("compile", "model.grad_checkpointing", "optim.unfreeze_after", "progressive.epochs", "progressive.multiple"),
+    *(
+        "compile",
+        "model.grad_checkpointing",
+        "optim.unfreeze_after",
+        "optim.layer_decay_of",
+        "schedule.power",
+        "progressive.epochs",
+        "progressive.multiple",
+    ),
     *("distill.teacher_model", "distill.mode", "distill.weight", "distill.temperature"),
     *("save.steps", "save.minutes", "log.trackers", "log.steps"),
 }

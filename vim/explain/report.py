@@ -95,7 +95,10 @@ def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
     ]
     if history:
         seconds = sum(float(row["seconds"]) for row in history)
-        figures += [("epochs", f"{len(history)} of {config.epochs}"), ("time", _duration(seconds))]
+        figures += [
+            ("epochs", f"{len(history)}" if config.max_steps else f"{len(history)} of {config.epochs}"),
+            ("time", _duration(seconds)),
+        ]
         figures += [("training speed", f"{float(history[-1]['images_per_second']):,.0f} images/s")]
     return {
         "title": f"{config.recipe}: {config.model.name}",

@@ -52,9 +52,14 @@ def _parameter_groups(optim: OptimConfig) -> Callable[[nn.Module], list[dict[str
         kept = [*of_model(), *optim.no_weight_decay]
         if optim.layer_decay is None:
             return param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=kept)
-        return param_groups_layer_decay(
+        found = param_groups_layer_decay(
             model, optim.weight_decay, no_weight_decay_list=kept, layer_decay=optim.layer_decay
         )
+        if optim.layer_decay_of == "stem":
+            lowest = min(group["lr_scale"] for group in found)
+            for group in found:
+                group["lr_scale"] = lowest if group["lr_scale"] == lowest else 1.0
+        return found
 
     return groups
 
@@ -70,17 +75,21 @@ class Schedule:
 
     def __init__(self, optimizer: Optimizer, config: TrainConfig, updates_per_epoch: int) -> None:
         schedule = config.schedule
+        by_step = schedule.unit == "step"
+        length = config.total_steps(updates_per_epoch) if by_step else config.epochs
+        warmup = schedule.warmup_epochs * (updates_per_epoch if by_step else 1)
         self._optimizer = optimizer
         self._lag = schedule.lag_epochs
         self._scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
-            num_epochs=config.epochs,
-            warmup_epochs=schedule.warmup_epochs,
+            num_epochs=length,
+            warmup_epochs=warmup if schedule.warmup_steps is None else schedule.warmup_steps,
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
-            step_on_epochs=schedule.unit == "epoch",
-            updates_per_epoch=updates_per_epoch,
+            decay_rate=schedule.power,  # timm's name for the exponent; the other schedules do not read it
+            step_on_epochs=not by_step,
+            updates_per_epoch=1,  # lengths are in the schedule's unit already
         )
 
     def set(self, epoch: int, step: int) -> float:
