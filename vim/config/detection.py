@@ -6,6 +6,7 @@ from typing import Literal
 
 from vim.config.checks import check, check_choice, check_fraction, check_positive, check_range
 
+_COUNTS = ("channels", "anchor_samples", "proposals", "box_samples", "head_features", "max_detections", "scenes")
 DetectorHeads = Literal["mask_rcnn", "cascade"]
 
 
@@ -37,6 +38,8 @@ class DetectionConfig:
     """Detections with a lower score are dropped."""
     max_detections: int = 100
     """Detections of an image to keep, the ones with the highest scores."""
+    scenes: int = 1000
+    """Number of training scenes of the `digit_scenes` set; a quarter as many are held out."""
     jitter: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest scale of a training image, relative to the size at which it fits the input; the image is
     then cropped or padded to the input (large-scale jitter)."""
@@ -46,11 +49,10 @@ class DetectionConfig:
         rule = "powers of two that halve from level to level, such as [4, 2, 1, 0.5]"
         check("detection.scales", self.scales, rule, lambda v: len(v) > 0 and all(_is_power_of_two(x) for x in v))
         check("detection.scales", self.scales, rule, lambda v: all(a == 2 * b for a, b in pairwise(v)))
-        for name in ("channels", "anchor_scale", "anchor_samples", "proposals", "box_samples", "head_features"):
+        for name in (*_COUNTS, "anchor_scale"):
             check_positive(f"detection.{name}", getattr(self, name))
         check("detection.head_convolutions", self.head_convolutions, ">= 0", lambda v: v >= 0)
         check_fraction("detection.score_threshold", self.score_threshold)
-        check_positive("detection.max_detections", self.max_detections)
         check_range("detection.jitter", self.jitter)
 
 
