@@ -80,6 +80,22 @@ def test_a_polynomial_schedule_falls_to_its_end_over_the_steps_of_the_run():
     assert by_step[:25] == pytest.approx(warm_up + falling, rel=1e-9)
 
 
+def test_a_multistep_schedule_falls_to_a_tenth_after_each_milestone():
+    changes = {"optim__lr": 1e-2, "schedule__name": "multistep", "schedule__warmup_steps": 4}
+    config = tiny_config(epochs=3, max_steps=25, schedule__milestones=(10, 20), **changes)
+    _, by_step = rates(config)
+    warm_up = [1e-6 + step * (1e-2 - 1e-6) / 4 for step in range(4)]
+    assert by_step[:25] == pytest.approx(warm_up + 6 * [1e-2] + 10 * [1e-3] + 5 * [1e-4], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "milestones"), [("multistep", ()), ("cosine", (3,)), ("multistep", (5, 3)), ("multistep", (0, 3))]
+)
+def test_milestones_that_do_not_fit_the_schedule_are_refused(name, milestones):
+    with pytest.raises(ValueError, match=r"schedule\.milestones must be"):
+        tiny_config(schedule__name=name, schedule__milestones=milestones)
+
+
 def test_a_warm_up_in_steps_takes_the_place_of_its_epochs():
     _, by_step = rates(tiny_config(epochs=2, schedule__warmup_epochs=2, schedule__warmup_steps=0))
     assert by_step[0] == pytest.approx(tiny_config().optim.lr)

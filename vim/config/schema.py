@@ -5,6 +5,7 @@ setting as on the command line (`optim.lr`). The docstring under a field is its 
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from vim.config.checks import (
@@ -23,7 +24,7 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 EraseMode = Literal["const", "rand", "pixel"]
 MixMode = Literal["batch", "pair", "elem"]
-ScheduleName = Literal["cosine", "poly", "constant"]
+ScheduleName = Literal["cosine", "poly", "multistep", "constant"]
 ScheduleUnit = Literal["epoch", "step"]
 StartingWeights = Literal["best", "raw", "ema"]
 Resampling = Literal["exact", "reference"]
@@ -297,9 +298,12 @@ class ScheduleConfig:
     """Learning rate schedule: arguments of `timm.scheduler.create_scheduler_v2`."""
 
     name: ScheduleName = "cosine"
-    """`cosine` or `poly` (polynomial) from the peak to `schedule.min_lr`, or `constant`; all after the warm-up."""
+    """`cosine` or `poly` (polynomial) from the peak to `schedule.min_lr`, `multistep` (a tenth of the rate after each
+    of `schedule.milestones`), or `constant`; all after the warm-up."""
     power: float = 1.0
     """Exponent of the polynomial; 1 is a straight line."""
+    milestones: tuple[int, ...] = ()
+    """Optimizer steps, or epochs with unit `epoch`, after which `multistep` divides the rate by ten."""
     unit: ScheduleUnit = "step"
     """Update the rate every optimizer `step` or every `epoch`."""
     warmup_epochs: int = 2
@@ -319,6 +323,10 @@ class ScheduleConfig:
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "lag_epochs"):
             check_not_negative(f"schedule.{name}", getattr(self, name))
         check_positive("schedule.power", self.power)
+        rule = f"{'at least one' if self.name == 'multistep' else 'empty'} when schedule.name is {self.name!r}"
+        check("schedule.milestones", self.milestones, rule, lambda v: bool(v) == (self.name == "multistep"))
+        rule = "numbers > 0 that rise"
+        check("schedule.milestones", self.milestones, rule, lambda v: all(a < b for a, b in pairwise((0, *v))))
         if self.warmup_steps is not None:
             check_not_negative("schedule.warmup_steps", self.warmup_steps)
             if self.unit != "step":

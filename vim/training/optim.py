@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from vim.config.schema import OptimConfig, TrainConfig
 
+_MILESTONE_FACTOR = 0.1
 _FUSED = ("adam", "adamw", "sgd")  # PyTorch's own, in one kernel for all parameters
 
 
@@ -87,7 +88,9 @@ class Schedule:
             warmup_epochs=warmup if schedule.warmup_steps is None else schedule.warmup_steps,
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
-            decay_rate=schedule.power,  # timm's name for the exponent; the other schedules do not read it
+            # timm counts milestones from 1, and calls the exponent of a polynomial a rate too.
+            decay_milestones=[milestone + 1 for milestone in schedule.milestones],
+            decay_rate=_MILESTONE_FACTOR if schedule.name == "multistep" else schedule.power,
             step_on_epochs=not by_step,
             updates_per_epoch=1,  # lengths are in the schedule's unit already
         )
