@@ -17,6 +17,7 @@ from vim.config.checks import (
     check_range,
 )
 from vim.config.run import DistillConfig, LogConfig, ProgressiveConfig, SaveConfig
+from vim.config.segmentation import SegmentationConfig
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -29,7 +30,7 @@ Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
 LayerDecayOf = Literal["blocks", "stem"]
 BestBy = Literal["raw", "ema", "better"]
-TaskName = Literal["classification"]
+TaskName = Literal["classification", "segmentation"]
 
 # Endings of the formats that Pillow reads without further packages.
 IMAGE_EXTENSIONS = (
@@ -99,7 +100,8 @@ class DataConfig:
     dataset: str = "digits"
     """`digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random images), `folder`
     (one folder or tar file per split, with one folder per class), `wds/` (WebDataset shards), or a data set of
-    torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`."""
+    torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`. For segmentation: `pairs` (folders of images
+    and masks), `ade20k` (its folders) or `digit_scenes` (scenes of scikit-learn's digits)."""
     path: str | None = None
     """Folder of the images; for `folder`, a folder with one sub-folder per split."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
@@ -133,13 +135,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check("data.dataset", self.dataset, "the name of a data set", bool)
-        if self.dataset == "folder" and not self.path:
-            raise ValueError(f"data.path must name the image folder when data.dataset is 'folder', got {self.path!r}")
+        if self.dataset in ("folder", "pairs", "ade20k") and not self.path:
+            raise ValueError(
+                f"data.path must name the image folder when data.dataset is {self.dataset!r}, got {self.path!r}"
+            )
         if self.dataset.lower().startswith("wds/") and not self.path:
             raise ValueError(
                 f"data.path must name the folder of shards when data.dataset is {self.dataset!r}, got {self.path!r}"
             )
-        if self.dataset in ("digits", "synthetic") and self.path:
+        if self.dataset in ("digits", "digit_scenes", "synthetic") and self.path:
             raise ValueError(
                 f"data.path must be null when data.dataset is {self.dataset!r}, which does not read files, got "
                 f"{self.path!r}: for a folder of images add --data.dataset folder"
@@ -345,7 +349,7 @@ class TrainConfig:
     recipe: str = "digits"
     """Name of the recipe; the run folder is called after it."""
     task: TaskName = "classification"
-    """What the model learns: `classification` of whole images."""
+    """What the model learns: `classification` of whole images, or `segmentation`, a class for each pixel."""
     epochs: int = 15
     """Passes over the training images."""
     max_steps: int | None = None
@@ -379,6 +383,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
