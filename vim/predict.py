@@ -1,4 +1,4 @@
-"""`python -m vim.predict`: classify an image, or every image below a folder."""
+"""`python -m vim.predict`: classify or segment an image, or every image below a folder."""
 
 import argparse
 import sys
@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
     from vim.inference.predictor import Prediction
+    from vim.inference.segmenter import Segmentation
+    from vim.inference.trained_model import TrainedModel
 
 _DESCRIPTION = """Print the most likely classes of an image, or of every image below a folder, with their probabilities.
+A segmentation model writes a mask and an overlay for each image instead, and prints the shares of the classes.
 
 The model is a run folder of vim.train, a checkpoint in it, a checkpoint of another program (with --model), or the
 name of a timm model with published weights."""
@@ -23,23 +30,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, without the name of the program; `None` is `sys.argv`.
 
     Returns:
-        The exit code: 0 if every image was classified, 1 if some could not be read, or 2 for arguments that cannot be
+        The exit code: 0 if every image was read, 1 if some could not be read, or 2 for arguments that cannot be
         used.
     """
     options = _make_parser().parse_args(argv)
 
+    from vim.config.schema import IMAGE_EXTENSIONS
     from vim.data.listing import describe_passed_over
-    from vim.inference.predictor import list_images, load_predictor
+    from vim.inference.predictor import list_images
+    from vim.inference.trained_model import load_trained_model
     from vim.runtime.device import resolve_device
     from vim.runtime.terminal import show_any_name
 
     show_any_name()
     passed_over: Counter[str] = Counter()
     try:
-        predictor = load_predictor(options.source, options.weights, options.model, resolve_device(options.device))
-        files = list_images(options.images, predictor.extensions, passed_over)
-        predictions = predictor.predict_files(files, options.topk)
-        unread = sum(_show(prediction) for prediction in predictions)
+        trained = load_trained_model(options.source, options.weights, options.model)
+        extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
+        files = list_images(options.images, extensions, passed_over)
+        device = resolve_device(options.device)
+        run = _segment if trained.task == "segmentation" else _classify
+        unread = sum(_show(prediction) for prediction in run(trained, files, device, options))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"vim.predict: {error}\n")
         return 2
@@ -48,6 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if passed_over:
         sys.stderr.write(f"vim.predict: {describe_passed_over(passed_over)}\n")
     return 1 if unread else 0
+
+
+def _classify(
+    trained: "TrainedModel", files: "Sequence[Path]", device: "torch.device", options: argparse.Namespace
+) -> "Iterator[Prediction]":
+    from vim.inference.predictor import make_predictor
+
+    return make_predictor(trained, device).predict_files(files, options.topk)
+
+
+def _segment(
+    trained: "TrainedModel", files: "Sequence[Path]", device: "torch.device", options: argparse.Namespace
+) -> "Iterator[Segmentation]":
+    from vim.inference.segmenter import SegmentImages
+
+    return SegmentImages(trained, device).write_files(files, options.output)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -67,18 +94,31 @@ def _make_parser() -> argparse.ArgumentParser:
         help="raw weights, averaged weights, or the better of both on held-out images (default: best)",
     )
     parser.add_argument("--model", metavar="NAME", help="timm model of a checkpoint that vim.train did not write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("predictions"),
+        metavar="FOLDER",
+        help="folder for the masks of a segmentation model (default: predictions)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     return parser
 
 
-def _show(prediction: "Prediction") -> int:
+def _show(prediction: "Prediction | Segmentation") -> int:
     """Print a prediction; return 1 if the file could not be read, else 0."""
     if prediction.error is not None:
         sys.stderr.write(f"vim.predict: {prediction.path} is skipped: {prediction.error}\n")
         return 1
-    width = max(len(name) for name, _ in prediction.guesses)
-    lines = [f"  {name:<{width}}  {100 * probability:6.2f} %" for name, probability in prediction.guesses]
-    sys.stdout.write("\n".join([str(prediction.path), *lines]) + "\n")
+    from vim.inference.segmenter import Segmentation
+
+    if isinstance(prediction, Segmentation):
+        shares, title = prediction.shares, f"{prediction.path} -> {prediction.mask}"
+    else:
+        shares, title = prediction.guesses, str(prediction.path)
+    width = max(len(name) for name, _ in shares)
+    lines = [f"  {name:<{width}}  {100 * share:6.2f} %" for name, share in shares]
+    sys.stdout.write("\n".join([title, *lines]) + "\n")
     return 0
 
 

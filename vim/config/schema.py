@@ -19,6 +19,7 @@ from vim.config.checks import (
 )
 from vim.config.detection import DetectionConfig
 from vim.config.run import DistillConfig, LogConfig, ProgressiveConfig, SaveConfig
+from vim.config.segmentation import SegmentationConfig
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -31,7 +32,7 @@ Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
 LayerDecayOf = Literal["blocks", "stem"]
 BestBy = Literal["raw", "ema", "better"]
-TaskName = Literal["classification", "detection"]
+TaskName = Literal["classification", "segmentation", "detection"]
 
 # Endings of the formats that Pillow reads without further packages.
 IMAGE_EXTENSIONS = (
@@ -101,8 +102,9 @@ class DataConfig:
     dataset: str = "digits"
     """For classification `digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random
     images), `folder` (one folder or tar file per split, with one folder per class), `wds/` (WebDataset shards), or a
-    data set of torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`. For detection `coco` (a folder in
-    COCO's format) or `digit_scenes` (composed of scikit-learn's digits)."""
+    data set of torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`. For segmentation `pairs` (folders
+    of images and masks) or `ade20k` (its folders); for detection `coco` (a folder in COCO's format); for both
+    `digit_scenes` (scenes of scikit-learn's digits)."""
     path: str | None = None
     """Folder of the images; for `folder`, a folder with one sub-folder per split."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
@@ -136,7 +138,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check("data.dataset", self.dataset, "the name of a data set", bool)
-        if self.dataset in ("folder", "coco") and not self.path:
+        if self.dataset in ("folder", "pairs", "ade20k", "coco") and not self.path:
             raise ValueError(
                 f"data.path must name the image folder when data.dataset is {self.dataset!r}, got {self.path!r}"
             )
@@ -357,7 +359,8 @@ class TrainConfig:
     recipe: str = "digits"
     """Name of the recipe; the run folder is called after it."""
     task: TaskName = "classification"
-    """What the model learns: `classification` of whole images, or `detection` of objects, with or without masks."""
+    """What the model learns: `classification` of whole images, `segmentation`, a class for each pixel, or `detection`
+    of objects, with or without masks."""
     epochs: int = 15
     """Passes over the training images."""
     max_steps: int | None = None
@@ -391,6 +394,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)

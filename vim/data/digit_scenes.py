@@ -16,7 +16,8 @@ __all__ = ["CLASS_NAMES", "DigitScenes", "Scene"]
 
 _SPLITS = ("train", "val")
 _MOST_DIGITS = 5
-_SIDES = (0.25, 0.5)  # of a digit, relative to the scene
+_SIDES = (0.3, 0.5)  # height of a digit, relative to the scene
+_ASPECTS = (0.8, 1.25)  # width of a digit, relative to its height
 _INK = 0.25  # strength from which a pixel belongs to a digit
 _VISIBLE = 0.6  # share of a digit that the digits in front of it must leave uncovered
 _TRIES = 20  # places to try for a digit
@@ -104,7 +105,8 @@ class DigitScenes(Sequence[Scene]):
         """Return the ink of a digit at a random place, (size, size), 0 to 1; `None` if every place hides too much."""
         low, high = (round(share * self.size) for share in _SIDES)
         for _ in range(_TRIES):
-            height, width = (int(side) for side in random.integers(low, high + 1, 2))
+            height = int(random.integers(low, high + 1))
+            width = min(self.size, round(height * random.uniform(*_ASPECTS)))
             top, left = (int(random.integers(self.size - side + 1)) for side in (height, width))
             ink = np.zeros((self.size, self.size))
             ink[top : top + height, left : left + width] = _enlarge(digit[..., None], height, width)[..., 0].clip(0, 1)

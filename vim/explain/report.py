@@ -75,6 +75,7 @@ def write_report(run: Path, output: Path | None = None, device: torch.device | N
 def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
     """Return what the template shows."""
     trained = load_trained_model(str(folder.path))
+    trained.check_task("classification")
     config = trained.config
     if config is None:
         raise ValueError(f"{folder.path} must be the folder of a training run of vim.train: it has no settings")

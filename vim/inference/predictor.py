@@ -122,14 +122,22 @@ def load_predictor(
         device: Device of the model; `None` is the CPU.
 
     Raises:
-        ValueError: The source does not exist, or a file does not name its model.
+        ValueError: The source does not exist, a file does not name its model, or the model does not classify.
         FileNotFoundError: The run folder has no checkpoint yet.
         CheckpointError: The file is damaged, or does not fit the model.
     """
-    trained = load_trained_model(source, weights, model_name)
+    return make_predictor(load_trained_model(source, weights, model_name), device or torch.device("cpu"))
+
+
+def make_predictor(trained: TrainedModel, device: torch.device) -> Predictor:
+    """Make a predictor from a loaded model.
+
+    Raises:
+        ValueError: The model does not classify.
+    """
+    trained.check_task("classification")
     extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
-    names = _names_of(trained)
-    return Predictor(trained.model, trained.preprocessing, names, device or torch.device("cpu"), extensions)
+    return Predictor(trained.model, trained.preprocessing, _names_of(trained), device, extensions)
 
 
 def _names_of(trained: TrainedModel) -> list[str]:
