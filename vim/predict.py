@@ -1,4 +1,4 @@
-"""`python -m vim.predict`: classify or segment an image, or every image below a folder."""
+"""`python -m vim.predict`: classify or segment an image or find its objects, or every image's below a folder."""
 
 import argparse
 import sys
@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
     import torch
 
+    from vim.inference.object_finder import FoundObjects
     from vim.inference.predictor import Prediction
     from vim.inference.segmenter import Segmentation
     from vim.inference.trained_model import TrainedModel
 
 _DESCRIPTION = """Print the most likely classes of an image, or of every image below a folder, with their probabilities.
-A segmentation model writes a mask and an overlay for each image instead, and prints the shares of the classes.
+A segmentation model writes a mask and an overlay for each image instead, and prints the shares of the classes; a
+detector writes a picture and a JSON file, and prints the objects with a score of at least 0.5.
 
 The model is a run folder of vim.train, a checkpoint in it, a checkpoint of another program (with --model), or the
 name of a timm model with published weights."""
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
         files = list_images(options.images, extensions, passed_over)
         device = resolve_device(options.device)
-        run = _segment if trained.task == "segmentation" else _classify
+        run = {"segmentation": _segment, "detection": _detect}.get(trained.task, _classify)
         unread = sum(_show(prediction) for prediction in run(trained, files, device, options))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"vim.predict: {error}\n")
@@ -77,6 +79,14 @@ def _segment(
     return SegmentImages(trained, device).write_files(files, options.output)
 
 
+def _detect(
+    trained: "TrainedModel", files: "Sequence[Path]", device: "torch.device", options: argparse.Namespace
+) -> "Iterator[FoundObjects]":
+    from vim.inference.object_finder import ObjectFinder
+
+    return ObjectFinder(trained, device).write_files(files, options.output)
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vim.predict",
@@ -99,24 +109,27 @@ def _make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("predictions"),
         metavar="FOLDER",
-        help="folder for the masks of a segmentation model (default: predictions)",
+        help="folder for the files of a segmentation model or detector (default: predictions)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     return parser
 
 
-def _show(prediction: "Prediction | Segmentation") -> int:
+def _show(prediction: "Prediction | Segmentation | FoundObjects") -> int:
     """Print a prediction; return 1 if the file could not be read, else 0."""
     if prediction.error is not None:
         sys.stderr.write(f"vim.predict: {prediction.path} is skipped: {prediction.error}\n")
         return 1
+    from vim.inference.object_finder import FoundObjects
     from vim.inference.segmenter import Segmentation
 
-    if isinstance(prediction, Segmentation):
+    if isinstance(prediction, FoundObjects):
+        shares, title = prediction.objects, f"{prediction.path} -> {prediction.picture}"
+    elif isinstance(prediction, Segmentation):
         shares, title = prediction.shares, f"{prediction.path} -> {prediction.mask}"
     else:
         shares, title = prediction.guesses, str(prediction.path)
-    width = max(len(name) for name, _ in shares)
+    width = max((len(name) for name, _ in shares), default=0)  # an image may have no objects
     lines = [f"  {name:<{width}}  {100 * share:6.2f} %" for name, share in shares]
     sys.stdout.write("\n".join([title, *lines]) + "\n")
     return 0

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vim.inference.detection_validation import DetectionValidation
     from vim.inference.mask_validation import MaskValidation
     from vim.inference.validation import ValidateOptions, Validation
     from vim.runtime.distributed import Processes
 
+    AnyValidation = Validation | MaskValidation | DetectionValidation
+
 _DESCRIPTION = """Evaluate a model on every image of a data set, each once: loss, top-1 and top-5 accuracy, a table of
 the classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png). Of a segmentation: loss, mean
-intersection over union and accuracy of the pixels, the same tables, and pictures (predictions.png).
+intersection over union and accuracy of the pixels, the same tables, and pictures (predictions.png). Of a detection:
+COCO's average precision of boxes and masks, and pictures.
 
 The model is a run folder of vim.train, a checkpoint in it, a checkpoint of another program (with --model), or the
 name of a timm model with published weights. By default a run is evaluated on its own held-out images. With torchrun
@@ -96,7 +100,7 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _validate(options: "ValidateOptions", processes: "Processes") -> "Validation | MaskValidation":
+def _validate(options: "ValidateOptions", processes: "Processes") -> "AnyValidation":
     """Load the model, and evaluate it as its task asks."""
     from vim.inference.trained_model import load_trained_model
 
@@ -105,26 +109,40 @@ def _validate(options: "ValidateOptions", processes: "Processes") -> "Validation
         from vim.inference.mask_validation import validate_masks
 
         return validate_masks(options, processes, trained)
+    if trained.task == "detection":
+        from vim.inference.detection_validation import validate_detections
+
+        return validate_detections(options, processes, trained)
     from vim.inference.validation import validate
 
     return validate(options, processes, trained)
 
 
-def _write(validation: "Validation | MaskValidation") -> None:
+def _write(validation: "AnyValidation") -> None:
     """Write the tables and pictures."""
+    from vim.inference.detection_validation import DetectionValidation, write_detection_validation
     from vim.inference.mask_validation import MaskValidation, write_mask_validation
     from vim.inference.validation import write_validation
 
     if isinstance(validation, MaskValidation):
         write_mask_validation(validation)
+    elif isinstance(validation, DetectionValidation):
+        write_detection_validation(validation)
     else:
         write_validation(validation)
 
 
-def _headline(validation: "Validation | MaskValidation") -> str:
+def _headline(validation: "AnyValidation") -> str:
     """Return the figures in words."""
+    from vim.inference.detection_validation import DetectionValidation
     from vim.inference.mask_validation import MaskValidation
 
+    if isinstance(validation, DetectionValidation):
+        return "  ".join(
+            f"{name.replace('_', ' ').replace('ap', 'AP')} {value:.3f} %"
+            for name, value in validation.result.figures.items()
+            if value is not None
+        )
     if isinstance(validation, MaskValidation):
         figures = validation.result.figures()
         return (
@@ -136,7 +154,7 @@ def _headline(validation: "Validation | MaskValidation") -> str:
     return f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}"
 
 
-def _show(validation: "Validation | MaskValidation") -> None:
+def _show(validation: "AnyValidation") -> None:
     """Print the results, and the number of images missing from them."""
     from vim.data.listing import describe_passed_over
     from vim.runtime.terminal import write_out

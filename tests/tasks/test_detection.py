@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 
 import pytest
@@ -14,7 +15,11 @@ from tests.coco_folder import annotation, plain_objects, write_split
 from tests.processes import run_together
 from tests.tiny_runs import TINY_MODEL, change, tiny_config
 from tests.training.test_trainer import same
+from vim import predict, validate
 from vim.checkpoints.io import load_checkpoint
+from vim.data.coco_masks import decode_mask
+from vim.inference.object_finder import ObjectFinder
+from vim.inference.trained_model import load_trained_model
 from vim.runtime.distributed import Processes, join_processes
 from vim.tasks.detection import DetectionTask
 from vim.training.run_folder import RunFolder
@@ -194,3 +199,64 @@ def test_a_checkpoint_of_other_classes_is_refused(folder):
 def test_settings_that_detection_does_not_have_are_refused(folder, name, value):
     with pytest.raises(ValueError, match=f"{name.replace('__', '.')} must be off for task 'detection'"):
         DetectionTask(change(config_for(folder), **{name: value}), torch.device("cpu"), Processes())
+
+
+def test_validate_and_predict_take_a_run(tmp_path, folder, capsys):
+    config = config_for(folder, ema_decay=None)
+    history, _ = train(config, tmp_path / "run")
+    run = str(tmp_path / "run")
+    assert validate.main([run, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"box AP {history[0]['val_box_ap']:.3f} %" in shown
+    assert "on 5 images" in shown
+    results = json.loads((tmp_path / "run" / "validation" / "results.json").read_text())
+    for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap75"):
+        assert results[name] == pytest.approx(history[0][f"val_{name}"], abs=1e-6)
+    Image.open(tmp_path / "run" / "validation" / "predictions.png").load()
+
+    (tmp_path / "images" / "again").mkdir(parents=True)
+    for name in ("a.png", "again/a.png"):
+        Image.new("L", (70, 50)).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "broken.png").write_bytes(b"")
+    arguments = [run, str(tmp_path / "images"), "--output", str(tmp_path / "found"), "--device", "cpu"]
+    assert predict.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "broken.png is skipped" in captured.err
+    assert f"a.png -> {tmp_path / 'found' / 'a_objects.png'}" in captured.out
+    files = sorted(path.name for path in (tmp_path / "found").iterdir())
+    assert files == ["a-2_objects.json", "a-2_objects.png", "a_objects.json", "a_objects.png"]
+    assert Image.open(tmp_path / "found" / "a_objects.png").size == (70, 50)
+
+
+def test_found_objects_are_written_in_coco_s_format(tmp_path, folder):
+    train(config_for(folder, ema_decay=None), tmp_path / "run")
+    finder = ObjectFinder(load_trained_model(str(tmp_path / "run")), torch.device("cpu"))
+    image = folder / "val2017" / "0.png"
+    (found,) = finder.write_files([image], tmp_path / "found", score=0.0)
+    results = json.loads((tmp_path / "found" / "0_objects.json").read_text())
+    assert len(results) == len(found.objects) > 0
+    scores = [result["score"] for result in results]
+    assert scores == sorted(scores, reverse=True)
+    for result in results:
+        assert result["category"] in ("ant", "bee", "cat")
+        mask = decode_mask(result["segmentation"], (32, 48))
+        left, top, width, height = result["bbox"]
+        assert width > 0 < height
+        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+        if len(rows):
+            assert rows.min() >= top - 2
+            assert columns.max() <= left + width + 2
+
+
+def test_a_model_of_another_task_is_refused_by_name(tmp_path, folder):
+    train(config_for(folder, ema_decay=None), tmp_path / "run")
+    trained = load_trained_model(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"must be of task 'classification'.*of task 'detection'"):
+        trained.check_task("classification")
+
+
+def test_validation_on_other_categories_is_refused(tmp_path, folder, capsys):
+    train(config_for(folder, ema_decay=None), tmp_path / "run")
+    other = write_split(tmp_path / "other", "val2017", [], categories=[{"id": 3, "name": "ant"}])
+    assert validate.main([str(tmp_path / "run"), "--path", str(other), "--device", "cpu"]) == 2
+    assert "must be the classes of the model: 'bee', 'cat' are gone" in capsys.readouterr().err

@@ -88,15 +88,23 @@ def build_instance_loaders(
         rank=rank,
         world_size=world_size,
     )
-    eval_size = config.eval_batch_size or config.micro_batch_size
-    eval_order = EvalOrder(len(val), eval_size, rank=rank, world_size=world_size)
     return InstanceLoaders(
         train=open_loader(train_images, order, config, device),
-        val=open_loader(val_images, eval_order, config, device),
+        val=build_eval_instance_loader(val, config, device, rank, world_size),
         order=order,
         train_images=train_images,
         val_images=val_images,
     )
+
+
+def build_eval_instance_loader(
+    source: InstanceSource, config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1
+) -> "DataLoader[Any]":
+    """Make a loader over the images of a process, each once and as it is."""
+    images = InstanceImages(source, Preprocessing.from_config(config).color_mode, bits=config.data.bits)
+    size = config.eval_batch_size or config.micro_batch_size
+    order = EvalOrder(len(images), size, rank=rank, world_size=world_size)
+    return open_loader(images, order, config, device)
 
 
 def open_instances(config: TrainConfig, split: str) -> InstanceSource:

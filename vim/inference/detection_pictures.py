@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 from vim.checkpoints.io import atomic_writer
+from vim.data.instances import Instances
 
 _GOLDEN = 0.618034  # of a turn: neighbouring classes get distant hues
 _SHOWN_SCORE = 0.5
@@ -28,6 +29,12 @@ class Example(NamedTuple):
     """`boxes`, `labels` and `masks` (n, height, width), bool."""
     found: dict[str, Tensor]
     """`boxes`, `labels`, `scores` and, if the model predicts them, `masks` (n, 1, height, width)."""
+
+    @classmethod
+    def of(cls, image: Tensor, truth: Instances, found: dict[str, Tensor]) -> "Example":
+        """Return an example, on the CPU."""
+        objects = {"boxes": truth.boxes, "labels": truth.labels, "masks": truth.masks}
+        return cls(image, objects, {name: tensor.cpu() for name, tensor in found.items()})
 
 
 def confident(found: dict[str, Tensor], score: float = _SHOWN_SCORE) -> dict[str, Tensor]:

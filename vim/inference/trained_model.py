@@ -14,6 +14,7 @@ from vim.checkpoints.io import CheckpointError, load_checkpoint, load_into, load
 from vim.config.load import config_from_dict, config_to_dict
 from vim.config.schema import TaskName, TrainConfig
 from vim.data.preprocessing import Preprocessing
+from vim.inference.detectors import build_run_detector
 from vim.models import VisionMamba
 from vim.models.build import build_model, check_model_name, without_download, without_weights
 from vim.models.build_segmenter import build_segmenter
@@ -40,7 +41,8 @@ class TrainedModel:
     """A model with its preprocessing, classes and settings."""
 
     model: nn.Module
-    """Maps images to logits: (batch, classes), or of a segmentation (batch, classes, height, width); on the CPU."""
+    """Maps images to logits: (batch, classes), or of a segmentation (batch, classes, height, width). A detector
+    maps them to a dictionary each, as torchvision's do. On the CPU."""
     preprocessing: Preprocessing
     """Maps an image to the model's input."""
     class_names: tuple[str, ...] | None
@@ -125,6 +127,8 @@ def _build(config: TrainConfig, num_classes: int) -> nn.Module:
     own = without_download(without_weights(config.model))
     if config.task == "segmentation":
         return build_segmenter(dataclasses.replace(config, model=own), num_classes)
+    if config.task == "detection":
+        return build_run_detector(dataclasses.replace(config, model=own), num_classes)
     return build_model(own, num_classes)
 
 

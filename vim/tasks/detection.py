@@ -125,8 +125,7 @@ class DetectionTask:
 
         def observe(image: Tensor, truth: Instances, found: Detections) -> None:
             if len(examples) < _EXAMPLES:
-                objects = {"boxes": truth.boxes, "labels": truth.labels, "masks": truth.masks}
-                examples.append(Example(image, objects, {name: value.cpu() for name, value in found.items()}))
+                examples.append(Example.of(image, truth, found))
 
         result = evaluate_detections(
             model,
