@@ -60,7 +60,9 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], class_names: Sequenc
         return picture.clone()
     colors = [_color(label) for label in labels]
     if "masks" in objects:
-        picture = draw_segmentation_masks(picture, objects["masks"].cpu(), alpha=0.5, colors=colors)
+        masks = objects["masks"].cpu()
+        for index in reversed(range(len(labels))):  # one by one: where masks overlap, the first one is on top
+            picture = draw_segmentation_masks(picture, masks[index], alpha=0.5, colors=colors[index])
     names = [class_names[label - 1] for label in labels]
     if "scores" in objects:
         names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
