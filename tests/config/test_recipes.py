@@ -220,6 +220,32 @@ def test_a_recipe_for_a_folder_asks_for_the_images(recipe):
         resolve(recipe)
 
 
+# The original's seg/: by script, learning rate, weight decay, layer decay and what the pyramid reads.
+ADE20K = {"tiny": (2e-4, 0.1, 0.92, "mixer"), "small": (1e-4, 0.05, 0.95, "sum")}
+
+
+@pytest.mark.parametrize("size", ADE20K)
+def test_an_ade20k_recipe_is_the_script_of_the_original(size):
+    config = resolve(f"vim_{size}_ade20k", "--data.path", "ADE20K")
+    own, optim, schedule = config.segmentation, config.optim, config.schedule
+    assert (optim.lr, optim.weight_decay, optim.layer_decay, own.tap) == ADE20K[size]
+    assert (optim.layer_decay_of, optim.lr_batch_size, optim.clip_grad) == ("stem", None, None)
+    assert (config.max_steps, config.batch_size, config.split_batch(4).micro_batch_size) == (60_000, 32, 8)
+    assert (schedule.name, schedule.power, schedule.warmup_steps, schedule.min_lr) == ("poly", 1.0, 1500, 0.0)
+    assert (own.blocks, own.norm, own.channels, own.aux_channels, own.aux_weight) == (
+        *((5, 11, 17, 23), "batch", None, 256, 0.4),
+    )
+    assert (config.model.img_size, own.short_side, own.stride, own.scale) == (512, 512, 341, (0.5, 2.0))
+    assert (own.category_ratio, own.photometric, own.dropout, config.augment.hflip) == (0.75, True, 0.1, 0.5)
+    assert config.loss.label_smoothing == 0
+
+
+@pytest.mark.parametrize("recipe", ["vim_tiny_ade20k", "vim_small_ade20k", "finetune_segmentation"])
+def test_a_recipe_for_masks_asks_for_the_images(recipe):
+    with pytest.raises(ValueError, match=r"data.path must name the image folder .* got None"):
+        resolve(recipe)
+
+
 def test_the_base_recipe_says_that_it_is_not_the_authors():
     assert "NOT PUBLISHED BY THE AUTHORS" in (CONFIGS / "vim_base_in1k.yaml").read_text(encoding="utf-8")
 

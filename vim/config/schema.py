@@ -103,8 +103,8 @@ class DataConfig:
     """For classification `digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random
     images), `folder` (one folder or tar file per split, with one folder per class), `wds/` (WebDataset shards), or a
     data set of torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`. For segmentation `pairs` (folders
-    of images and masks) or `ade20k` (its folders); for detection `coco` (a folder in COCO's format); for both
-    `digit_scenes` (scenes of scikit-learn's digits)."""
+    of images and masks), `ade20k` (its folders) or `nuclei` (comes with stardist); for detection `coco` (a folder in
+    COCO's format); for both `digit_scenes` (scenes of scikit-learn's digits)."""
     path: str | None = None
     """Folder of the images; for `folder`, a folder with one sub-folder per split."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
@@ -146,7 +146,7 @@ class DataConfig:
             raise ValueError(
                 f"data.path must name the folder of shards when data.dataset is {self.dataset!r}, got {self.path!r}"
             )
-        if self.dataset in ("digits", "digit_scenes", "synthetic") and self.path:
+        if self.dataset in ("digits", "digit_scenes", "nuclei", "synthetic") and self.path:
             raise ValueError(
                 f"data.path must be null when data.dataset is {self.dataset!r}, which does not read files, got "
                 f"{self.path!r}: for a folder of images add --data.dataset folder"

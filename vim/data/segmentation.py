@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from vim.config.schema import TrainConfig
 from vim.config.segmentation import MOST_CLASSES
+from vim.data import nuclei
 from vim.data.decoding import to_color_mode
 from vim.data.digit_scenes import DigitScenes
 from vim.data.joint_transforms import JointTransform
@@ -23,7 +24,8 @@ from vim.data.randomness import Draw, seeded
 from vim.data.reading import read_or_replace
 from vim.data.unreadable import Unreadable
 
-DATASETS = ("pairs", "ade20k", "digit_scenes")
+DATASETS = ("pairs", "ade20k", "digit_scenes", "nuclei")
+_MADE = {"digit_scenes": ScenePairs.class_names, "nuclei": nuclei.CLASS_NAMES}  # not from files of the user
 _CLASSES_FILE = "classes.txt"
 _ADE20K_CLASSES = 150
 
@@ -143,8 +145,10 @@ def _pair_set(pairs: MaskPairs, to_labels: MaskLabels, config: TrainConfig, **mo
 
 def _open(config: TrainConfig, split: str) -> MaskPairs:
     data, own = config.data, config.segmentation
+    is_train = split == data.train_split
+    if data.dataset == "nuclei":
+        return nuclei.NucleiPairs(is_train)
     if data.dataset == "digit_scenes":
-        is_train = split == data.train_split
         height, width = config.model.image_shape
         if height != width:
             raise ValueError(f"model.img_size must be square for data.dataset 'digit_scenes', got {height, width}")
@@ -179,8 +183,8 @@ def _found_names(config: TrainConfig) -> tuple[str, ...] | None:
     own, data = config.segmentation, config.data
     if own.classes:
         return own.classes
-    if data.dataset == "digit_scenes":
-        return ScenePairs.class_names
+    if data.dataset in _MADE:
+        return _MADE[data.dataset]
     file = Path(cast(str, data.path)).expanduser() / _CLASSES_FILE
     if file.is_file():
         return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
