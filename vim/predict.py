@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
         files = list_images(options.images, extensions, passed_over)
         device = resolve_device(options.device)
-        run = {"segmentation": _segment, "detection": _detect}.get(trained.task, _classify)
-        unread = sum(_show(prediction) for prediction in run(trained, files, device, options))
+        unread = sum(_show(prediction) for prediction in _predict(trained, files, device, options))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"vim.predict: {error}\n")
         return 2
@@ -61,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if passed_over:
         sys.stderr.write(f"vim.predict: {describe_passed_over(passed_over)}\n")
     return 1 if unread else 0
+
+
+def _predict(
+    trained: "TrainedModel", files: "Sequence[Path]", device: "torch.device", options: argparse.Namespace
+) -> "Iterator[Prediction] | Iterator[Segmentation] | Iterator[FoundObjects]":
+    if trained.task == "segmentation":
+        return _segment(trained, files, device, options)
+    if trained.task == "detection":
+        return _detect(trained, files, device, options)
+    return _classify(trained, files, device, options)
 
 
 def _classify(

@@ -53,9 +53,7 @@ class InstanceTransform:
         objects = instances.select(~instances.crowd)
         sample: dict[str, Any] = {
             "image": tv_tensors.Image(F.pil_to_tensor(image)),
-            "boxes": tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
-                objects.boxes, format="XYXY", canvas_size=(image.height, image.width)
-            ),
+            "boxes": tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=(image.height, image.width)),
         }
         if self._masks:
             sample["masks"] = tv_tensors.Mask(objects.masks)

@@ -36,10 +36,13 @@ class InstanceSource(Protocol):
 
     class_names: tuple[str, ...]
     """Name of each class; the first one has the label 1."""
-    notes: Sequence[str]
-    """What is unusual about the annotations, in words."""
     checksum: int
     """A number that changes with the annotations."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is unusual about the annotations, in words."""
+        ...
 
     def __len__(self) -> int: ...
 

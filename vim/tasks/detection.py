@@ -25,6 +25,7 @@ from vim.inference.trained_model import weights_metadata
 from vim.runtime.distributed import Processes
 from vim.runtime.precision import autocast
 from vim.tasks.data_record import changes_since_record, write_record
+from vim.tasks.detection_settings import refuse_other_settings
 from vim.tasks.task import Batch, Evaluation, Figures
 
 _EXAMPLES = 6
@@ -56,7 +57,7 @@ class DetectionTask:
     sums: tuple[str, ...] = ("proposals", "classes", "boxes", "masks")
 
     def __init__(self, config: TrainConfig, device: torch.device, processes: Processes) -> None:
-        check_settings(config)
+        refuse_other_settings(config)
         self._config, self._device = config, device
         self._autocast = partial(autocast, device.type, config.precision)
         self.headline: tuple[str, ...] = ("box_ap50", "box_ap", *(["mask_ap"] if config.detection.masks else []))
@@ -241,24 +242,3 @@ class DetectionTask:
     def weights_metadata(self) -> dict[str, str]:
         """Return the settings and the names of the classes, as the header of a safetensors file."""
         return weights_metadata(self._config, self.class_names)
-
-
-def check_settings(config: TrainConfig) -> None:
-    """Raise `ValueError` for settings that detection does not have."""
-    augment = config.augment
-    off = {
-        "augment.mixup": augment.mixup,
-        "augment.cutmix": augment.cutmix,
-        "augment.erase_prob": augment.erase_prob,
-        "augment.auto_augment": augment.auto_augment,
-        "augment.color_jitter": augment.color_jitter,
-        "augment.vflip": augment.vflip,
-        "augment.repeats": augment.repeats,
-        "loss.label_smoothing": config.loss.label_smoothing,
-        "progressive.start_size": config.progressive.start_size,
-        "distill.teacher": config.distill.teacher,
-        "compile": config.compile,
-    }
-    for name, value in off.items():
-        if value:
-            raise ValueError(f"{name} must be off for task 'detection', which has no such setting, got {value!r}")

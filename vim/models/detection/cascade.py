@@ -1,6 +1,7 @@
 """Cascade R-CNN: box heads in a row, each trained on the boxes of the one before with a stricter threshold."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class CascadeRoIHeads(nn.Module):
     Source: Cai and Vasconcelos 2018, arXiv:1712.00726, sections 4 and 5; the gradient scale and the box head are
     ViTDet's, Li et al. 2022, arXiv:2203.16527.
     """
+
+    mask_roi_pool: Any
+    mask_head: Any
+    mask_predictor: Any
 
     def __init__(
         self,
@@ -98,7 +103,8 @@ class CascadeRoIHeads(nn.Module):
                 proposals = _refine(stage, shifts, proposals, image_shapes)
         # `postprocess_detections` takes logits: the softmax of the logarithms is the mean itself.
         mean = torch.stack(probabilities).mean(dim=0).log()
-        found = self.stages[-1].postprocess_detections(mean, shifts, proposals, image_shapes)
+        last: Any = self.stages[-1]
+        found = last.postprocess_detections(mean, shifts, proposals, image_shapes)
         results = [
             {"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in zip(*found, strict=True)
         ]

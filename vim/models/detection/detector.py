@@ -149,7 +149,7 @@ def _stage(
     threshold: float,
     box_weights: tuple[float, ...],
     class_agnostic: bool,
-    **mask_parts: nn.Module,
+    mask_parts: dict[str, nn.Module],
 ) -> RoIHeads:
     return RoIHeads(
         make_box_pool(strides),
@@ -169,9 +169,9 @@ def _stage(
 
 def _one_stage(strides: list[int], num_classes: int, settings: DetectionConfig) -> nn.Module:
     masks = _mask_parts(strides, num_classes, settings)
-    return _stage(strides, num_classes, settings, *_STAGES[0], class_agnostic=False, **masks)
+    return _stage(strides, num_classes, settings, *_STAGES[0], class_agnostic=False, mask_parts=masks)
 
 
 def _cascade(strides: list[int], num_classes: int, settings: DetectionConfig) -> nn.Module:
-    stages = [_stage(strides, num_classes, settings, *stage, class_agnostic=True) for stage in _STAGES]
+    stages = [_stage(strides, num_classes, settings, *stage, class_agnostic=True, mask_parts={}) for stage in _STAGES]
     return CascadeRoIHeads(stages, **_mask_parts(strides, num_classes, settings))
