@@ -9,6 +9,7 @@ from torch import nn
 
 import vim
 from tests.helpers import assert_close
+from vim.inference.onnx import write_onnx
 from vim.models.segmentation import Segmenter
 
 SMALL = {"patch_size": 8, "embed_dim": 16, "depth": 4, "d_state": 4, "img_size": 64, "cls_position": "none"}
@@ -93,3 +94,9 @@ def test_one_class_is_refused():
 def test_the_final_norm_of_the_mixers_output_is_refused():
     with pytest.raises(ValueError, match="norm must be False with tap='mixer'"):
         vim.VisionMamba(**SMALL).forward_intermediates(torch.randn(1, 3, 64, 64), norm=True, tap="mixer")
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_segmenter_exports_to_onnx_with_any_batch(tmp_path, norm):
+    model = small(norm=norm).eval()
+    assert write_onnx(model, tmp_path / "model.onnx", 3, (64, 64), tolerance=1e-4) < 1e-4
