@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 
@@ -260,3 +261,10 @@ def test_validation_on_other_categories_is_refused(tmp_path, folder, capsys):
     other = write_split(tmp_path / "other", "val2017", [], categories=[{"id": 3, "name": "ant"}])
     assert validate.main([str(tmp_path / "run"), "--path", str(other), "--device", "cpu"]) == 2
     assert "must be the classes of the model: 'bee', 'cat' are gone" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named_before_the_run(folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faster_coco_eval" else find(name))
+    with pytest.raises(ModuleNotFoundError, match=r'needs faster_coco_eval: pip install "vimamba\[dense\]"'):
+        DetectionTask(config_for(folder), torch.device("cpu"), Processes())

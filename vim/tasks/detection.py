@@ -25,7 +25,7 @@ from vim.inference.trained_model import weights_metadata
 from vim.runtime.distributed import Processes
 from vim.runtime.precision import autocast
 from vim.tasks.data_record import changes_since_record, write_record
-from vim.tasks.detection_settings import refuse_other_settings
+from vim.tasks.detection_settings import check_packages, refuse_other_settings
 from vim.tasks.task import Batch, Evaluation, Figures
 
 _EXAMPLES = 6
@@ -57,6 +57,7 @@ class DetectionTask:
     sums: tuple[str, ...] = ("proposals", "classes", "boxes", "masks")
 
     def __init__(self, config: TrainConfig, device: torch.device, processes: Processes) -> None:
+        check_packages()
         refuse_other_settings(config)
         self._config, self._device = config, device
         self._autocast = partial(autocast, device.type, config.precision)
