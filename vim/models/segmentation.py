@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,13 +71,14 @@ class Segmenter(nn.Module):
         self.num_classes = num_classes
         self.backbone = VimPyramid(model, blocks=blocks, tap=tap, norm=norm)
         width = [model.embed_dim] * _LEVELS
-        config = UperNetConfig(
-            hidden_size=channels or model.embed_dim,
-            pool_scales=list(pool_scales),
-            num_labels=num_classes,
-            auxiliary_channels=aux_channels or 0,
-            auxiliary_num_convs=1,
-        )
+        settings: dict[str, Any] = {
+            "hidden_size": channels or model.embed_dim,
+            "pool_scales": list(pool_scales),
+            "num_labels": num_classes,
+            "auxiliary_channels": aux_channels or 0,
+            "auxiliary_num_convs": 1,
+        }
+        config = UperNetConfig(**settings)
         self.head = UperNetHead(config, width)
         self.aux_head = UperNetFCNHead(config, width, _AUX_LEVEL) if aux_channels else None
         for head in (self.head, self.aux_head):
