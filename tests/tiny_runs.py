@@ -71,3 +71,42 @@ def write_image_folder(
                 pixels = color // 2 + random.integers(0, 128, (size[1], size[0], 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}{suffix}")
     return root
+
+
+# A Vim without class token on crops of 32 pixels, and narrow heads.
+TINY_SEGMENTER = {
+    "task": "segmentation",
+    "model__in_chans": 3,
+    "model__img_size": 32,
+    "model__args": {**TINY_MODEL, "depth": 2, "cls_position": "none"},
+    "data__mean": (0.4,),
+    "data__std": (0.2,),
+    "segmentation__channels": 8,
+    "segmentation__aux_channels": 8,
+    "batch_size": 4,
+    "micro_batch_size": 4,
+}
+
+
+def write_pairs(
+    root: Path,
+    counts: dict[str, int],
+    size: tuple[int, int] = (40, 36),
+    layout: tuple[str, str] = ("images/{}", "masks/{}"),
+    values: tuple[int, ...] = (0, 1, 2),
+) -> Path:
+    """Write random images of (width, height) and masks: a stripe of each value, with a colour of its own."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        folders = [root / part.format(split) for part in layout]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for index in range(count):
+            edges = np.sort(random.integers(4, size[0] - 4, len(values) - 1))
+            labels = np.broadcast_to(np.searchsorted(edges, np.arange(size[0]), side="right"), (size[1], size[0]))
+            pixels = np.stack([60 + 60 * labels, 200 - 50 * labels, 0 * labels + 90], 2)
+            noisy = (pixels + random.normal(0, 10, pixels.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folders[0] / f"{index}.png")
+            mask = np.array(values)[labels]
+            Image.fromarray(mask.astype(np.uint8 if max(values) < 256 else np.uint16)).save(folders[1] / f"{index}.png")
+    return root

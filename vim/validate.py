@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vim.inference.validation import Validation
+    from vim.inference.detection_validation import DetectionValidation
+    from vim.inference.mask_validation import MaskValidation
+    from vim.inference.validation import ValidateOptions, Validation
+    from vim.runtime.distributed import Processes
+
+    AnyValidation = Validation | MaskValidation | DetectionValidation
 
 _DESCRIPTION = """Evaluate a model on every image of a data set, each once: loss, top-1 and top-5 accuracy, a table of
-the classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png).
+the classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png). Of a segmentation: loss, mean
+intersection over union and accuracy of the pixels, the same tables, and pictures (predictions.png). Of a detection:
+COCO's average precision of boxes and masks, and pictures.
 
 The model is a run folder of vim.train, a checkpoint in it, a checkpoint of another program (with --model), or the
 name of a timm model with published weights. By default a run is evaluated on its own held-out images. With torchrun
@@ -37,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f'vim.validate: {", ".join(missing)} is not installed: pip install "vimamba[train]"\n')
         return 2
 
-    from vim.inference.validation import ValidateOptions, validate, write_validation
+    from vim.inference.validation import ValidateOptions
     from vim.runtime.distributed import JoinError, join_processes
     from vim.runtime.terminal import show_any_name, write_out
 
@@ -45,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with join_processes() as processes:
             try:
-                validation = validate(ValidateOptions(**arguments), processes)
+                validation = _validate(ValidateOptions(**arguments), processes)
                 if processes.is_main:
                     _show(validation)  # first, since writing may fail on a full disk
-                    write_validation(validation)
+                    _write(validation)
                     write_out(f"files: {validation.folder}\n")
             except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
                 if processes.is_main:
@@ -93,14 +100,66 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(validation: "Validation") -> None:
+def _validate(options: "ValidateOptions", processes: "Processes") -> "AnyValidation":
+    """Load the model, and evaluate it as its task asks."""
+    from vim.inference.trained_model import load_trained_model
+
+    trained = processes.together(lambda: load_trained_model(options.source, options.weights, options.model))
+    if trained.task == "segmentation":
+        from vim.inference.mask_validation import validate_masks
+
+        return validate_masks(options, processes, trained)
+    if trained.task == "detection":
+        from vim.inference.detection_validation import validate_detections
+
+        return validate_detections(options, processes, trained)
+    from vim.inference.validation import validate
+
+    return validate(options, processes, trained)
+
+
+def _write(validation: "AnyValidation") -> None:
+    """Write the tables and pictures."""
+    from vim.inference.detection_validation import DetectionValidation, write_detection_validation
+    from vim.inference.mask_validation import MaskValidation, write_mask_validation
+    from vim.inference.validation import write_validation
+
+    if isinstance(validation, MaskValidation):
+        write_mask_validation(validation)
+    elif isinstance(validation, DetectionValidation):
+        write_detection_validation(validation)
+    else:
+        write_validation(validation)
+
+
+def _headline(validation: "AnyValidation") -> str:
+    """Return the figures in words."""
+    from vim.inference.detection_validation import DetectionValidation
+    from vim.inference.mask_validation import MaskValidation
+
+    if isinstance(validation, DetectionValidation):
+        return "  ".join(
+            f"{name.replace('_', ' ').replace('ap', 'AP')} {value:.3f} %"
+            for name, value in validation.result.figures.items()
+            if value is not None
+        )
+    if isinstance(validation, MaskValidation):
+        figures = validation.result.figures()
+        return (
+            f"mIoU {figures['miou']:.3f} %  mAcc {figures['macc']:.3f} %  aAcc {figures['aacc']:.3f} %  "
+            f"loss {figures['loss']:.4f}"
+        )
+    result = validation.result
+    top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"
+    return f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}"
+
+
+def _show(validation: "AnyValidation") -> None:
     """Print the results, and the number of images missing from them."""
     from vim.data.listing import describe_passed_over
     from vim.runtime.terminal import write_out
 
-    result = validation.result
-    top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"
-    lines = [f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}  on {result.count:,} images"]
+    lines = [f"{_headline(validation)}  on {validation.result.count:,} images"]
     if validation.unreadable:
         lines.append(f"{validation.unreadable:,} more images could not be read and are missing from these figures")
     if validation.passed_over:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
 from vim.config.load import config_from_dict, parse_command_line, setting_names
-from vim.config.schema import IMAGE_EXTENSIONS, TrainConfig
+from vim.config.schema import IMAGE_EXTENSIONS, TaskName, TrainConfig
+from vim.config.segmentation import SegmentationConfig
 from vim.models.build import build_model
 from vim.training.optim import Schedule
 
@@ -33,6 +35,8 @@ DEFAULTS = {
     "model.pretrained_weights": "best",
     "model.pretrained_resampling": "exact",
     "model.args": {},
+    "max_steps": None,
+    "segmentation": SegmentationConfig(),
     "optim.layer_decay": None,
     "optim.trainable": ("*",),
     "progressive.start_size": None,
@@ -83,10 +87,20 @@ DEFAULTS = {
     "schedule.warmup_lr": 1e-6,
     "schedule.min_lr": 1e-5,
     "schedule.lag_epochs": 1,
+    "schedule.warmup_steps": None,
 }
 OF_THE_MACHINE = {
     *("micro_batch_size", "eval_batch_size", "max_skipped_steps", "device", "data.path", "data.synthetic_images"),
-    *("compile", "model.grad_checkpointing", "optim.unfreeze_after", "progressive.epochs", "progressive.multiple"),
+    *(
+        "compile",
+        "model.grad_checkpointing",
+        "optim.unfreeze_after",
+        "optim.layer_decay_of",
+        "schedule.power",
+        "schedule.milestones",
+        "progressive.epochs",
+        "progressive.multiple",
+    ),
     *("distill.teacher_model", "distill.mode", "distill.weight", "distill.temperature"),
     *("save.steps", "save.minutes", "log.trackers", "log.steps", "log.report"),
 }
@@ -154,10 +168,18 @@ def setting(config, name):
     return config
 
 
+def names_for(task):
+    """Return the settings of a task: a recipe leaves the groups of other tasks out."""
+    others = {f"{name}." for name in get_args(TaskName) if name != task}
+    return [name for name in setting_names() if not name.startswith(tuple(others))]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_sets_everything_and_carries_its_own_name(path):
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert [name for name, _ in flat(data)] == setting_names()
+    own = set(names_for(data["task"]))
+    assert [name for name, _ in flat(data) if name in own] == names_for(data["task"])
+    assert {name for name, _ in flat(data)} <= set(setting_names())
     assert data["recipe"] == path.stem
 
 
@@ -177,7 +199,7 @@ def test_the_digits_recipe_is_what_training_without_arguments_does():
 def test_every_setting_of_an_imagenet_recipe_is_the_original_one(recipe):
     config = resolve(recipe, "--data.path", "IMAGENET")
     original = DEFAULTS | {"recipe": recipe} | ORIGINAL[recipe]
-    assert set(original) | OF_THE_MACHINE == set(setting_names())
+    assert set(original) - {"segmentation"} | OF_THE_MACHINE == set(names_for("classification"))
     assert {name: setting(config, name) for name in original} == original
     assert config.peak_lr == pytest.approx(PEAK_LR[recipe])
     assert config.data.path == "IMAGENET"
@@ -195,6 +217,32 @@ def test_the_rate_of_fine_tuning_is_constant(recipe):
 @pytest.mark.parametrize("recipe", [*ORIGINAL, "finetune_folder"])
 def test_a_recipe_for_a_folder_asks_for_the_images(recipe):
     with pytest.raises(ValueError, match=r"data.path must name the image folder .* 'folder', got None"):
+        resolve(recipe)
+
+
+# The original's seg/: by script, learning rate, weight decay, layer decay and what the pyramid reads.
+ADE20K = {"tiny": (2e-4, 0.1, 0.92, "mixer"), "small": (1e-4, 0.05, 0.95, "sum")}
+
+
+@pytest.mark.parametrize("size", ADE20K)
+def test_an_ade20k_recipe_is_the_script_of_the_original(size):
+    config = resolve(f"vim_{size}_ade20k", "--data.path", "ADE20K")
+    own, optim, schedule = config.segmentation, config.optim, config.schedule
+    assert (optim.lr, optim.weight_decay, optim.layer_decay, own.tap) == ADE20K[size]
+    assert (optim.layer_decay_of, optim.lr_batch_size, optim.clip_grad) == ("stem", None, None)
+    assert (config.max_steps, config.batch_size, config.split_batch(4).micro_batch_size) == (60_000, 32, 8)
+    assert (schedule.name, schedule.power, schedule.warmup_steps, schedule.min_lr) == ("poly", 1.0, 1500, 0.0)
+    assert (own.blocks, own.norm, own.channels, own.aux_channels, own.aux_weight) == (
+        *((5, 11, 17, 23), "batch", None, 256, 0.4),
+    )
+    assert (config.model.img_size, own.short_side, own.stride, own.scale) == (512, 512, 341, (0.5, 2.0))
+    assert (own.category_ratio, own.photometric, own.dropout, config.augment.hflip) == (0.75, True, 0.1, 0.5)
+    assert config.loss.label_smoothing == 0
+
+
+@pytest.mark.parametrize("recipe", ["vim_tiny_ade20k", "vim_small_ade20k", "finetune_segmentation"])
+def test_a_recipe_for_masks_asks_for_the_images(recipe):
+    with pytest.raises(ValueError, match=r"data.path must name the image folder .* got None"):
         resolve(recipe)
 
 

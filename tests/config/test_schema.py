@@ -103,6 +103,16 @@ def test_a_value_of_a_wrong_type_is_refused_with_the_name_of_the_setting():
             {"epochs": 3, "schedule__warmup_epochs": 4},
             "schedule.warmup_epochs must be <= epochs = 3, got 4: .*_epochs 0",
         ),
+        (
+            {"schedule__unit": "epoch", "schedule__warmup_steps": 9},
+            "schedule.warmup_steps must be null when schedule.unit is 'epoch', got 9",
+        ),
+        ({"max_steps": 5, "schedule__warmup_steps": 6}, "schedule.warmup_steps must be <= max_steps = 5, got 6"),
+        ({"max_steps": 5, "schedule__unit": "epoch"}, "schedule.unit must be 'step' when max_steps is 5, got 'epoch'"),
+        (
+            {"max_steps": 5, "progressive__start_size": 16},
+            "progressive.epochs must be set when max_steps is 5, got None",
+        ),
         ({"schedule__unit": "step", "schedule__lag_epochs": 1}, "schedule.lag_epochs must be 0 .* got 1"),
         ({"data__mean": (0.5, 0.5)}, r"data.mean must be one number .* model.in_chans = 1 .* got \(0.5, 0.5\)"),
         ({"data__dataset": "folder"}, "data.path must name the image folder .* got None"),

@@ -48,7 +48,8 @@ def test_every_task_that_a_setting_may_name_is_there():
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="task must be one of 'classification', got 'origami'"):
+    known = "'classification', 'segmentation', 'detection'"
+    with pytest.raises(ValueError, match=f"task must be one of {known}, got 'origami'"):
         TrainConfig(task="origami")
     with pytest.raises(ValueError, match=r"task.* one of 'classification'.*origami"):
         parse_command_line(["--task", "origami"])

@@ -63,6 +63,36 @@ def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up():
     assert by_step[0] == 1e-6
 
 
+def test_a_polynomial_schedule_falls_to_its_end_over_the_steps_of_the_run():
+    changes = {"optim__lr": 1e-2, "schedule__name": "poly", "schedule__min_lr": 1e-4, "schedule__warmup_steps": 4}
+    config = tiny_config(epochs=3, max_steps=25, schedule__power=0.9, **changes)
+    _, by_step = rates(config)
+    warm_up = [1e-6 + step * (1e-2 - 1e-6) / 4 for step in range(4)]
+    falling = [1e-4 + (1e-2 - 1e-4) * (1 - step / 25) ** 0.9 for step in range(4, 25)]
+    assert by_step[:25] == pytest.approx(warm_up + falling, rel=1e-9)
+
+
+def test_a_multistep_schedule_falls_to_a_tenth_after_each_milestone():
+    changes = {"optim__lr": 1e-2, "schedule__name": "multistep", "schedule__warmup_steps": 4}
+    config = tiny_config(epochs=3, max_steps=25, schedule__milestones=(10, 20), **changes)
+    _, by_step = rates(config)
+    warm_up = [1e-6 + step * (1e-2 - 1e-6) / 4 for step in range(4)]
+    assert by_step[:25] == pytest.approx(warm_up + 6 * [1e-2] + 10 * [1e-3] + 5 * [1e-4], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "milestones"), [("multistep", ()), ("cosine", (3,)), ("multistep", (5, 3)), ("multistep", (0, 3))]
+)
+def test_milestones_that_do_not_fit_the_schedule_are_refused(name, milestones):
+    with pytest.raises(ValueError, match=r"schedule\.milestones must be"):
+        tiny_config(schedule__name=name, schedule__milestones=milestones)
+
+
+def test_a_warm_up_in_steps_takes_the_place_of_its_epochs():
+    _, by_step = rates(tiny_config(epochs=2, schedule__warmup_epochs=2, schedule__warmup_steps=0))
+    assert by_step[0] == pytest.approx(tiny_config().optim.lr)
+
+
 def decayed(config):
     """Names of the parameters of the tiny Vim that decay, and of those that do not."""
     model = build_model(config.model, 10)
@@ -104,6 +134,17 @@ def test_with_layer_decay_a_block_learns_more_slowly_than_the_one_after_it():
     decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays["layers.1.mixer.A_log"] == decays["layers.1.mixer.D"] == 0
     assert decays["layers.1.mixer.in_proj.weight"] == 0.05
+
+
+def test_the_layer_decay_of_the_stem_leaves_the_blocks_at_the_full_rate():
+    changes = {"optim__layer_decay": 0.5, "optim__lr": 1e-2, "model__args": {**TINY_MODEL, "depth": 3}}
+    model = build_model(tiny_config(**changes).model, 10)
+    optimizer = build_optimizer(model, tiny_config(optim__layer_decay_of="stem", **changes))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    lowered = {name for name, scale in scales.items() if scale != 1}
+    assert lowered == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert {scales[name] for name in lowered} == {0.5**4}
 
 
 def test_the_optimizer_gets_what_the_settings_say():

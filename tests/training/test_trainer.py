@@ -386,6 +386,35 @@ def test_the_model_is_in_training_mode_in_every_epoch(tmp_path):
     assert seen == [(epoch, mode) for epoch in range(2) for mode in [True] * 3 + [False]]
 
 
+def test_a_run_of_steps_ends_within_an_epoch_and_resumes_to_the_same_end(tmp_path):
+    config = tiny_config(max_steps=5, batch_size=16, data__synthetic_images=48)  # three steps an epoch
+    whole = make_trainer(config, tmp_path / "whole")
+    whole.fit()
+    assert [row["step"] for row in whole.position.history] == [3, 5]
+    assert whole.position.history[-1]["lr"] < whole.position.history[0]["lr"]
+    saving_often = change(config, save__steps=1)
+    broken = make_trainer(saving_often, tmp_path / "broken")
+    real_update, steps = broken._update, iter(range(5))
+
+    def update(*arguments):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return real_update(*arguments)
+
+    broken._update = update
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    resumed = make_trainer(saving_often, tmp_path / "broken")
+    resumed.resume()
+    assert resumed.position.step == 4
+    resumed.fit()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    again = make_trainer(saving_often, tmp_path / "broken")
+    again.resume()
+    assert again.fit() == resumed.position.best  # nothing is left to do
+
+
 def test_a_batch_that_the_epoch_does_not_fill_is_left_out(tmp_path):
     trainer = make_trainer(tiny_config(batch_size=20, micro_batch_size=10), tmp_path)
     assert (len(trainer.task.loaders.train), trainer.updates_per_epoch) == (4, 2)

@@ -5,6 +5,7 @@ setting as on the command line (`optim.lr`). The docstring under a field is its 
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from vim.config.checks import (
@@ -16,19 +17,22 @@ from vim.config.checks import (
     check_positive,
     check_range,
 )
+from vim.config.detection import DetectionConfig
 from vim.config.run import DistillConfig, LogConfig, ProgressiveConfig, SaveConfig
+from vim.config.segmentation import SegmentationConfig
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 EraseMode = Literal["const", "rand", "pixel"]
 MixMode = Literal["batch", "pair", "elem"]
-ScheduleName = Literal["cosine", "constant"]
+ScheduleName = Literal["cosine", "poly", "multistep", "constant"]
 ScheduleUnit = Literal["epoch", "step"]
 StartingWeights = Literal["best", "raw", "ema"]
 Resampling = Literal["exact", "reference"]
 ClipMode = Literal["norm", "value", "agc"]
+LayerDecayOf = Literal["blocks", "stem"]
 BestBy = Literal["raw", "ema", "better"]
-TaskName = Literal["classification"]
+TaskName = Literal["classification", "segmentation", "detection"]
 
 # Endings of the formats that Pillow reads without further packages.
 IMAGE_EXTENSIONS = (
@@ -96,9 +100,11 @@ class DataConfig:
     """Data: the data set, and the preprocessing at evaluation."""
 
     dataset: str = "digits"
-    """`digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random images), `folder`
-    (one folder or tar file per split, with one folder per class), `wds/` (WebDataset shards), or a data set of
-    torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`."""
+    """For classification `digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random
+    images), `folder` (one folder or tar file per split, with one folder per class), `wds/` (WebDataset shards), or a
+    data set of torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`. For segmentation `pairs` (folders
+    of images and masks), `ade20k` (its folders) or `nuclei` (comes with stardist); for detection `coco` (a folder in
+    COCO's format); for both `digit_scenes` (scenes of scikit-learn's digits)."""
     path: str | None = None
     """Folder of the images; for `folder`, a folder with one sub-folder per split."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
@@ -132,13 +138,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check("data.dataset", self.dataset, "the name of a data set", bool)
-        if self.dataset == "folder" and not self.path:
-            raise ValueError(f"data.path must name the image folder when data.dataset is 'folder', got {self.path!r}")
+        if self.dataset in ("folder", "pairs", "ade20k", "coco") and not self.path:
+            raise ValueError(
+                f"data.path must name the image folder when data.dataset is {self.dataset!r}, got {self.path!r}"
+            )
         if self.dataset.lower().startswith("wds/") and not self.path:
             raise ValueError(
                 f"data.path must name the folder of shards when data.dataset is {self.dataset!r}, got {self.path!r}"
             )
-        if self.dataset in ("digits", "synthetic") and self.path:
+        if self.dataset in ("digits", "digit_scenes", "nuclei", "synthetic") and self.path:
             raise ValueError(
                 f"data.path must be null when data.dataset is {self.dataset!r}, which does not read files, got "
                 f"{self.path!r}: for a folder of images add --data.dataset folder"
@@ -258,6 +266,9 @@ class OptimConfig:
     """Clip the global `norm`, each `value`, or each unit's norm relative to its weights (`agc`)."""
     layer_decay: float | None = None
     """Learning rate of a block relative to the next block; `null` gives all blocks the same rate."""
+    layer_decay_of: LayerDecayOf = "blocks"
+    """Decay the rate of all `blocks`, or, as the original's segmentation does, of the `stem` alone: patch and position
+    embeddings get the rate that they have with `blocks`, and every block the full one."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the names of trainable parameters; the rest is frozen. `["head.*"]` is a linear probe."""
     unfreeze_after: int | None = None
@@ -278,6 +289,7 @@ class OptimConfig:
         check_choice("optim.clip_mode", self.clip_mode, ClipMode)
         if self.layer_decay is not None:
             check("optim.layer_decay", self.layer_decay, "> 0 and <= 1", lambda v: 0 < v <= 1)
+        check_choice("optim.layer_decay_of", self.layer_decay_of, LayerDecayOf)
         check("optim.trainable", self.trainable, "at least one pattern", lambda v: len(v) > 0)
         if self.unfreeze_after is not None:
             check_positive("optim.unfreeze_after", self.unfreeze_after)
@@ -288,15 +300,22 @@ class ScheduleConfig:
     """Learning rate schedule: arguments of `timm.scheduler.create_scheduler_v2`."""
 
     name: ScheduleName = "cosine"
-    """`cosine` from the peak to `schedule.min_lr`, or `constant`; both after the warm-up."""
+    """`cosine` or `poly` (polynomial) from the peak to `schedule.min_lr`, `multistep` (a tenth of the rate after each
+    of `schedule.milestones`), or `constant`; all after the warm-up."""
+    power: float = 1.0
+    """Exponent of the polynomial; 1 is a straight line."""
+    milestones: tuple[int, ...] = ()
+    """Optimizer steps, or epochs with unit `epoch`, after which `multistep` divides the rate by ten."""
     unit: ScheduleUnit = "step"
     """Update the rate every optimizer `step` or every `epoch`."""
     warmup_epochs: int = 2
-    """Epochs of linear warm-up; they are part of `epochs`, and the cosine counts from the start."""
+    """Epochs of linear warm-up; they are part of `epochs`, and the schedule counts from the start."""
+    warmup_steps: int | None = None
+    """Optimizer steps of the warm-up, in place of `schedule.warmup_epochs`; needs unit `step`."""
     warmup_lr: float = 1e-6
     """Rate at the start of the warm-up; not scaled by the batch size."""
     min_lr: float = 1e-5
-    """Rate at the end of the cosine; not scaled by the batch size."""
+    """Rate at the end of the schedule; not scaled by the batch size."""
     lag_epochs: int = 0
     """Delay of the schedule in epochs, which is 1 in the original's scripts; needs unit `epoch`."""
 
@@ -305,6 +324,17 @@ class ScheduleConfig:
         check_choice("schedule.unit", self.unit, ScheduleUnit)
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "lag_epochs"):
             check_not_negative(f"schedule.{name}", getattr(self, name))
+        check_positive("schedule.power", self.power)
+        rule = f"{'at least one' if self.name == 'multistep' else 'empty'} when schedule.name is {self.name!r}"
+        check("schedule.milestones", self.milestones, rule, lambda v: bool(v) == (self.name == "multistep"))
+        rule = "numbers > 0 that rise"
+        check("schedule.milestones", self.milestones, rule, lambda v: all(a < b for a, b in pairwise((0, *v))))
+        if self.warmup_steps is not None:
+            check_not_negative("schedule.warmup_steps", self.warmup_steps)
+            if self.unit != "step":
+                raise ValueError(
+                    f"schedule.warmup_steps must be null when schedule.unit is {self.unit!r}, got {self.warmup_steps}"
+                )
         if self.lag_epochs and self.unit != "epoch":
             raise ValueError(
                 f"schedule.lag_epochs must be 0 when schedule.unit is {self.unit!r}, got {self.lag_epochs}: "
@@ -329,9 +359,12 @@ class TrainConfig:
     recipe: str = "digits"
     """Name of the recipe; the run folder is called after it."""
     task: TaskName = "classification"
-    """What the model learns: `classification` of whole images."""
+    """What the model learns: `classification` of whole images, `segmentation`, a class for each pixel, or `detection`
+    of objects, with or without masks."""
     epochs: int = 15
     """Passes over the training images."""
+    max_steps: int | None = None
+    """Optimizer steps of the whole run, in place of `epochs`; the last epoch may be a part of one."""
     batch_size: int = 64
     """Images in one optimizer step, over all processes."""
     micro_batch_size: int = 64
@@ -361,6 +394,8 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -368,8 +403,9 @@ class TrainConfig:
         check("recipe", self.recipe, "a name without '/'", lambda v: bool(v) and "/" not in v and "\\" not in v)
         for name in ("epochs", "batch_size", "micro_batch_size", "max_skipped_steps"):
             check_positive(name, getattr(self, name))
-        if self.eval_batch_size is not None:
-            check_positive("eval_batch_size", self.eval_batch_size)
+        for name in ("max_steps", "eval_batch_size"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         check_choice("task", self.task, TaskName)
         check_choice("precision", self.precision, Precision)
         check_choice("best_by", self.best_by, BestBy)
@@ -390,11 +426,7 @@ class TrainConfig:
             )
         if self.best_by == "ema" and self.ema_decay is None:
             raise ValueError("best_by must be 'raw' or 'better' when ema_decay is null, got 'ema'")
-        if self.schedule.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {self.schedule.warmup_epochs}: for a "
-                "short run set --schedule.warmup_epochs 0"
-            )
+        self._check_schedule()
         start = self.progressive.start_size
         if start is not None and start > min(self.model.image_shape):
             raise ValueError(
@@ -409,6 +441,31 @@ class TrainConfig:
                 f"one number or one for each of model.in_chans = {self.model.in_chans} channels",
                 lambda v: len(v) in (1, self.model.in_chans),
             )
+
+    def _check_schedule(self) -> None:
+        """Check the length of the run against the schedule of the learning rate."""
+        schedule, steps = self.schedule, self.max_steps
+        if steps is None:
+            if schedule.warmup_steps is None and schedule.warmup_epochs > self.epochs:
+                raise ValueError(
+                    f"schedule.warmup_epochs must be <= epochs = {self.epochs}, got {schedule.warmup_epochs}: for a "
+                    "short run set --schedule.warmup_epochs 0"
+                )
+            return
+        if schedule.unit != "step":
+            raise ValueError(f"schedule.unit must be 'step' when max_steps is {steps}, got {schedule.unit!r}")
+        if schedule.warmup_steps is not None and schedule.warmup_steps > steps:
+            raise ValueError(f"schedule.warmup_steps must be <= max_steps = {steps}, got {schedule.warmup_steps}")
+        if self.progressive.start_size is not None and self.progressive.epochs is None:
+            raise ValueError(f"progressive.epochs must be set when max_steps is {steps}, got None")
+
+    def total_steps(self, updates_per_epoch: int) -> int:
+        """Return the optimizer steps of the whole run.
+
+        Args:
+            updates_per_epoch: Optimizer steps in one epoch.
+        """
+        return self.epochs * updates_per_epoch if self.max_steps is None else self.max_steps
 
     def split_batch(self, processes: int) -> BatchSplit:
         """Return the part of one process in an optimizer step.

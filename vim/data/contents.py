@@ -65,9 +65,11 @@ class SplitContents:
         return [f"{count} images (checksum {total:08x})" for count, total in zip(counts, sums, strict=True)]
 
     def named(self) -> Counter[str] | None:
-        """Return the images counted by name and class, or `None` if names or labels are unknown."""
-        if self.keys is None or self.labels is None:
+        """Return the images counted by name and, where known, class; `None` if the images have no names."""
+        if self.keys is None:
             return None
+        if self.labels is None:
+            return Counter(self.keys)
         names = self.class_names
         return Counter(
             f"{key} ({names[label] if 0 <= label < len(names) else label})"

@@ -1,5 +1,6 @@
 """Handwritten digits that come with scikit-learn: 1,797 grey images of 8 x 8 pixels, without a download."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,19 +27,34 @@ def load_digits(image_shape: tuple[int, int], in_chans: int) -> tuple[TensorImag
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
+    parts = []
+    for grey, labels in load_small_digits():
+        images = _enlarge(torch.from_numpy(grey).float(), image_shape).repeat(1, in_chans, 1, 1)
+        parts.append(TensorImages(images, torch.from_numpy(labels)))
+    return parts[0], parts[1]
+
+
+def load_small_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Read the digits as they are, in the split of `load_digits`.
+
+    Returns:
+        For training and held out: ink, (digits, 8, 8), float64 from 0 to 1, and labels, (digits,), int64.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
     bunch = datasets.load_digits()
-    labels = torch.from_numpy(bunch.target).long()
-    images = _enlarge(torch.from_numpy(bunch.images).float(), image_shape).repeat(1, in_chans, 1, 1)
     train, held_out = train_test_split(
-        range(len(labels)), test_size=_HELD_OUT, random_state=_SPLIT_SEED, stratify=bunch.target
+        range(len(bunch.target)), test_size=_HELD_OUT, random_state=_SPLIT_SEED, stratify=bunch.target
     )
-    return TensorImages(images[train], labels[train]), TensorImages(images[held_out], labels[held_out])
+    ink, labels = bunch.images / 16, bunch.target.astype(np.int64)
+    return (ink[train], labels[train]), (ink[held_out], labels[held_out])
 
 
 def _enlarge(grey: Tensor, image_shape: tuple[int, int]) -> Tensor:
-    """Return (images, 8, 8) values of 0 to 16 as (images, 1, height, width), uint8."""
-    images = F.interpolate(grey[:, None] * (255 / 16), image_shape, mode="bicubic", align_corners=False, antialias=True)
+    """Return (images, 8, 8) values of 0 to 1 as (images, 1, height, width), uint8."""
+    images = F.interpolate(grey[:, None] * 255, image_shape, mode="bicubic", align_corners=False, antialias=True)
     return images.round().clamp(0, 255).to(torch.uint8)

@@ -11,13 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vim.data.archives import Member
-from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image, to_color_mode, upright
+from vim.data.decoding import read_image, to_color_mode, upright
 from vim.data.order import Place
-from vim.data.randomness import Draw, generator_for, seeded
+from vim.data.randomness import Draw, seeded
+from vim.data.reading import read_or_replace
 from vim.data.unreadable import Batch, Unreadable
-
-# So many unreadable images in a row mean that the disk is gone, not that single files are damaged.
-_MAX_CONSECUTIVE_FAILURES = 10
 
 
 class ImageSource(Protocol):
@@ -255,25 +253,10 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
 
     def _read_at(self, place: Place, unreadable: list[Unreadable]) -> tuple[Tensor, int] | None:
         """Return the augmented image at a place and its label; for an unreadable one a replacement, or `None`."""
-        tried: list[Unreadable] = []
-        index, other = place.image, generator_for(Draw.REPLACEMENT, self._seed, place.epoch, place.position)
-        while True:
-            try:
-                image, label = self._read(index)
-            except BAD_IMAGE as error:
-                reason = describe_bad_image(error)
-                tried.append(Unreadable(self.source.name(index), reason))
-                unreadable.append(tried[-1])
-            else:
-                return self._transformed(image, place), label
-            if not self._replace:
-                return None
-            if len(tried) == _MAX_CONSECUTIVE_FAILURES:
-                raise RuntimeError(
-                    f"{len(tried)} images in a row, drawn at random, could not be read; the last was {tried[-1].name}: "
-                    f"{tried[-1].reason}"
-                )
-            index = int(torch.randint(len(self.source), (), generator=other))
+        found = read_or_replace(
+            place, self._read, self.source.name, len(self), unreadable, seed=self._seed, replace=self._replace
+        )
+        return None if found is None else (self._transformed(found[0], place), found[1])
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.source.read(index)

@@ -1,7 +1,7 @@
 """Loaders over the two splits: timm's transforms, erasing, normalisation and prefetching."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vim.config.schema import TrainConfig
 from vim.data.image_files import ImageFiles
@@ -86,7 +86,7 @@ def build_loaders(config: TrainConfig, device: torch.device, rank: int = 0, worl
     if isinstance(sets.train, ImageFiles):
         sets.train.transform = _train_transform(config)
     unreadable = UnreadableLog("replaced by another image")
-    train = TrainBatches(_prefetch(sets.train, order, config, device, unreadable), order, config, device)
+    train = TrainBatches(prefetch(sets.train, order, config, device, unreadable), order, config, device)
     val, val_unreadable = build_eval_loader(sets.val, config, device, rank, world_size)
     return Loaders(
         train=train, val=val, sets=sets, order=order, train_unreadable=unreadable, val_unreadable=val_unreadable
@@ -110,34 +110,54 @@ def build_eval_loader(
     unreadable = UnreadableLog("left out of the evaluation")
     size = config.eval_batch_size or config.micro_batch_size
     order = EvalOrder(len(dataset), size, rank=rank, world_size=world_size)
-    return _prefetch(dataset, order, config, device, unreadable), unreadable
+    return prefetch(dataset, order, config, device, unreadable), unreadable
 
 
-def _prefetch(
-    dataset: ImageSet,
+def prefetch(
+    dataset: Dataset[Any],
     order: TrainOrder | EvalOrder,
     config: TrainConfig,
     device: torch.device,
     unreadable: UnreadableLog,
+    collate: Callable[[Any], Any] | None = None,
 ) -> PrefetchLoader:
-    """Return a loader that reads batches in an order, moves them to the device and normalises them there."""
+    """Return a loader that reads batches in an order, moves them to the device and normalises them there.
+
+    Args:
+        dataset: Returns whole batches for lists of `Place`s.
+        order: The batches.
+        config: The settings of the run.
+        device: Device of the batches.
+        unreadable: Receives the unreadable images.
+        collate: Changes a batch, in the process that read it; `None` leaves it as it is.
+    """
     preprocessing = Preprocessing.from_config(config)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=config.data.workers,
-        pin_memory=config.data.pin_memory and device.type == "cuda",
-        persistent_workers=config.data.workers > 0,
-        collate_fn=_keep_batch,
-        generator=torch.Generator(),  # else each iterator draws from the global generator
-    )
-    batches: Any = ReadableBatches(loader, unreadable)
+    batches: Any = ReadableBatches(open_loader(dataset, order, config, device, collate), unreadable)
     return PrefetchLoader(
         batches,
         mean=preprocessing.mean,
         std=preprocessing.std,
         channels=preprocessing.in_chans,
         device=device,
+    )
+
+
+def open_loader(
+    dataset: Dataset[Any],
+    order: TrainOrder | EvalOrder,
+    config: TrainConfig,
+    device: torch.device,
+    collate: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
+    """Return a loader that reads batches in an order, in the workers that the settings ask for."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=config.data.workers,
+        pin_memory=config.data.pin_memory and device.type == "cuda",
+        persistent_workers=config.data.workers > 0,
+        collate_fn=collate or _keep_batch,
+        generator=torch.Generator(),  # else each iterator draws from the global generator
     )
 
 

@@ -18,6 +18,7 @@ class Draw(enum.IntEnum):
     REPLACEMENT = 4
     ERASING = 5
     MIXING = 6
+    SAMPLING = 7
 
 
 def generator_for(purpose: Draw, *key: int) -> torch.Generator:

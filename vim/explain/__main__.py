@@ -10,7 +10,9 @@ from vim.inference.image_command import make_parser, run_on_images
 from vim.runtime.terminal import with_progress
 
 if TYPE_CHECKING:
-    from vim.inference.predictor import Predictor
+    import torch
+
+    from vim.inference.trained_model import TrainedModel
 
 _DESCRIPTION = """Draw what a model looks at in an image, or in every image below a folder: one PNG file an image.
 
@@ -28,14 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 when every image was explained, 1 when some could not be read, 2 when the request cannot be
         fulfilled.
     """
-    parser = make_parser("vim.explain", "RUN_OR_MODEL", _DESCRIPTION)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("explained"),
-        metavar="FOLDER",
-        help="where pictures go (default: explained)",
-    )
+    parser = make_parser("vim.explain", "RUN_OR_MODEL", _DESCRIPTION, "explained", "where pictures go")
     parser.add_argument(
         "--method",
         nargs="+",
@@ -49,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     root = options.images if options.images.is_dir() else options.images.parent
 
-    def explain(predictor: "Predictor", files: Sequence[Path]) -> Iterator[str | None]:
-        explainer = Explainer(predictor, options.method, options.target, options.topk)
+    def explain(trained: "TrainedModel", device: "torch.device", files: Sequence[Path]) -> Iterator[str | None]:
+        from vim.inference.predictor import make_predictor
+
+        explainer = Explainer(make_predictor(trained, device), options.method, options.target, options.topk)
         for file in with_progress(files, "explaining", len(files), shown=len(files) > 1):
             yield _draw(explainer, file, options.output / f"{file.relative_to(root)}.png")
 

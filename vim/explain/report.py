@@ -81,6 +81,7 @@ def write_report(run: Path, output: Path | None = None, device: torch.device | N
 def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
     """Return what the template shows."""
     trained = load_trained_model(str(folder.path))
+    trained.check_task("classification")
     config = trained.config
     if config is None:
         raise ValueError(f"{folder.path} must be the folder of a training run of vim.train: it has no settings")
@@ -105,7 +106,10 @@ def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
     ]
     if history:
         seconds = sum(float(row["seconds"]) for row in history)
-        figures += [("epochs", f"{len(history)} of {config.epochs}"), ("time", _duration(seconds))]
+        figures += [
+            ("epochs", f"{len(history)}" if config.max_steps else f"{len(history)} of {config.epochs}"),
+            ("time", _duration(seconds)),
+        ]
         figures += [("training speed", f"{float(history[-1]['images_per_second']):,.0f} images/s")]
     return {
         "title": f"{config.recipe}: {config.model.name}",

@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vim.inference.predictor import Predictor
+    import torch
 
-Work = Callable[["Predictor", Sequence[Path]], Iterable[str | None]]
-"""Works through files with a model, and yields for each one `None`, or the reason why it could not be read."""
+    from vim.inference.trained_model import TrainedModel
+
+Work = Callable[["TrainedModel", "torch.device", Sequence[Path]], Iterable[str | None]]
+"""Works through files with a model on a device, and yields for each one `None`, or why it could not be read."""
 
 
-def make_parser(program: str, source: str, description: str) -> argparse.ArgumentParser:
+def make_parser(program: str, source: str, description: str, output: str, written: str) -> argparse.ArgumentParser:
     """Return a parser of the arguments that `run_on_images` needs.
 
     Args:
         program: Name of the module, such as `vim.predict`.
         source: Name of the first argument in the help.
         description: What the command does.
+        output: Name of the folder for files, unless the user names another.
+        written: What is written there, for the help.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}",
@@ -38,6 +42,9 @@ def make_parser(program: str, source: str, description: str) -> argparse.Argumen
         help="raw weights, averaged weights, or the better of both on held-out images (default: best)",
     )
     parser.add_argument("--model", metavar="NAME", help="timm model of a checkpoint that vim.train did not write")
+    parser.add_argument(
+        "--output", type=Path, default=Path(output), metavar="FOLDER", help=f"{written} (default: {output})"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     return parser
 
@@ -54,7 +61,8 @@ def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
         The exit code: 0 if every image was read, 1 if some could not be, or 2 for arguments that cannot be used.
     """
     from vim.data.listing import describe_passed_over
-    from vim.inference.predictor import list_images, load_predictor
+    from vim.inference.predictor import list_images
+    from vim.inference.trained_model import load_trained_model
     from vim.runtime.device import resolve_device
     from vim.runtime.terminal import show_any_name
 
@@ -62,9 +70,10 @@ def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
     passed_over: Counter[str] = Counter()
     unread = 0
     try:
-        predictor = load_predictor(options.source, options.weights, options.model, resolve_device(options.device))
-        files = list_images(options.images, predictor.extensions, passed_over)
-        for file, reason in zip(files, work(predictor, files), strict=True):
+        device = resolve_device(options.device)
+        trained = load_trained_model(options.source, options.weights, options.model)
+        files = list_images(options.images, trained.extensions, passed_over)
+        for file, reason in zip(files, work(trained, device, files), strict=True):
             if reason is not None:
                 unread += 1
                 sys.stderr.write(f"{program}: {file} is skipped: {reason}\n")

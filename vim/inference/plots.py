@@ -14,13 +14,21 @@ _MAX_NAMED_CLASSES = 30  # more names and numbers do not fit into a confusion ma
 _KINDS = (("train", "training, augmented", _TRAIN), ("val", "held out", _RAW), ("ema", "held out, EMA", _EMA))
 
 
-def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw loss, accuracy and learning rate over the epochs into a PNG file.
+def draw_curves(
+    history: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    figure_name: str = "top1",
+    words: str = "top-1 accuracy, %",
+) -> None:
+    """Draw loss, a figure such as the accuracy, and learning rate over the epochs into a PNG file.
 
     Args:
         history: One row per epoch, as in `summary.csv`.
         path: The file to create or replace.
-        title: Title of the figure.
+        title: Title of the picture.
+        figure_name: The figure, in percent, as in the columns `val_NAME` of `summary.csv`.
+        words: What the figure is.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -32,14 +40,12 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(printable(title), x=0.01, ha="left", fontsize=11, color=_GREY, parse_math=False)
-    loss, accuracy, rate = figure.subplots(1, 3)
+    loss, score, rate = figure.subplots(1, 3)
     _draw_lines(loss, history, "loss", [(f"{kind}_loss", label, color) for kind, label, color in _KINDS])
-    _draw_lines(
-        accuracy, history, "top-1 accuracy, %", [(f"{kind}_top1", label, color) for kind, label, color in _KINDS]
-    )
-    _mark_best(accuracy, history)
+    _draw_lines(score, history, words, [(f"{kind}_{figure_name}", label, color) for kind, label, color in _KINDS])
+    _mark_best(score, history, figure_name)
     _draw_lines(rate, history, "learning rate", [("lr", "", _GREY)])
-    for axes in (loss, accuracy, rate):
+    for axes in (loss, score, rate):
         axes.set_xlabel("epoch", color=_GREY)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     with atomic_writer(path) as file:
@@ -63,11 +69,11 @@ def _draw_lines(axes: Any, history: Sequence[Mapping[str, Any]], title: str, lin
         axes.legend(frameon=False, fontsize=8, labelcolor=_GREY)
 
 
-def _mark_best(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
-    """Mark the epoch of the best held-out accuracy, of raw or averaged weights."""
+def _mark_best(axes: Any, history: Sequence[Mapping[str, Any]], figure_name: str) -> None:
+    """Mark the epoch of the best held-out figure, of raw or averaged weights."""
     points = [
         (row[name], row["epoch"], color)
-        for name, color in (("val_top1", _RAW), ("ema_top1", _EMA))
+        for name, color in ((f"val_{figure_name}", _RAW), (f"ema_{figure_name}", _EMA))
         for row in history
         if row.get(name) is not None
     ]

@@ -40,7 +40,6 @@ class Predictor:
         preprocessing: Maps an image to the model's input.
         class_names: Name of each class.
         device: Device of the model.
-        extensions: Endings of the images that the model was trained on.
     """
 
     def __init__(
@@ -49,12 +48,10 @@ class Predictor:
         preprocessing: Preprocessing,
         class_names: Sequence[str],
         device: torch.device,
-        extensions: Sequence[str] = IMAGE_EXTENSIONS,
     ) -> None:
         self.model = model.eval().to(device)
         self.preprocessing = preprocessing
         self.class_names = tuple(class_names)
-        self.extensions = tuple(extensions)
         self._device = device
         self._transform = preprocessing.transform()
 
@@ -122,14 +119,21 @@ def load_predictor(
         device: Device of the model; `None` is the CPU.
 
     Raises:
-        ValueError: The source does not exist, or a file does not name its model.
+        ValueError: The source does not exist, a file does not name its model, or the model does not classify.
         FileNotFoundError: The run folder has no checkpoint yet.
         CheckpointError: The file is damaged, or does not fit the model.
     """
-    trained = load_trained_model(source, weights, model_name)
-    extensions = IMAGE_EXTENSIONS if trained.config is None else trained.config.data.extensions
-    names = _names_of(trained)
-    return Predictor(trained.model, trained.preprocessing, names, device or torch.device("cpu"), extensions)
+    return make_predictor(load_trained_model(source, weights, model_name), device or torch.device("cpu"))
+
+
+def make_predictor(trained: TrainedModel, device: torch.device) -> Predictor:
+    """Make a predictor from a loaded model.
+
+    Raises:
+        ValueError: The model does not classify.
+    """
+    trained.check_task("classification")
+    return Predictor(trained.model, trained.preprocessing, _names_of(trained), device)
 
 
 def _names_of(trained: TrainedModel) -> list[str]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from vim.checkpoints.io import CheckpointError, load_checkpoint, load_into, load_weights
 from vim.config.load import config_from_dict, config_to_dict
-from vim.config.schema import TrainConfig
+from vim.config.schema import IMAGE_EXTENSIONS, TaskName, TrainConfig
 from vim.data.preprocessing import Preprocessing
+from vim.inference.detectors import build_run_detector
 from vim.models import VisionMamba
 from vim.models.build import build_model, check_model_name, without_download, without_weights
+from vim.models.build_segmenter import build_segmenter
 from vim.models.pretrained import checkpoint_filter_fn, read_checkpoint, select_weights
 from vim.models.starting_weights import METADATA_KEY
 
@@ -39,7 +41,8 @@ class TrainedModel:
     """A model with its preprocessing, classes and settings."""
 
     model: nn.Module
-    """Maps images to logits, (batch, classes); on the CPU."""
+    """Maps images to logits: (batch, classes), or of a segmentation (batch, classes, height, width). A detector
+    maps them to a dictionary each, as torchvision's do. On the CPU."""
     preprocessing: Preprocessing
     """Maps an image to the model's input."""
     class_names: tuple[str, ...] | None
@@ -50,6 +53,21 @@ class TrainedModel:
     """Kind of the weights: `raw`, `ema`, or `best` if the file holds one set."""
     path: Path | None
     """The file; `None` for published weights."""
+
+    @property
+    def task(self) -> TaskName:
+        """The task that the model was trained for."""
+        return "classification" if self.config is None else self.config.task
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Endings of the images that the model was trained on."""
+        return IMAGE_EXTENSIONS if self.config is None else self.config.data.extensions
+
+    def check_task(self, task: TaskName) -> None:
+        """Raise `ValueError` unless the model was trained for a task."""
+        if self.task != task:
+            raise ValueError(f"the model must be of task {task!r}, and {self.path} is of task {self.task!r}")
 
 
 def load_trained_model(source: str, weights: Weights = "best", model_name: str | None = None) -> TrainedModel:
@@ -92,7 +110,7 @@ def _ours(about: Any, state: Any, path: Path, weights: Weights) -> TrainedModel:
         config = config_from_dict(about["config"], str(path))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, download=False))
         class_names = _texts(about["class_names"])
-        model = build_model(without_download(without_weights(config.model)), len(class_names))
+        model = _build(config, len(class_names))
         load_into(model, _tensors(state), path)
     except CheckpointError:
         raise
@@ -107,6 +125,16 @@ def _ours(about: Any, state: Any, path: Path, weights: Weights) -> TrainedModel:
         weights=weights,
         path=path,
     )
+
+
+def _build(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Build the model of a run without weights, and without a download."""
+    own = without_download(without_weights(config.model))
+    if config.task == "segmentation":
+        return build_segmenter(dataclasses.replace(config, model=own), num_classes)
+    if config.task == "detection":
+        return build_run_detector(dataclasses.replace(config, model=own), num_classes)
+    return build_model(own, num_classes)
 
 
 def _texts(names: Any) -> tuple[str, ...]:

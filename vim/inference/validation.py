@@ -105,12 +105,15 @@ class ConfusionCounter:
         return pairs.view(self._num_classes, self._num_classes).cpu(), of_five.cpu()
 
 
-def validate(options: ValidateOptions, processes: Processes | None = None) -> Validation:
+def validate(
+    options: ValidateOptions, processes: Processes | None = None, trained: TrainedModel | None = None
+) -> Validation:
     """Evaluate a model on every image of a split once.
 
     Args:
         options: The model and the data.
         processes: The processes that share the images. `None` is this one alone.
+        trained: The model that the options name, if it is loaded already.
 
     Raises:
         Refused: In some process the model or the data cannot be opened, or their classes disagree.
@@ -118,7 +121,7 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
     """
     processes = processes or Processes()
     set_matmul_precision(options.precision)
-    trained, config, dataset, class_names = processes.together(lambda: _prepare(options))
+    trained, config, dataset, class_names = processes.together(lambda: _prepare(options, trained))
     device = processes.together(lambda: resolve_device(options.device, processes.local_rank))
     split = options.split or config.data.val_split
     model = trained.model.to(device)
@@ -134,13 +137,6 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
     if result.count + unreadable != len(dataset):
         raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {len(dataset)}")
     confusion, hits_of_five = counter.totals(processes)
-    about: dict[str, Any] = {
-        "source": options.source,
-        "weights": trained.weights,
-        "model": options.model,
-        "split": split,
-    }
-    about |= {"dataset": config.data.dataset, "path": config.data.path, "precision": options.precision}
     return Validation(
         result=result,
         confusion=confusion,
@@ -148,19 +144,38 @@ def validate(options: ValidateOptions, processes: Processes | None = None) -> Va
         class_names=class_names,
         unreadable=unreadable,
         passed_over=passed_over(dataset),
-        folder=_choose_folder(options),
-        about=about | {"environment": describe_environment(device)},
+        folder=choose_folder(options),
+        about=describe_evaluation(options, trained, config, device),
     )
 
 
-def _prepare(options: ValidateOptions) -> tuple[TrainedModel, TrainConfig, ImageSet, tuple[str, ...]]:
+def describe_evaluation(
+    options: ValidateOptions, trained: TrainedModel, config: TrainConfig, device: torch.device
+) -> dict[str, Any]:
+    """Return the model, the data and the environment of an evaluation, as a record that JSON takes."""
+    return {
+        "source": options.source,
+        "weights": trained.weights,
+        "model": options.model,
+        "split": options.split or config.data.val_split,
+        "dataset": config.data.dataset,
+        "path": config.data.path,
+        "precision": options.precision,
+        "environment": describe_environment(device),
+    }
+
+
+def _prepare(
+    options: ValidateOptions, trained: TrainedModel | None
+) -> tuple[TrainedModel, TrainConfig, ImageSet, tuple[str, ...]]:
     """Load the model, and open the images with the labels of its classes."""
-    trained = load_trained_model(options.source, options.weights, options.model)
-    config = _config_for(trained, options)
+    trained = trained or load_trained_model(options.source, options.weights, options.model)
+    trained.check_task("classification")
+    config = config_for(trained, options)
     return trained, config, *_open(trained, config, options.split or config.data.val_split)
 
 
-def _config_for(trained: TrainedModel, options: ValidateOptions) -> TrainConfig:
+def config_for(trained: TrainedModel, options: ValidateOptions) -> TrainConfig:
     """Return the settings of the model's run, or settings made from its preprocessing, changed by the options."""
     asked: dict[str, Any] = {"dataset": options.dataset, "path": options.path, "workers": options.workers}
     asked |= {"crop_pct": options.crop_pct, "input_key": options.input_key, "target_key": options.target_key}
@@ -212,7 +227,8 @@ def _open(trained: TrainedModel, config: TrainConfig, split: str) -> tuple[Image
     return dataset, names
 
 
-def _choose_folder(options: ValidateOptions) -> Path:
+def choose_folder(options: ValidateOptions) -> Path:
+    """Return the folder for the files of an evaluation."""
     if options.output is not None:
         return options.output
     source = Path(options.source)
@@ -255,16 +271,17 @@ def write_validation(validation: Validation) -> None:
     folder = validation.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows = class_table(validation)
-    write_text(folder / "classes.csv", _csv([list(rows[0]), *(list(row.values()) for row in rows)]))
+    write_text(folder / "classes.csv", csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
     names = validation.class_names
     matrix = [[name, *counts] for name, counts in zip(names, validation.confusion.tolist(), strict=True)]
-    write_text(folder / "confusion.csv", _csv([["class \\ guess", *names], *matrix]))
+    write_text(folder / "confusion.csv", csv_text([["class \\ guess", *names], *matrix]))
     draw_confusion(validation.confusion, names, folder / "confusion.png")
     figures = dataclasses.asdict(validation.result) | {"unreadable": validation.unreadable}
     write_text(folder / "results.json", json.dumps(figures | validation.about, indent=2) + "\n")
 
 
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows as the text of a CSV file."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

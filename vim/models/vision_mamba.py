@@ -26,6 +26,7 @@ from vim.models.state_dicts import under_own_names
 
 ClsPosition = Literal["none", "head", "middle", "double", "random"]
 GlobalPool = Literal["token", "avg", "max", "last", ""]
+Tap = Literal["sum", "mixer"]
 _NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 # torch.fx cannot trace the branches in these modules, so each is one node of a graph.
@@ -403,6 +404,7 @@ class VisionMamba(nn.Module):
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        tap: Tap = "sum",
     ) -> Any:
         """Return the outputs of blocks (residual plus hidden state), as maps or as tokens; timm's interface.
 
@@ -417,15 +419,21 @@ class VisionMamba(nn.Module):
             output_fmt: "NCHW", (batch, embed_dim, rows, columns), or "NLC", (batch, patches, embed_dim).
             intermediates_only: Return the intermediates without the final features.
             output_dict: Return a dictionary with timm's keys.
+            tap: "sum" (residual plus hidden state) or "mixer" (the mixer's output alone, as the original's
+                segmentation with Vim-Ti).
 
         Returns:
             (features as in `forward_features`, intermediates), the intermediates alone, or a dictionary.
 
         Raises:
-            ValueError: `output_fmt` is neither, or `indices` names a block that does not exist.
+            ValueError: `output_fmt` or `tap` is neither, the final norm is asked of the mixer's output, or `indices`
+                names a block that does not exist.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        check_kind("tap", tap, ("sum", "mixer"))
+        if norm and tap == "mixer":
+            raise ValueError("norm must be False with tap='mixer': the final norm is of residual plus hidden state")
         take, last = check_blocks(indices, self.depth)
         x, sequence = self._embed(x, None, None)
         step = 2 if self.pairwise_layers else 1
@@ -433,8 +441,11 @@ class VisionMamba(nn.Module):
         x, residual, taken = self._run_layers(x, sequence, depth, take)
         prefixes, maps = [], []
         for hidden, total in taken:
-            tap = self.norm_f(hidden, total)[0] if norm else (total + hidden).to(hidden.dtype)
-            tokens, patches = extract_tokens(sequence.undo(tap), sequence.places)
+            if norm:
+                taken_out = self.norm_f(hidden, total)[0]
+            else:
+                taken_out = hidden if tap == "mixer" else (total + hidden).to(hidden.dtype)
+            tokens, patches = extract_tokens(sequence.undo(taken_out), sequence.places)
             prefixes.append(torch.cat(tokens, 1) if tokens else patches[:, :0])
             maps.append(patches.mT.unflatten(2, sequence.grid).contiguous() if output_fmt == "NCHW" else patches)
         result: dict[str, Any] = {"image_intermediates": maps}

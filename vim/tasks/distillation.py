@@ -32,6 +32,7 @@ class Teacher:
         assert distill.teacher is not None
         with torch.random.fork_rng(devices=[]):  # building it must not change the weights that the run begins with
             loaded = load_trained_model(distill.teacher, model_name=distill.teacher_model)
+        loaded.check_task("classification")
         model: Any = loaded.model
         student, teacher = Preprocessing.from_config(config), loaded.preprocessing
         for what, of_teacher, of_run in (

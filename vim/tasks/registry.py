@@ -7,10 +7,14 @@ import torch
 from vim.config.schema import TaskName, TrainConfig
 from vim.runtime.distributed import Processes
 from vim.tasks.classification import ClassificationTask
+from vim.tasks.detection import DetectionTask
+from vim.tasks.segmentation import SegmentationTask
 from vim.tasks.task import Task
 
 TASKS: dict[TaskName, Callable[[TrainConfig, torch.device, Processes], Task]] = {
     "classification": ClassificationTask,
+    "segmentation": SegmentationTask,
+    "detection": DetectionTask,
 }
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from vim.config.schema import OptimConfig, TrainConfig
 
+_MILESTONE_FACTOR = 0.1
 _FUSED = ("adam", "adamw", "sgd")  # PyTorch's own, in one kernel for all parameters
 
 
@@ -52,9 +53,14 @@ def _parameter_groups(optim: OptimConfig) -> Callable[[nn.Module], list[dict[str
         kept = [*of_model(), *optim.no_weight_decay]
         if optim.layer_decay is None:
             return param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=kept)
-        return param_groups_layer_decay(
+        found = param_groups_layer_decay(
             model, optim.weight_decay, no_weight_decay_list=kept, layer_decay=optim.layer_decay
         )
+        if optim.layer_decay_of == "stem":
+            lowest = min(group["lr_scale"] for group in found)
+            for group in found:
+                group["lr_scale"] = lowest if group["lr_scale"] == lowest else 1.0
+        return found
 
     return groups
 
@@ -70,17 +76,23 @@ class Schedule:
 
     def __init__(self, optimizer: Optimizer, config: TrainConfig, updates_per_epoch: int) -> None:
         schedule = config.schedule
+        by_step = schedule.unit == "step"
+        length = config.total_steps(updates_per_epoch) if by_step else config.epochs
+        warmup = schedule.warmup_epochs * (updates_per_epoch if by_step else 1)
         self._optimizer = optimizer
         self._lag = schedule.lag_epochs
         self._scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
-            num_epochs=config.epochs,
-            warmup_epochs=schedule.warmup_epochs,
+            num_epochs=length,
+            warmup_epochs=warmup if schedule.warmup_steps is None else schedule.warmup_steps,
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
-            step_on_epochs=schedule.unit == "epoch",
-            updates_per_epoch=updates_per_epoch,
+            # timm counts milestones from 1, and calls the exponent of a polynomial a rate too.
+            decay_milestones=[milestone + 1 for milestone in schedule.milestones],
+            decay_rate=_MILESTONE_FACTOR if schedule.name == "multistep" else schedule.power,
+            step_on_epochs=not by_step,
+            updates_per_epoch=1,  # lengths are in the schedule's unit already
         )
 
     def set(self, epoch: int, step: int) -> float:

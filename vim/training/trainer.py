@@ -76,6 +76,8 @@ class Trainer:
         random_seed(config.seed)  # the same in all processes, so that their models begin equal
         self.task = open_task(config, self.device, self.processes)
         self.updates_per_epoch = self.task.batches_per_epoch // self.batch.accumulation_steps
+        self._total_steps = config.total_steps(self.updates_per_epoch)
+        self._epochs = -(-self._total_steps // self.updates_per_epoch)  # the last one may be a part of one
         self._found_empty = not folder.last.exists()
         model = self.task.build_model(starting_weights=self._found_empty).to(self.device)
         ema = build_ema(model, config.ema_decay)
@@ -85,7 +87,7 @@ class Trainer:
         self._freezer = Freezer(model, config.optim)
         self.schedule = Schedule(optimizer, config, self.updates_per_epoch)
         scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        for shape in sorted({self.task.image_shape(epoch) for epoch in range(config.epochs)}, reverse=True):
+        for shape in sorted({self.task.image_shape(epoch) for epoch in range(self._epochs)}, reverse=True):
             check_sizes(model, shape, config, self.device)
         if self.processes.size > 1:
             random_seed(config.seed, self.processes.rank)  # dropout and mixing differ between processes
@@ -138,24 +140,23 @@ class Trainer:
             RunStopped: The run received SIGTERM, and has saved a checkpoint.
         """
         config, position = self.config, self.position
-        total_steps = config.epochs * self.updates_per_epoch
         self._check_agreement()
         with (
             self._hold_folder(),
             self._stop.listen(),
             closing(self._open_records()) as recorder,
-            Reporter(total_steps, position.step, self._console) as reporter,
+            Reporter(self._total_steps, position.step, self._console) as reporter,
         ):
             for line in self._describe():
                 reporter.line(line)
-            while position.epoch < config.epochs:
+            while position.epoch < self._epochs:
                 row = self._run_epoch(reporter, recorder)
-                reporter.line(describe_epoch(row, config.epochs, self.task.describe_epoch(row)))
+                reporter.line(describe_epoch(row, self._epochs, self.task.describe_epoch(row)))
                 for line in loading_advice(row, config.data.workers):
                     reporter.line(line)
                 if self.processes.is_main:
                     recorder.write_epoch(position.history)
-                    self._draw_curves(last=position.epoch == config.epochs)
+                    self._draw_curves(last=position.epoch == self._epochs)
         if position.best is None:
             raise RuntimeError("the run has no best epoch, since it has no epochs")
         return position.best
@@ -236,8 +237,9 @@ class Trainer:
         self._begin_epoch()
         batches = self.task.batches(position.epoch, position.updates * self.batch.accumulation_steps)
         lr = self.schedule.set(position.epoch, max(0, position.step - 1))
-        words = f"epoch {position.epoch + 1}/{self.config.epochs}"
-        while position.updates < self.updates_per_epoch:
+        words = f"epoch {position.epoch + 1}/{self._epochs}"
+        updates = min(self.updates_per_epoch, self._total_steps - position.epoch * self.updates_per_epoch)
+        while position.updates < updates:
             lr = self.schedule.set(position.epoch, position.step)
             stop, save = self._update(batches, meter, reporter)
             reporter.step(words, position.step, self._describe_training(meter))
@@ -322,7 +324,7 @@ class Trainer:
         position.skipped_in_a_row += 1
         meter.skipped += 1
         where = (
-            f"at step {position.step + 1} of {config.epochs * self.updates_per_epoch}, in epoch {position.epoch + 1}, "
+            f"at step {position.step + 1} of {self._total_steps}, in epoch {position.epoch + 1}, "
             f"at a learning rate of {self.state.optimizer.param_groups[0]['lr']:.3g}"
         )
         words = f"{describe_nonfinite(loss, grad_norm)} {where}"
@@ -372,12 +374,15 @@ class Trainer:
         carried_on = f"carried on after step {position.step}" if position.step else "new"
         learning = self._freezer.learning(position.epoch)
         frozen = sum(parameter.numel() for parameter in self.model.parameters()) - learning
+        steps = self._total_steps
+        length = f"{self._epochs} epochs of {self.updates_per_epoch} steps"
+        length = length if config.max_steps is None else f"{steps:,} steps, {steps / self.updates_per_epoch:.1f} epochs"
         learning_words = f", of which {learning:,} numbers learn" if frozen else ""
         return [
             f"run      {self.folder.path} ({carried_on})",
             f"model    {describe_model(self.model, config.model)}{learning_words}",
             *self.task.describe_data(),
             *self._changes,
-            f"training {config.epochs} epochs of {self.updates_per_epoch} steps, batch {config.batch_size}{split}, "
+            f"training {length}, batch {config.batch_size}{split}, "
             f"{config.optim.name} at learning rate {config.peak_lr:g}, {config.precision} on {self.device}{count}",
         ]
