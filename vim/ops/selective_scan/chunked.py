@@ -92,8 +92,8 @@ def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments
     if not found:
         zeros = [absent if t is None else torch.zeros_like(t) for t in inputs[:TENSORS]]
         return *zeros[:6], zeros[6].to(u.dtype), zeros[7]
-    y, dstep, du, dB, dC = zip(*(found if reverse else found[::-1]), strict=True)
-    y, dstep, du = (torch.cat(rows).permute(1, 2, 0) for rows in (y, dstep, du))
+    *rows, dB, dC = zip(*(found if reverse else found[::-1]), strict=True)
+    y, dstep, du = (torch.cat(chunk_rows).permute(1, 2, 0) for chunk_rows in rows)
     dD, dz, ddelta_bias = absent, absent.to(u.dtype), absent
     if D is not None:
         du = du + D[:, None] * dy
