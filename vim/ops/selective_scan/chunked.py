@@ -90,7 +90,7 @@ def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments
         found.append((read_out(h, C_chunk), dstep_chunk, through_drive * step_chunk, dB_chunk, dC_chunk))
     absent = u.new_empty(0, dtype=acc)
     if not found:
-        zeros = [absent if t is None else torch.zeros_like(t) for t in inputs[:TENSORS]]
+        zeros = [torch.zeros_like(t) if isinstance(t, Tensor) else absent for t in inputs[:TENSORS]]
         return *zeros[:6], zeros[6].to(u.dtype), zeros[7]
     *rows, dB, dC = zip(*(found if reverse else found[::-1]), strict=True)
     y, dstep, du = (torch.cat(chunk_rows).permute(1, 2, 0) for chunk_rows in rows)
