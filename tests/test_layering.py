@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "inference": {"runtime", "data", "models", "checkpoints", "config", "ops"},
     "tasks": {"inference", "runtime", "data", "models", "checkpoints", "config"},
     "training": {"tasks", "inference", "runtime", "data", "models", "checkpoints", "config"},
-    "explain": {"training", "inference", "runtime", "data", "models", "checkpoints", "layers", "ops"},
+    "explain": {"training", "inference", "runtime", "data", "models", "checkpoints", "config", "layers", "ops"},
     "benchmarking": {"runtime", "models", "ops"},
 }
 ENTRY_POINTS = {"train", "validate", "predict", "benchmark", "convert", "doctor", "export", "build", "report"}

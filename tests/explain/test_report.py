@@ -112,7 +112,7 @@ def test_names_are_text(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     Trainer(tiny_config(model__num_classes=2), folder).fit()
     hostile = "<script>alert(1)</script>"
-    monkeypatch.setattr("vim.explain.report.describe_classes", lambda names: [hostile, *names[1:]])
+    monkeypatch.setattr("vim.explain.classifier_report.describe_classes", lambda names: [hostile, *names[1:]])
     assert report.main([str(folder.path), "--output", str(tmp_path / "r.html"), "--device", "cpu"]) == 0
     written = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "<script" not in written

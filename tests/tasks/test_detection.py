@@ -19,6 +19,7 @@ from tests.training.test_trainer import same
 from vim import predict, validate
 from vim.checkpoints.io import load_checkpoint
 from vim.data.coco_masks import decode_mask
+from vim.explain.report import write_report
 from vim.inference.object_finder import ObjectFinder
 from vim.inference.trained_model import load_trained_model
 from vim.runtime.distributed import Processes, join_processes
@@ -103,6 +104,8 @@ def test_a_run_writes_figures_curves_pictures_and_weights(tmp_path, folder, head
         Image.open(run.path / picture).load()
     saved = load_checkpoint(run.best)
     assert saved["class_names"] == ["ant", "bee", "cat"]
+    report = write_report(run.path).read_text(encoding="utf-8")
+    assert f"<dt>held out, mask AP</dt><dd>{best['mask_ap']:.2f} %</dd>" in report
     assert run.best_weights.exists()
 
 

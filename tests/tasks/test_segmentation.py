@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 
@@ -18,6 +19,7 @@ from tests.training.test_trainer import same
 from vim import predict, validate
 from vim.checkpoints.io import load_checkpoint
 from vim.data.masks import NO_CLASS
+from vim.explain.report import write_report
 from vim.inference.predictor import load_predictor
 from vim.inference.trained_model import load_trained_model
 from vim.runtime.distributed import Processes, join_processes
@@ -65,6 +67,13 @@ def test_a_run_learns_masks_and_leaves_its_figures_and_pictures(run):
     for name in ("curves.png", "predictions.png"):
         assert (run.folder.path / name).read_bytes().startswith(b"\x89PNG")
     assert run.example_image().endswith("images/val/0.png")
+
+
+def test_the_report_shows_the_best_figures_and_the_predictions(run, tmp_path):
+    text = write_report(run.folder.path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<dt>held out, mIoU</dt><dd>{run.position.best['miou']:.2f} %</dd>" in text
+    assert base64.b64encode((run.folder.path / "predictions.png").read_bytes()).decode("ascii") in text
+    assert "most often taken for" not in text
 
 
 def test_the_run_is_described(run):

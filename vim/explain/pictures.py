@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,3 +139,15 @@ def _draw_guesses(axes: Any, guesses: Sequence[tuple[str, float]]) -> None:
     axes.set_xlim(0, 100)
     axes.set_ylim(max(len(shares) - 0.4, 0.6), -0.8)
     axes.set_axis_off()
+
+
+def embed(png: bytes) -> str:
+    """Return a PNG file as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def embed_picture(picture: Image.Image) -> str:
+    """Return a picture as an address that holds its PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return embed(file.getvalue())

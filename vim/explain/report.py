@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import heapq
 import importlib.util
-import io
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
 
-from vim.checkpoints.io import write_text
-from vim.data.loaders import build_eval_loader
-from vim.data.preprocessing import Preprocessing
-from vim.data.sources import open_eval_set
-from vim.explain.attention import attention_rollout, hidden_attention, read_out_map
-from vim.explain.modes import in_evaluation
-from vim.explain.pictures import overlay
-from vim.inference.plots import draw_confusion
-from vim.inference.predictor import describe_classes
-from vim.inference.trained_model import load_trained_model
-from vim.models.vision_mamba import VisionMamba
-from vim.runtime.precision import autocast
-from vim.runtime.terminal import with_progress
+from vim.checkpoints.io import load_checkpoint, write_text
+from vim.explain.classifier_report import classifier_contents
+from vim.explain.pictures import embed
+from vim.inference.trained_model import TrainedModel, load_trained_model
 from vim.training.run_folder import RunFolder
 
-_MOST_MISTAKES = 12
-_MOST_CLASSES = 100
-_SIDE = 160  # pixels of the pictures of mistakes
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
-@dataclass(frozen=True, order=True)
-class _Mistake:
-    """An image that the model got wrong; ordered by how sure the model was."""
-
-    share: float
-    number: int
-    label: int
-    guess: int
-
-
 def write_report(run: Path, output: Path | None = None, device: torch.device | None = None) -> Path:
-    """Evaluate the best weights of a run and write its report.
+    """Write the report of a run; the best weights of a classifier are evaluated for it.
 
     Args:
         run: Folder of the run.
@@ -81,127 +51,54 @@ def write_report(run: Path, output: Path | None = None, device: torch.device | N
 def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
     """Return what the template shows."""
     trained = load_trained_model(str(folder.path))
-    trained.check_task("classification")
     config = trained.config
     if config is None:
         raise ValueError(f"{folder.path} must be the folder of a training run of vim.train: it has no settings")
-    model = trained.model.to(device)
-    dataset, class_names = open_eval_set(config, config.data.val_split, trained.class_names)
-    batches, unreadable = build_eval_loader(dataset, config, device)
-    shown = with_progress(batches, "evaluating", len(batches))
-    with in_evaluation(model):
-        with autocast(device.type, config.precision):
-            confusion, mistakes, pixels = _evaluate(model, shown, len(class_names))
-        pictures = list(_draw_mistakes(model, mistakes, pixels, trained.preprocessing))
-    names = describe_classes(class_names)
-    rows = _class_rows(confusion, names)
-    history = _read_summary(folder.summary)
-    right = 100 * float(confusion.diagonal().sum()) / max(int(confusion.sum()), 1)
-    figures = [("held out, top 1", f"{right:.2f} %"), ("held-out images", f"{int(confusion.sum()):,}")]
-    if missing := unreadable.take():
-        figures.append(("could not be read", f"{missing:,}"))
-    figures += [
-        ("parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"),
-        ("weights", trained.weights),
-    ]
-    if history:
-        seconds = sum(float(row["seconds"]) for row in history)
-        figures += [
-            ("epochs", f"{len(history)}" if config.max_steps else f"{len(history)} of {config.epochs}"),
-            ("time", _duration(seconds)),
-        ]
-        figures += [("training speed", f"{float(history[-1]['images_per_second']):,.0f} images/s")]
-    return {
+    if trained.task == "classification":
+        own = classifier_contents(trained, config, device)
+    else:  # what the run drew and measured itself
+        own = {"held_out": _best_figures(folder), "predictions": _embed_file(folder.predictions)}
+    held_out = own.pop("held_out")
+    return own | {
         "title": f"{config.recipe}: {config.model.name}",
         "subtitle": f"{config.data.dataset}, {config.model.image_shape[0]} x {config.model.image_shape[1]} pixels",
-        "figures": figures,
-        "curves": _embed(folder.curves.read_bytes()) if folder.curves.is_file() else None,
-        "classes": rows[:_MOST_CLASSES],
-        "left_out": max(0, len(rows) - _MOST_CLASSES),
-        "confusion": _confusion_picture(confusion, names),
-        "has_maps": isinstance(model, VisionMamba),
-        "mistakes": [
-            {"number": m.number, "label": names[m.label], "guess": names[m.guess], "share": f"{100 * m.share:.0f} %"}
-            | shown
-            for m, shown in zip(mistakes, pictures, strict=True)
-        ],
+        "figures": [*held_out, *_run_figures(folder, trained)],
+        "curves": _embed_file(folder.curves),
         "environment": _environment(folder),
         "settings": folder.config.read_text(encoding="utf-8"),
     }
 
 
-@torch.inference_mode()
-def _evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
-) -> tuple[Tensor, list[_Mistake], dict[int, Tensor]]:
-    """Return the confusion matrix, the worst mistakes, the worst one first, and their images by number."""
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    worst: list[_Mistake] = []
-    pixels: dict[int, Tensor] = {}
-    number = 0
-    for images, labels in batches:
-        logits = model(images).float()
-        guesses = logits.topk(min(5, num_classes)).indices[:, 0]  # among equal ones, the one that `evaluate` takes
-        shares = logits.softmax(1).gather(1, guesses[:, None])[:, 0]
-        pairs = zip(labels.tolist(), guesses.tolist(), shares.tolist(), strict=True)
-        for index, (label, guess, share) in enumerate(pairs):
-            confusion[label, guess] += 1
-            if label != guess:
-                mistake = _Mistake(share, number + index, label, guess)
-                pixels[mistake.number] = images[index].cpu()
-                heapq.heappush(worst, mistake)
-                if len(worst) > _MOST_MISTAKES:
-                    del pixels[heapq.heappop(worst).number]
-        number += len(labels)
-    return confusion, sorted(worst, reverse=True), pixels
+def _best_figures(folder: RunFolder) -> list[tuple[str, str]]:
+    """Return the held-out figures of the best epoch, as names and words."""
+    found = load_checkpoint(folder.best)["figures"]
+    named = {name: value for name, value in found.items() if name not in ("weights", "epoch", "loss")}
+    return [
+        (f"held out, {name.replace('_', ' ').replace('ap', 'AP').replace('miou', 'mIoU')}", f"{value:.2f} %")
+        for name, value in named.items()
+        if value is not None
+    ]
 
 
-def _draw_mistakes(
-    model: nn.Module, mistakes: Sequence[_Mistake], pixels: dict[int, Tensor], preprocessing: Preprocessing
-) -> Iterator[dict[str, str | None]]:
-    """Yield each mistake's image, and where the model looked, as embedded pictures."""
-    device = next(model.parameters()).device
-    for mistake in mistakes:
-        image = pixels[mistake.number].clone().to(device)
-        photograph = preprocessing.as_photograph(image)
-        seen = None
-        if isinstance(model, VisionMamba):
-            attention = hidden_attention(model, image[None], absolute=True)
-            rollout = attention_rollout(attention)
-            seen = read_out_map(rollout, attention.grid, attention.num_prefix_tokens)[0]
-        yield {
-            "image": _embed_picture(overlay(photograph, None, _SIDE)),
-            "map": None if seen is None else _embed_picture(overlay(photograph, seen, _SIDE)),
-        }
+def _run_figures(folder: RunFolder, trained: TrainedModel) -> list[tuple[str, str]]:
+    """Return the size of the model and the time of the run, as names and words."""
+    figures = [
+        ("parameters", f"{sum(p.numel() for p in trained.model.parameters()) / 1e6:.2f} M"),
+        ("weights", trained.weights),
+    ]
+    history = _read_summary(folder.summary)
+    if history and trained.config is not None:
+        epochs = f"{len(history)}" if trained.config.max_steps else f"{len(history)} of {trained.config.epochs}"
+        figures += [
+            ("epochs", epochs),
+            ("time", _duration(sum(float(row["seconds"]) for row in history))),
+            ("training speed", f"{float(history[-1]['images_per_second']):,.0f} images/s"),
+        ]
+    return figures
 
 
-def _class_rows(confusion: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row for each class, the class with the fewest right answers first."""
-    rows = []
-    for label, name in enumerate(names):
-        images, right = int(confusion[label].sum()), int(confusion[label, label])
-        wrong = confusion[label].clone()
-        wrong[label] = 0
-        most = int(wrong.argmax())
-        share = 100 * right / images if images else 0.0
-        rows.append(
-            {
-                "name": name,
-                "images": images,
-                "share": f"{share:.1f} %" if images else "",
-                "width": f"{share:.1f}",
-                "confused": f"{names[most]} ({int(wrong[most])})" if int(wrong[most]) else "",
-                "order": share if images else 101.0,
-            }
-        )
-    return sorted(rows, key=lambda row: row["order"])
-
-
-def _confusion_picture(confusion: Tensor, names: Sequence[str]) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "confusion.png"
-        draw_confusion(confusion, tuple(names), path)
-        return _embed(path.read_bytes())
+def _embed_file(png: Path) -> str | None:
+    return embed(png.read_bytes()) if png.is_file() else None
 
 
 def _read_summary(path: Path) -> list[dict[str, str]]:
@@ -225,17 +122,6 @@ def _environment(folder: RunFolder) -> list[tuple[str, str]]:
     if len(starts) > 1:
         facts["starts"] = len(starts)
     return [(name, str(value)) for name, value in facts.items()]
-
-
-def _embed(png: bytes) -> str:
-    """Return a PNG file as the address of a picture."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _embed_picture(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return _embed(file.getvalue())
 
 
 def _duration(seconds: float) -> str:

@@ -32,6 +32,7 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.summary = path / "summary.csv"
         self.curves = path / "curves.png"
+        self.predictions = path / "predictions.png"
         self.last = path / "last.pth"
         self.best = path / "best.pth"
         self.best_weights = path / "best.safetensors"
