@@ -9,24 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from vim.config.schema import TrainConfig
-from vim.data.contents import class_changes, contents_of
+from vim.data.contents import contents_of
 from vim.data.loaders import build_loaders
 from vim.data.sources import first_readable_file
 from vim.data.tensors import TensorImages
 from vim.inference.evaluation import evaluate
 from vim.inference.plots import draw_curves
-from vim.inference.trained_model import weights_metadata
 from vim.models.build import build_model, without_weights
 from vim.runtime.agreement import data_facts
 from vim.runtime.distributed import Processes
 from vim.runtime.precision import autocast
 from vim.tasks.classification_loss import ClassificationLoss
-from vim.tasks.data_record import changes_since_record, describe_data, write_record
+from vim.tasks.data_record import describe_data
+from vim.tasks.named_classes import NamedClassesTask
 from vim.tasks.samples import write_samples
 from vim.tasks.task import Batch, Evaluation, Figures
 
 
-class ClassificationTask:
+class ClassificationTask(NamedClassesTask):
     """The task `classification`; see `vim.tasks.task.Task` for its methods.
 
     Args:
@@ -43,11 +43,9 @@ class ClassificationTask:
     headline: tuple[str, ...] = ("top1", "loss")
 
     def __init__(self, config: TrainConfig, device: torch.device, processes: Processes) -> None:
-        self._config = config
         self._autocast = partial(autocast, device.type, config.precision)
         self.loaders = build_loaders(config, device, processes.rank, processes.size)
-        self.class_names = self.loaders.class_names
-        self._contents = contents_of(self.loaders.sets)
+        super().__init__(config, self.loaders.class_names, contents_of(self.loaders.sets))
         self._loss = ClassificationLoss(config, self.class_names, device)
 
     @property
@@ -142,27 +140,3 @@ class ClassificationTask:
     def facts(self) -> Iterator[tuple[str, Any]]:
         """Yield the classes and the images of both splits, by name."""
         return data_facts(self.class_names, self._contents)
-
-    def write_data_record(self, path: Path) -> None:
-        """Write the images of both splits, with their classes, into a file."""
-        write_record(path, self._contents)
-
-    def data_changes(self, path: Path) -> list[str]:
-        """Return lines on how the images differ from the record in a file."""
-        return changes_since_record(path, self._contents)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names of the classes."""
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise `ValueError` if a checkpoint has other classes."""
-        changes = class_changes(state["class_names"], self.class_names)
-        if changes is not None:
-            raise ValueError(
-                f"the classes of the data are not what they were: {changes}, and their labels would mean others"
-            )
-
-    def weights_metadata(self) -> dict[str, str]:
-        """Return the settings and the names of the classes, as the header of a safetensors file."""
-        return weights_metadata(self._config, self.class_names)

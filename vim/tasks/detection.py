@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vim.config.schema import TrainConfig
-from vim.data.contents import SplitContents, class_changes
+from vim.data.contents import SplitContents
 from vim.data.instance_images import EvalBatch
 from vim.data.instance_loaders import build_instance_loaders
 from vim.data.instances import Instances
@@ -21,11 +21,10 @@ from vim.inference.detection_evaluation import Detections, evaluate_detections
 from vim.inference.detection_pictures import Example, draw_examples
 from vim.inference.detectors import build_run_detector
 from vim.inference.plots import draw_curves
-from vim.inference.trained_model import weights_metadata
 from vim.runtime.distributed import Processes
 from vim.runtime.precision import autocast
-from vim.tasks.data_record import changes_since_record, write_record
 from vim.tasks.detection_settings import check_packages, refuse_other_settings
+from vim.tasks.named_classes import NamedClassesTask
 from vim.tasks.task import Batch, Evaluation, Figures
 
 _EXAMPLES = 6
@@ -41,7 +40,7 @@ _PARTS = {
 }
 
 
-class DetectionTask:
+class DetectionTask(NamedClassesTask):
     """The task `detection`; see `vim.tasks.task.Task` for its methods.
 
     Args:
@@ -59,19 +58,20 @@ class DetectionTask:
     def __init__(self, config: TrainConfig, device: torch.device, processes: Processes) -> None:
         check_packages()
         refuse_other_settings(config)
-        self._config, self._device = config, device
+        self._device = device
         self._autocast = partial(autocast, device.type, config.precision)
         self.headline: tuple[str, ...] = ("box_ap50", "box_ap", *(["mask_ap"] if config.detection.masks else []))
         self.loaders = build_instance_loaders(config, device, processes.rank, processes.size)
-        self.class_names = self.loaders.class_names
+        names = self.loaders.class_names
         self._sources = {
             "training": self.loaders.train_images.source,
             "held-out": self.loaders.val_images.source,
         }
-        self._contents = {
-            split: SplitContents(count=len(source), class_names=list(self.class_names), labels=None, keys=source.keys())
+        contents = {
+            split: SplitContents(count=len(source), class_names=list(names), labels=None, keys=source.keys())
             for split, source in self._sources.items()
         }
+        super().__init__(config, names, contents)
         self._train_unreadable = UnreadableLog("replaced by another image")
         self._val_unreadable = UnreadableLog("left out of the evaluation")
         self._examples: list[Example] = []
@@ -219,27 +219,3 @@ class DetectionTask:
             names = "\n".join(source.keys()).encode("utf-8", "surrogateescape")
             yield f"the {split} images", f"{len(source)} (checksum {zlib.crc32(names):08x})"
             yield f"the {split} annotations", f"checksum {source.checksum:08x}"
-
-    def write_data_record(self, path: Path) -> None:
-        """Write the images of both splits into a file."""
-        write_record(path, self._contents)
-
-    def data_changes(self, path: Path) -> list[str]:
-        """Return lines on how the images differ from the record in a file."""
-        return changes_since_record(path, self._contents)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names of the classes."""
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise `ValueError` if a checkpoint has other classes."""
-        changes = class_changes(state["class_names"], self.class_names)
-        if changes is not None:
-            raise ValueError(
-                f"the classes of the data are not what they were: {changes}, and their labels would mean others"
-            )
-
-    def weights_metadata(self) -> dict[str, str]:
-        """Return the settings and the names of the classes, as the header of a safetensors file."""
-        return weights_metadata(self._config, self.class_names)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim.config.schema import TrainConfig
-from vim.data.contents import SplitContents, class_changes
+from vim.data.contents import SplitContents
 from vim.data.listing import describe_passed_over, printable
 from vim.data.masks import NO_CLASS
 from vim.data.segmentation_loaders import build_pair_loaders
@@ -19,11 +19,11 @@ from vim.inference.mask_evaluation import evaluate_masks
 from vim.inference.mask_pictures import Example, draw_examples
 from vim.inference.mask_predictor import MaskPredictor
 from vim.inference.plots import draw_curves
-from vim.inference.trained_model import weights_metadata
 from vim.models.build_segmenter import build_segmenter
 from vim.runtime.distributed import Processes
 from vim.runtime.precision import autocast
-from vim.tasks.data_record import changes_since_record, write_record
+from vim.tasks.named_classes import NamedClassesTask
+from vim.tasks.refused_settings import refuse_settings
 from vim.tasks.task import Batch, Evaluation, Figures
 
 _EXAMPLES = 6
@@ -31,7 +31,7 @@ _SAMPLES = 10
 _SHOWN = 5  # classes
 
 
-class SegmentationTask:
+class SegmentationTask(NamedClassesTask):
     """The task `segmentation`; see `vim.tasks.task.Task` for its methods.
 
     Args:
@@ -49,17 +49,16 @@ class SegmentationTask:
 
     def __init__(self, config: TrainConfig, device: torch.device, processes: Processes) -> None:
         check_settings(config, device, processes)
-        self._config, self._device, self._processes = config, device, processes
+        self._device, self._processes = device, processes
         self._autocast = partial(autocast, device.type, config.precision)
         self.loaders = build_pair_loaders(config, device, processes.rank, processes.size)
-        self.class_names = self.loaders.sets.class_names
+        names = self.loaders.sets.class_names
         sets = (("training", self.loaders.sets.train), ("held-out", self.loaders.sets.val))
-        self._contents = {
-            split: SplitContents(
-                count=len(found.pairs), class_names=list(self.class_names), labels=None, keys=found.pairs.keys()
-            )
+        contents = {
+            split: SplitContents(count=len(found.pairs), class_names=list(names), labels=None, keys=found.pairs.keys())
             for split, found in sets
         }
+        super().__init__(config, names, contents)
         self._examples: list[Example] = []
 
     @property
@@ -212,49 +211,13 @@ class SegmentationTask:
             names = "\n".join(found.keys or ()).encode("utf-8", "surrogateescape")
             yield f"the {split} images", f"{found.count} (checksum {zlib.crc32(names):08x})"
 
-    def write_data_record(self, path: Path) -> None:
-        """Write the images of both splits into a file."""
-        write_record(path, self._contents)
-
-    def data_changes(self, path: Path) -> list[str]:
-        """Return lines on how the images differ from the record in a file."""
-        return changes_since_record(path, self._contents)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names of the classes."""
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise `ValueError` if a checkpoint has other classes."""
-        changes = class_changes(state["class_names"], self.class_names)
-        if changes is not None:
-            raise ValueError(
-                f"the classes of the data are not what they were: {changes}, and their labels would mean others"
-            )
-
-    def weights_metadata(self) -> dict[str, str]:
-        """Return the settings and the names of the classes, as the header of a safetensors file."""
-        return weights_metadata(self._config, self.class_names)
-
 
 def check_settings(config: TrainConfig, device: torch.device, processes: Processes) -> None:
     """Raise `ValueError` for settings that segmentation does not have, or that do not fit the processes."""
-    augment = config.augment
-    off = {
-        "augment.mixup": augment.mixup,
-        "augment.cutmix": augment.cutmix,
-        "augment.erase_prob": augment.erase_prob,
-        "augment.auto_augment": augment.auto_augment,
-        "augment.color_jitter": augment.color_jitter,
-        "progressive.start_size": config.progressive.start_size,
-        "distill.teacher": config.distill.teacher,
-    }
-    for name, value in off.items():
-        if value:
-            raise ValueError(f"{name} must be off for task 'segmentation', which has no such setting, got {value!r}")
-    if augment.repeats > 1:
+    refuse_settings(config, {})
+    if config.augment.repeats > 1:
         raise ValueError(
-            f"augment.repeats must be 0 for task 'segmentation', got {augment.repeats}: see segmentation.repeats"
+            f"augment.repeats must be 0 for task 'segmentation', got {config.augment.repeats}: see segmentation.repeats"
         )
     if config.segmentation.norm != "batch":
         return
