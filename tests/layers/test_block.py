@@ -401,3 +401,19 @@ def test_fewer_blocks_than_the_model_says_are_an_error(grad):
     del model.layers[2]
     with torch.set_grad_enabled(grad), pytest.raises(IndexError):
         model(torch.randn(1, 3, 32, 32))
+
+
+def test_weights_that_were_never_loaded_are_refused():
+    names = [name for name, _ in make_block().named_parameters()]
+    for name in names:
+        made, inputs = make_block(), make_inputs()
+        part, _, last = name.rpartition(".")
+        weight = made.get_parameter(name)
+        setattr(made.get_submodule(part), last, nn.Parameter(weight.to("meta")))
+        with pytest.raises(ValueError, match=r"\w+ must be on the device of the other arguments, cpu, got meta"):
+            made(*inputs)
+
+
+def test_a_layer_on_the_device_meta_has_shapes_only():
+    out, total = make_block().to("meta")(*(x.to("meta") for x in make_inputs()))
+    assert out.is_meta and total.is_meta and out.shape == total.shape == (2, 7, 24)
