@@ -207,6 +207,21 @@ def test_a_bias_that_is_not_a_parameter_takes_part(name):
     torch.testing.assert_close(made(*inputs)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "times"),
+    [(nn.functional, "linear", 4), (nn.Linear, "__call__", 4), (nn.Module, "__call__", 6), (vim.Mamba, "__call__", 1)],
+)
+@torch.no_grad()
+def test_profilers_that_patch_a_function_or_a_call_see_it(owner, name, times, calls, monkeypatch):
+    made, inputs, seen, original = make_block(), make_inputs(), [], getattr(owner, name)
+    before = made(*inputs)[0]
+    monkeypatch.setattr(owner, name, lambda *args: [seen.append(args[0]), original(*args)][1])
+    torch.testing.assert_close(made(*inputs)[0], before)
+    assert len(seen) >= times
+    monkeypatch.undo()
+    assert calls == [True, False]
+
+
 @pytest.mark.parametrize("kind", [vim.Mamba, RMSNorm, nn.Linear])
 @torch.no_grad()
 def test_another_forward_of_a_class_is_called(kind, calls, monkeypatch):
