@@ -338,6 +338,12 @@ def test_a_compiler_that_does_not_start(cache, tmp_path, monkeypatch):
         build(_quiet)
 
 
+def test_a_program_that_is_not_a_compiler(cache, compiler):
+    compiler(output="exit 0")
+    with pytest.raises(BuildError, match=r"c\+\+ is not a compiler: it made no library; CXX chooses another compiler"):
+        build(_quiet)
+
+
 def test_a_folder_that_others_can_write_is_not_trusted(cache, compiler):
     compiler()
     path = build(_quiet)

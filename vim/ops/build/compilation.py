@@ -266,6 +266,8 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
     # nvcc, if the recipe has it, links its own libraries.
     linker = recipe.compilers.get(".cu", recipe.compilers[".cpp"])
     _run([*linker, "-shared", "-o", str(library), *objects, *libraries], folder)
+    if not library.is_file():
+        raise BuildError(f"{linker[0]} is not a compiler: it made no library; CXX chooses another compiler")
     with open(library, "r+b") as file:
         file.write(_SEAL + _hash(file.read()))
         file.flush()
