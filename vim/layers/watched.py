@@ -20,7 +20,7 @@ class DefinedForwards:
     """
 
     def __init__(self, classes: Sequence[type[nn.Module]], functions: Sequence[str]) -> None:
-        names = [(kind, name) for kind in classes for name in ("__call__", "forward")]
+        names: list[tuple[Any, str]] = [(kind, name) for kind in classes for name in ("__call__", "forward")]
         names += [(nn.functional, name) for name in functions]
         self._defined = [(owner, name, getattr(owner, name)) for owner, name in names]
 
