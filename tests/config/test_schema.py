@@ -118,6 +118,10 @@ def test_a_value_of_a_wrong_type_is_refused_with_the_name_of_the_setting():
         ({"data__dataset": "folder"}, "data.path must name the image folder .* got None"),
         ({"data__path": "/images"}, "data.path must be null when data.dataset is 'digits'.* got '/images'"),
         ({"model__args": {"in_chans": 3}}, "model.args must not hold 'in_chans': set model.in_chans instead, got 3"),
+        (
+            {"model__args": {"checkpoint_path": "a.pth"}},
+            "model.args must not hold 'checkpoint_path': set model.checkpoint instead, got 'a.pth'",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, message):

@@ -116,6 +116,16 @@ def test_an_image_of_16_bits_keeps_its_upper_8():
             to_color_mode(Image.fromarray(pixels.astype(kind)), "L")
 
 
+@pytest.mark.parametrize("largest", [1023, 4095, 65_535])
+def test_a_grey_netpbm_file_of_16_bits_is_read_like_others(tmp_path, largest):
+    pixels = np.array([[0, largest // 2, largest]], dtype=">u2")
+    file = tmp_path / "0.pgm"
+    file.write_bytes(f"P5 3 1 {largest}\n".encode() + pixels.tobytes())
+    image = read_image(file)
+    assert image.mode == "I;16"
+    assert np.asarray(to_color_mode(image, "L")).tolist() == [[0, 127, 255]]
+
+
 def test_12_bits_in_16_are_warned_once_and_kept_if_the_setting_says_so(caplog):
     ramp = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))
     for _ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 
 import pytest
@@ -99,6 +100,43 @@ def test_a_tar_file_that_is_compressed_is_refused_by_name(images, tmp_path):
         open_image_sets(config("folder", tmp_path))
 
 
+def test_a_class_without_images_is_noticed_in_a_tar_file_too(images, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name in ("benign/p1/0.png", "benign/p2/0.png"):
+            add(archive, name, (images / "val" / "ant" / "0.png").read_bytes())
+        folder = tarfile.TarInfo("malignant/")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with pytest.raises(ValueError, match=r"in folders of 'benign', and none is in 'malignant'"):
+        open_image_sets(config("folder", tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["folder", "wds/"])
+@pytest.mark.parametrize("damage", ["cut in a header", "flipped bit", "no end mark"])
+def test_a_tar_file_that_is_damaged_between_images_is_refused(images, tmp_path, kind, damage):
+    """Python's tarfile takes a damaged header for the end."""
+    root = tmp_path / "archives"
+    write_shards(images, root)
+    if kind == "folder":
+        shutil.rmtree(root)
+        root.mkdir()
+        for split in ("train", "val"):
+            with tarfile.open(root / f"{split}.tar", "w") as archive:
+                archive.add(images / split, arcname=".")
+    file = root / ("train.tar" if kind == "folder" else "train/00000.tar")
+    with tarfile.open(file) as archive:
+        header, end = archive.getmembers()[6].offset, archive.offset
+    data = bytearray(file.read_bytes())
+    if damage == "no end mark":  # which some programs do not write
+        file.write_bytes(data[:end])
+        assert len(open_image_sets(config(kind, root)).train) == 24
+        return
+    data[header + 3] ^= 4
+    file.write_bytes(data[: header + 100] if damage == "cut in a header" else data)
+    with pytest.raises(ValueError, match=rf"damaged, .*, {file}: damaged or truncated at byte {header:,}"):
+        open_image_sets(config(kind, root))
+
+
 def test_what_shards_hold_besides_labelled_images_is_counted(images, tmp_path):
     image = (images / "val" / "ant" / "0.png").read_bytes()
     for split in ("train", "val"):
@@ -106,6 +144,7 @@ def test_what_shards_hold_besides_labelled_images_is_counted(images, tmp_path):
             for name, data in (
                 *(("0.png", image), ("0.cls", b"0"), ("1.JPG", image), ("1.png", image), ("1.cls", b"\xef\xbb\xbf1")),
                 *(("2.heic", image), ("2.cls", b"1"), ("3.png", image), ("4.json", b'{"label": 0}'), ("5.txt", b"x")),
+                *(("a.b.png", image), ("a.b.cls", b"1")),
             ):
                 add(archive, name, data)
     (tmp_path / "classnames.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee\r\n")  # as Windows' editor writes it
@@ -118,6 +157,8 @@ def test_what_shards_hold_besides_labelled_images_is_counted(images, tmp_path):
         ".heic": 1,
         "label without an image": 1,
         "image without a label": 1,
+        ".txt": 1,
+        ".b.png": 1,  # the key of a sample ends at the first dot
     }
 
 

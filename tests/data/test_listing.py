@@ -97,6 +97,25 @@ def test_a_folder_that_is_alone_is_a_class_if_it_is_known_as_one():
     assert label_by_folder(paths, "val", ("benign", "malignant")) == ([0, 0], ("benign",))
 
 
+def test_a_folder_that_may_or_may_not_be_a_class_is_refused(tmp_path):
+    """With patients in folders of their own, and no readable image of the other class."""
+    paths = ["benign/p1/0.jpg", "benign/p2/0.jpg"]
+    folders = ["benign", "benign/p1", "benign/p2", "malignant"]
+    with pytest.raises(
+        ValueError, match=r"in train: all images are in folders of 'benign', and none is in 'malignant'"
+    ):
+        label_by_folder(paths, "train", folders=folders)
+    with pytest.raises(ValueError, match=r"in folders of 'set/benign', and none is in 'set/malignant'"):
+        label_by_folder([f"set/{path}" for path in paths], "train", folders=[f"set/{path}" for path in folders])
+    assert label_by_folder(paths, "val", ("benign", "malignant"), folders) == ([0, 0], ("benign",))
+    assert label_by_folder(paths, "train", folders=folders[:-1]) == ([0, 1], ("p1", "p2"))
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    (tmp_path / "benign" / "up").symlink_to(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    assert list_files(tmp_path, [".jpg"]).folders == {*folders}
+
+
 def test_an_image_without_a_folder_is_refused_by_name():
     with pytest.raises(
         ValueError, match=r"one folder per class in val: 2 of 2 images are not in such a folder, .* such as 0.jpg"

@@ -207,6 +207,21 @@ def test_a_bias_that_is_not_a_parameter_takes_part(name):
     torch.testing.assert_close(made(*inputs)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "times"),
+    [(nn.functional, "linear", 4), (nn.Linear, "__call__", 4), (nn.Module, "__call__", 6), (vim.Mamba, "__call__", 1)],
+)
+@torch.no_grad()
+def test_profilers_that_patch_a_function_or_a_call_see_it(owner, name, times, calls, monkeypatch):
+    made, inputs, seen, original = make_block(), make_inputs(), [], getattr(owner, name)
+    before = made(*inputs)[0]
+    monkeypatch.setattr(owner, name, lambda *args: [seen.append(args[0]), original(*args)][1])
+    torch.testing.assert_close(made(*inputs)[0], before)
+    assert len(seen) >= times
+    monkeypatch.undo()
+    assert calls == [True, False]
+
+
 @pytest.mark.parametrize("kind", [vim.Mamba, RMSNorm, nn.Linear])
 @torch.no_grad()
 def test_another_forward_of_a_class_is_called(kind, calls, monkeypatch):
@@ -401,3 +416,20 @@ def test_fewer_blocks_than_the_model_says_are_an_error(grad):
     del model.layers[2]
     with torch.set_grad_enabled(grad), pytest.raises(IndexError):
         model(torch.randn(1, 3, 32, 32))
+
+
+def test_weights_that_were_never_loaded_are_refused():
+    names = [name for name, _ in make_block().named_parameters()]
+    for name in names:
+        made, inputs = make_block(), make_inputs()
+        part, _, last = name.rpartition(".")
+        weight = made.get_parameter(name)
+        setattr(made.get_submodule(part), last, nn.Parameter(weight.to("meta")))
+        with pytest.raises(ValueError, match=r"\w+ must be on the device of the other arguments, cpu, got meta"):
+            made(*inputs)
+
+
+def test_a_layer_on_the_device_meta_has_shapes_only():
+    out, total = make_block().to("meta")(*(x.to("meta") for x in make_inputs()))
+    assert out.device.type == total.device.type == "meta"
+    assert out.shape == total.shape == (2, 7, 24)

@@ -7,6 +7,7 @@ import fractions
 import re
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,16 @@ def test_a_whole_model_is_refused_with_what_to_save_instead(tmp_path):
         read_checkpoint(tmp_path / "model.pth")
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "model.pth")
+
+    file = file_with(tmp_path, {"a": ONE})
+    monkeypatch.setattr(torch, "load", refuse)  # root may read any file
+    with pytest.raises(RuntimeError, match=r"bad.pth cannot be read: Permission denied"):
+        read_checkpoint(file)
+
+
 def file_with(tmp_path: Path, contents: object) -> Path:
     path = tmp_path / "bad.pth"
     torch.save(contents, path)
@@ -288,6 +299,13 @@ def filtered(**changes):
     return checkpoint_filter_fn({**state, **add}, small(**kwargs), **changes)
 
 
+def pickled(tmp_path: Path, pickle: bytes) -> Path:
+    with zipfile.ZipFile(tmp_path / "odd.pth", "w") as archive:
+        for name, data in {"data.pkl": pickle, "version": b"3\n", "data/0": b"1234"}.items():
+            archive.writestr(f"archive/{name}", data)
+    return tmp_path / "odd.pth"
+
+
 ONE = torch.zeros(1)
 READING = {
     "no file": (lambda p: p / "none.pth", "there is no checkpoint .*none.pth"),
@@ -301,6 +319,16 @@ READING = {
     "a web page": (lambda p: written(p, "a.pth", b"<!DOCTYPE html>"), "damaged or not a PyTorch checkpoint"),
     "half a file": (
         lambda p: written(p, "a.pth", file_with(p, {"a": torch.zeros(5000)}).read_bytes()[:9000]),
+        "damaged or not a PyTorch checkpoint",
+    ),
+    "an empty stack": (lambda p: pickled(p, b"\x80\x02."), "damaged or not a PyTorch checkpoint"),
+    "a key without a value": (lambda p: pickled(p, b"\x80\x02}(K\x01u."), "damaged or not a PyTorch checkpoint"),
+    "an odd dict": (
+        lambda p: pickled(p, b"\x80\x02ccollections\nOrderedDict\nK\x01\x85R."),
+        "damaged or not a PyTorch checkpoint",
+    ),
+    "an odd tensor": (
+        lambda p: pickled(p, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01tR."),
         "damaged or not a PyTorch checkpoint",
     ),
     "half a safetensors file": (lambda p: written(p, "a.safetensors", b"\x10" * 20), "truncated or not a safetensors"),

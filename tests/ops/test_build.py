@@ -338,6 +338,33 @@ def test_a_compiler_that_does_not_start(cache, tmp_path, monkeypatch):
         build(_quiet)
 
 
+@pytest.mark.parametrize("change", ["mode", "owner", "link"])
+def test_a_library_that_others_can_write_is_not_trusted(cache, compiler, change, tmp_path):
+    compiler()
+    before = os.umask(0)
+    try:
+        path = build(_quiet)
+    finally:
+        os.umask(before)
+    assert find_library() == path
+    if change == "mode":
+        path.chmod(0o777)
+    elif change == "link":
+        path.rename(tmp_path / "elsewhere.so")
+        path.symlink_to(tmp_path / "elsewhere.so")
+    elif os.geteuid() == 0:
+        os.chown(path, 23456, -1)
+    else:
+        pytest.skip("only root gives files to other users")
+    assert find_library() is None
+
+
+def test_a_program_that_is_not_a_compiler(cache, compiler):
+    compiler(output="exit 0")
+    with pytest.raises(BuildError, match=r"c\+\+ is not a compiler: it made no library; CXX chooses another compiler"):
+        build(_quiet)
+
+
 def test_a_folder_that_others_can_write_is_not_trusted(cache, compiler):
     compiler()
     path = build(_quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 
@@ -75,8 +76,10 @@ def test_images_that_changed_are_said_aloud_once(copied, capsys):
 
 def test_a_run_without_a_record_says_so_and_a_damaged_one_is_refused(copied, capsys):
     record = copied / "run" / "images.json.gz"
-    record.write_bytes(record.read_bytes()[:-20])
-    assert_refused(train, resumption(copied), f"{record} is damaged: ", capsys)
+    whole = record.read_bytes()
+    for damaged in (whole[:-20], whole[:20] + b"\xff\xff" + whole[22:], gzip.compress(b"[" * 100_000)):
+        record.write_bytes(damaged)
+        assert_refused(train, resumption(copied), f"{record} is damaged: ", capsys)
     record.unlink()
     assert resume(copied) == 0
     assert "images   the run has no images.json.gz, so it is unknown whether" in capsys.readouterr().out

@@ -84,10 +84,14 @@ class ModelConfig:
         check_fraction("model.drop_path_rate", self.drop_path_rate)
         check_choice("model.pretrained_weights", self.pretrained_weights, StartingWeights)
         check_choice("model.pretrained_resampling", self.pretrained_resampling, Resampling)
-        own = {"img_size", "in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained"} & set(self.args)
+        settings = {"checkpoint_path": "checkpoint"}
+        settings |= {n: n for n in ("img_size", "in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained")}
+        own = settings.keys() & set(self.args)
         if own:
             name = min(own)
-            raise ValueError(f"model.args must not hold {name!r}: set model.{name} instead, got {self.args[name]!r}")
+            raise ValueError(
+                f"model.args must not hold {name!r}: set model.{settings[name]} instead, got {self.args[name]!r}"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int]:

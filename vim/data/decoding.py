@@ -51,6 +51,8 @@ def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):
         raise OSError("it is not a regular file")  # reading a pipe without a writer would hang
     with Image.open(file) as image:
+        if image.format == "PPM" and image.mode == "I":  # 16 bits; Pillow scales the largest value to 65,535
+            return Image.fromarray(np.asarray(image).astype(np.uint16))
         has_16_bits = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile)
         image.load()
         if has_16_bits:

@@ -1,6 +1,5 @@
 """Images in folders or tar files with one folder per class."""
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from vim.config.schema import IMAGE_EXTENSIONS
 from vim.data.archives import list_members
 from vim.data.class_folders import label_by_folder
 from vim.data.image_files import FileSource, ImageSource, MemberSource
-from vim.data.listing import ending_of, endings_of, list_files, natural_key
+from vim.data.listing import Listing, ending_of, endings_of, list_files, natural_key
 
 _SYNONYMS = {
     "train": ("train", "training"),
@@ -47,23 +46,22 @@ def open_folder(
 
 def _open_files(place: Path, extensions: Sequence[str], known: Collection[str]) -> tuple[FileSource, tuple[str, ...]]:
     listing = list_files(place, extensions)
-    labels, names = label_by_folder(listing.paths, str(place), known)
+    labels, names = label_by_folder(listing.paths, str(place), known, listing.folders)
     return FileSource(place, listing.paths, labels, listing.passed_over), names
 
 
 def _open_archive(
     place: Path, extensions: Sequence[str], known: Collection[str]
 ) -> tuple[MemberSource, tuple[str, ...]]:
-    passed_over: Counter[str] = Counter()
-    endings, members = endings_of(extensions), []
-    for member in list_members(place, passed_over):
+    listing, endings, members = Listing(), endings_of(extensions), []
+    for member in list_members(place, listing):
         if member.name.lower().endswith(endings):
             members.append(member)
         else:
-            passed_over[ending_of(member.name)] += 1
+            listing.passed_over[ending_of(member.name)] += 1
     members.sort(key=lambda member: natural_key(member.name))
-    labels, names = label_by_folder([member.name for member in members], str(place), known)
-    return MemberSource(members, labels, passed_over), names
+    labels, names = label_by_folder([member.name for member in members], str(place), known, listing.folders)
+    return MemberSource(members, labels, listing.passed_over), names
 
 
 def find_split(root: Path, split: str) -> Path:

@@ -11,12 +11,14 @@ from typing import Any
 
 @dataclass(slots=True)
 class Listing:
-    """The images below a folder, in natural order, and the number of other files."""
+    """The images below a folder in natural order, the number of other files, and the folders."""
 
     paths: list[str] = field(default_factory=list)
     """Paths relative to the folder, with `/` between their parts."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of other files by kind: an ending, or a description."""
+    folders: set[str] = field(default_factory=set)
+    """Paths of all folders, also of those without images."""
 
 
 def list_files(folder: Path, extensions: Sequence[str]) -> Listing:
@@ -42,6 +44,8 @@ def _list_into(
     identity = (status.st_dev, status.st_ino)
     if identity in parents:  # a link to one of its parents
         return
+    if prefix:
+        listing.folders.add(prefix.removesuffix("/"))
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_hidden(entry.name):

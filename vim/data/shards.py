@@ -14,7 +14,7 @@ from vim.config.schema import IMAGE_EXTENSIONS
 from vim.data.archives import Member, list_members
 from vim.data.folders import split_names
 from vim.data.image_files import MemberSource
-from vim.data.listing import endings_of
+from vim.data.listing import Listing, endings_of
 
 _LABEL = ".cls"
 _METADATA = ".json"
@@ -42,16 +42,16 @@ def open_shards(
         ValueError: There are no shards, a file is not a tar file, or there are no labelled images.
     """
     shards = find_shards(Path(root).expanduser(), split_names(split))
-    passed_over: Counter[str] = Counter()
+    listing = Listing()
     members: list[Member] = []
     labels: list[int] = []
     for shard in shards:
-        for member, label in _samples(shard, endings_of(extensions), passed_over):
+        for member, label in _samples(shard, endings_of(extensions), listing):
             members.append(member)
             labels.append(label)
     if not members:
         raise ValueError(f"data.path must have images with a label, KEY.jpg and KEY.cls: {shards[0]} has none")
-    return MemberSource(members, labels, passed_over), _class_names(shards[0])
+    return MemberSource(members, labels, listing.passed_over), _class_names(shards[0])
 
 
 def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
@@ -77,26 +77,27 @@ def find_shards(root: Path, splits: tuple[str, ...]) -> list[Path]:
     )
 
 
-def _samples(shard: Path, endings: tuple[str, ...], passed_over: Counter[str]) -> list[tuple[Member, int]]:
-    """Return the labelled images of a shard, and count the other samples in `passed_over`."""
+def _samples(shard: Path, endings: tuple[str, ...], listing: Listing) -> list[tuple[Member, int]]:
+    """Return the labelled images of a shard, and count the other samples as passed over."""
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     others: dict[str, str] = {}
     with open(shard, "rb") as file:
-        for member in list_members(shard, passed_over):
+        for member in list_members(shard, listing):
             key, ending = _split_name(member.name)
             if ending in (_LABEL, _METADATA):
                 label = _read_label(member.read(file, _LONGEST_LABEL), ending)
                 if label is not None:
                     labels.setdefault(key, label)
             elif ending not in endings:
-                others[key] = ending
+                others.setdefault(key, ending)
             elif key in images:
-                passed_over["second image of a sample"] += 1
+                listing.passed_over["second image of a sample"] += 1
             else:
                 images[key] = member
-    passed_over.update(others.get(key, "label without an image") for key in labels.keys() - images.keys())
-    passed_over.update("image without a label" for _ in images.keys() - labels.keys())
+    without_image = (labels.keys() | others.keys()) - images.keys()
+    listing.passed_over.update(others.get(key, "label without an image") for key in without_image)
+    listing.passed_over.update("image without a label" for _ in images.keys() - labels.keys())
     return [(image, labels[key]) for key, image in images.items() if key in labels]
 
 
@@ -114,8 +115,8 @@ def _read_label(data: bytes, ending: str) -> int | None:
             return int(data.decode("utf-8-sig"))
         contents = json.loads(data)
         label = contents.get("label") if isinstance(contents, dict) else None
-        return label if isinstance(label, int) else None
-    except ValueError:
+        return label if type(label) is int else None
+    except (ValueError, RecursionError):
         return None
 
 

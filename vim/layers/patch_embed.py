@@ -205,7 +205,7 @@ class PatchEmbed(nn.Module):
         return x
 
 
-_FORWARDS = DefinedForwards(PatchEmbed, nn.Conv2d, nn.Identity)
+_FORWARDS = DefinedForwards((PatchEmbed, nn.Conv2d, nn.Identity), ("conv2d",))
 
 
 def as_size(name: str, value: object) -> tuple[int, int]:

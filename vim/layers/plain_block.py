@@ -16,7 +16,7 @@ _LINEAR = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
 _READ = (*_LINEAR, "conv1d", "conv1d_b")
 # Indices of the weights that the op requires.
 _REQUIRED = [i for i, name in enumerate(BlockWeights._fields) if name not in OPTIONAL_WEIGHTS]
-_FORWARDS = DefinedForwards(Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU)
+_FORWARDS = DefinedForwards((Mamba, RMSNorm, nn.Linear, nn.Conv1d, nn.SiLU), ("linear", "conv1d", "silu"))
 
 
 def plain_weights(norm: nn.Module, mixer: nn.Module, x: Tensor, residual: Tensor | None) -> BlockWeights | None:

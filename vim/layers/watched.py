@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,18 +12,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class DefinedForwards:
-    """The forwards that module classes are defined with, to notice a patched class.
+    """What module classes are defined with, to notice a patched class or function: profilers patch them to count.
 
     Args:
         classes: The classes whose instances a kernel may replace.
+        functions: Names of the functions of `torch.nn.functional` that their forwards call.
     """
 
-    def __init__(self, *classes: type[nn.Module]) -> None:
-        self._forwards = tuple((kind, kind.forward) for kind in classes)
+    def __init__(self, classes: Sequence[type[nn.Module]], functions: Sequence[str]) -> None:
+        names: list[tuple[Any, str]] = [(kind, name) for kind in classes for name in ("__call__", "forward")]
+        names += [(nn.functional, name) for name in functions]
+        self._defined = [(owner, name, getattr(owner, name)) for owner, name in names]
 
     def run(self) -> bool:
         """Return True if calls of these classes run the defined forwards and nothing else, such as a global hook."""
-        return not torch_module._has_any_global_hook() and all(kind.forward is own for kind, own in self._forwards)
+        return not torch_module._has_any_global_hook() and all(
+            getattr(owner, name) is own for owner, name, own in self._defined
+        )
 
 
 def is_watched(module: nn.Module) -> bool:

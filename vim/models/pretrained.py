@@ -38,6 +38,19 @@ _NUMPY_NAMES = (
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 )
+# What torch's restricted loader raises for a file with malformed contents, besides `UnpicklingError`.
+_MALFORMED = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    OSError,
+    zipfile.BadZipFile,
+)
 # Seconds to wait for the first answer of the hub.
 _HUB_TIMEOUT = 5.0
 
@@ -136,7 +149,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{file} was not loaded: {_foreign_classes(file)}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
+    except PermissionError as error:
+        raise RuntimeError(f"{file} cannot be read: {error.strerror}") from error
+    except _MALFORMED as error:
         raise RuntimeError(f"{file} is damaged or not a PyTorch checkpoint") from error
     if not isinstance(contents, dict):
         raise RuntimeError(f"{file} must hold a dict, got {type(contents).__name__}")
@@ -148,7 +163,7 @@ def _foreign_classes(file: Path) -> str:
     try:
         with _allowed_classes():
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except (RuntimeError, ValueError, pickle.UnpicklingError):
+    except (*_MALFORMED, pickle.UnpicklingError):
         names = []
     if not names:
         return "it is damaged or not a PyTorch checkpoint"

@@ -103,6 +103,10 @@ def join_processes() -> Iterator[Processes]:
         yield Processes()
         return
     local_rank = _number("LOCAL_RANK")
+    if _number("RANK") >= size:  # the others would wait for the missing one
+        raise JoinError(
+            f"RANK must be < WORLD_SIZE = {size}, got {os.environ['RANK']}: start the processes with torchrun"
+        )
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     try:

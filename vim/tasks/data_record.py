@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def changes_since_record(path: Path, contents: Mapping[str, SplitContents]) -> l
             for split, found in contents.items()
             for change in found.changes_since(before[split])
         ]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; remove it to carry on without knowing whether the images are the same"
         ) from error

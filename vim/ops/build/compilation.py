@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from vim.ops.build.private_folders import private_folder
+from vim.ops.build.private_folders import check_private_file, private_folder
 
 LIBRARY = "libvimamba.so"
 # A library ends with this seal and the hash of everything before it. Loading a library that a full disk, a crash or a
@@ -209,6 +209,7 @@ def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
             for library in sorted(private_folder(folder / key).glob(f"{name}/{pattern}")):
                 with contextlib.suppress(OSError):
                     private_folder(library.parent)
+                    check_private_file(library)
                     if is_complete(library):
                         yield library
         if _can_be_made(folder):
@@ -266,6 +267,9 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
     # nvcc, if the recipe has it, links its own libraries.
     linker = recipe.compilers.get(".cu", recipe.compilers[".cpp"])
     _run([*linker, "-shared", "-o", str(library), *objects, *libraries], folder)
+    if not library.is_file():
+        raise BuildError(f"{linker[0]} is not a compiler: it made no library; CXX chooses another compiler")
+    library.chmod(0o755)  # whatever the umask: a library that others can write is not loaded
     with open(library, "r+b") as file:
         file.write(_SEAL + _hash(file.read()))
         file.flush()

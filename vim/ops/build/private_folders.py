@@ -65,6 +65,24 @@ def private_folder(path: Path, create: bool = False) -> Path:
     return here
 
 
+def check_private_file(path: Path) -> None:
+    """Raise unless a file in a private folder is a regular file that nobody but this user and root can change.
+
+    Raises:
+        NotPrivate: It is a link, belongs to another user or can be written by others.
+        OSError: There is no such file.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise NotPrivate(f"{path} is not a regular file")
+    if not hasattr(os, "geteuid"):
+        return
+    if status.st_uid not in _owners(below_shared=False):
+        raise NotPrivate(f"{path} belongs to another user")
+    if _is_writable_by_others(status):
+        raise NotPrivate(f"{path} can be written by other users")
+
+
 def _check(entry: Path, below_shared: bool) -> None:
     """Raise for a folder or a link that another user could change, unless a sticky bit protects its entries."""
     status = entry.lstat()

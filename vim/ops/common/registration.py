@@ -29,7 +29,7 @@ class _Op:
         qualified = f"vim::{self.name}{family}"
         torch.library.define(qualified, self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "CompositeExplicitAutograd", implement(self.name, self.reference))
-        torch.library.register_fake(qualified, self.fake)
+        torch.library.register_fake(qualified, _without_missing(self.name, self.fake))
         register_flop_formula(getattr(torch.ops.vim, self.name + family))(_without_output_shape(self.flops))
 
 
@@ -94,6 +94,25 @@ def by_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]
         for argument, value in zip(names, args, strict=True):
             check_memory(argument, value)
         return reference(*args)
+
+    return checked
+
+
+def _without_missing(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an op's fake, which refuses tensors on the device "meta" beside tensors with memory.
+
+    One such tensor, a weight that was never loaded, makes torch run the fake, whose results are not initialised.
+    """
+    names = [argument.name for argument in getattr(torch.ops.vim, name).default._schema.arguments]
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        tensors = [(argument, value) for argument, value in zip(names, args, strict=True) if isinstance(value, Tensor)]
+        missing = [argument for argument, value in tensors if value.is_meta]
+        if missing and len(missing) < len(tensors):
+            place = next(value.device for _, value in tensors if not value.is_meta)
+            raise ValueError(f"{missing[0]} must be on the device of the other arguments, {place}, got meta")
+        return fake(*args)
 
     return checked
 
