@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JoinError as error:
         sys.stderr.write(f"vim.validate: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("vim.validate: interrupted\n")
+        return 130
     return 1 if validation.unreadable else 0
 
 

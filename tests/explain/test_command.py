@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +139,21 @@ def test_receptive_fields_are_drawn(tmp_path):
     with Image.open(tmp_path / "fields.png") as row, Image.open(tmp_path / "rows.png") as rows:
         assert row.size[0] > row.size[1]
         assert rows.size == (row.size[0], 2 * row.size[1])
+
+
+def test_all_pictures_are_drawn_when_nobody_reads_the_lines(run, photographs, tmp_path):
+    command_line = (
+        f"{sys.executable} -m vim.explain {run} {photographs} --device cpu --output {tmp_path / 'out'} | true"
+    )
+    result = subprocess.run(command_line, shell=True, capture_output=True, text=True, check=False, timeout=300)
+    assert "BrokenPipe" not in result.stderr
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+def test_an_interrupt_ends_in_one_line(run, photographs, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Explainer, "draw", interrupt)
+    assert command.main([run, str(photographs), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.endswith("vim.explain: interrupted\n")

@@ -68,7 +68,7 @@ def _draw(explainer: Explainer, image: Path, output: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    from vim.runtime.terminal import end_with_reader
+    from vim.runtime.terminal import outlive_reader
 
-    end_with_reader()
+    outlive_reader()  # the pictures matter, whoever reads the lines
     sys.exit(main())

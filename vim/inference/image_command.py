@@ -58,7 +58,8 @@ def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
         work: What to do with the images.
 
     Returns:
-        The exit code: 0 if every image was read, 1 if some could not be, or 2 for arguments that cannot be used.
+        The exit code: 0 if every image was read, 1 if some could not be, 2 for arguments that cannot be used, or 130
+        for a run that the user interrupted.
     """
     from vim.data.listing import describe_passed_over
     from vim.inference.predictor import list_images
@@ -80,6 +81,9 @@ def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         sys.stderr.write(f"{program}: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted\n")
+        return 130
     if unread:
         sys.stderr.write(f"{program}: {unread} of {len(files)} images could not be read\n")
     if passed_over:
