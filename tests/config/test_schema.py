@@ -94,7 +94,10 @@ def test_a_value_of_a_wrong_type_is_refused_with_the_name_of_the_setting():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 64, "micro_batch_size": 48}, "batch_size must be a multiple of micro_batch_size = 48, got 64"),
+        (
+            {"batch_size": 64, "micro_batch_size": 48},
+            "batch_size must be a multiple of micro_batch_size = 48, got 64: change either",
+        ),
         (
             {"batch_size": 15, "micro_batch_size": 5, "augment__mixup": 0.8},
             "micro_batch_size must be even when augment.mixup or augment.cutmix is on, since they pair images, got 5",

@@ -421,7 +421,8 @@ class TrainConfig:
     def _check_together(self) -> None:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, got {self.batch_size}"
+                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, got {self.batch_size}: "
+                "change either"
             )
         if self.augment.mixes and self.micro_batch_size % 2:
             raise ValueError(
