@@ -18,7 +18,7 @@ from vim.runtime import machine
 
 
 def test_report(capsys):
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     report = capsys.readouterr().out
     for word in ("versions", "torch", "timm", "processor", "compiler", "cache", "native kernels", "sources"):
         assert word in report
@@ -35,7 +35,7 @@ def test_every_op_is_reported():
 def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):
     monkeypatch.setattr(native.cpu, "path", None)
     monkeypatch.setattr(native.cpu, "reason", "no compiler was found")
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert "not in use: no compiler was found" in report
     assert "cpu float32: not native: no compiler was found" in report
@@ -51,7 +51,7 @@ def test_the_report_has_the_facts_that_run_folders_and_benchmarks_record(capsys,
     monkeypatch.setattr(Path, "read_text", read_facts)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3" if name == "timm" else version(name))
     assert machine.describe_machine()["cpu"] == machine.describe_environment(torch.device("cpu"))["cpu"] == "Abacus"
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     (processor,) = [line for line in lines if line.startswith("  Abacus, ")]
     assert processor.endswith(": avx2 fma")
@@ -63,7 +63,7 @@ def test_a_package_that_is_missing_is_reported(capsys, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     assert "  triton: not installed\n" in capsys.readouterr().out
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,8 +33,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16", "asimd")
 
 
-def main() -> int:
-    """Print the report and return 0, also if it reports that something is missing."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report and return 0, also if it reports that something is missing.
+
+    Args:
+        argv: The arguments, without the name of the program; `None` is `sys.argv`.
+    """
+    argparse.ArgumentParser(
+        prog="python -m vim.doctor",
+        description="Report the versions, the processor, the native kernels, and the backends of each op.",
+    ).parse_args(argv)
     for title, lines in (
         ("versions", _versions()),
         ("processor", _processor()),

@@ -42,7 +42,11 @@ def test_an_epoch_is_described_in_a_line():
     assert "GiB" not in more
 
 
-def test_waiting_for_images_is_said_when_it_takes_a_fifth_of_the_time():
-    assert loading_advice({**ROW, "data_wait_percent": 20.0}, workers=4) == []
-    (line,) = loading_advice({**ROW, "data_wait_percent": 37.4}, workers=4)
+def test_waiting_for_images_is_said_when_it_takes_a_fifth_of_the_time(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    row = {**ROW, "data_wait_percent": 37.4, "seconds": 60.0}
+    assert loading_advice({**row, "data_wait_percent": 20.0}, workers=4) == []
+    assert loading_advice({**row, "seconds": 9.0}, workers=4) == []
+    (line,) = loading_advice(row, workers=4)
     assert line.startswith("advice: 37 % of the training time went into waiting for images; raise data.workers, now 4")
+    assert "data.workers" not in loading_advice(row, workers=8)[0]

@@ -92,7 +92,8 @@ def _fetch(hub_id: str, filename: str) -> Path:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RuntimeError(
             f"{filename} of {repo} could not be fetched ({reason}): download {url} elsewhere and pass "
-            "checkpoint_path=FILE, or use pretrained=False"
+            "checkpoint_path=FILE (--model.checkpoint FILE on a command line), or use pretrained=False "
+            "(--model.pretrained false)"
         ) from error
 
 

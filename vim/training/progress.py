@@ -1,6 +1,7 @@
 """Progress of a run on the console: a bar or plain lines, and a line for each epoch."""
 
 import datetime
+import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _LOADING_BOUND = 20.0  # percent of the training time spent waiting for images, above which advice is given
+_SHORT_EPOCH = 10.0  # seconds of training, below which starting to load counts for much, and no advice is given
 _PLAIN_INTERVAL = 30.0  # seconds between two lines inside an epoch, without a terminal
 
 
@@ -97,11 +99,12 @@ def describe_epoch(row: Mapping[str, Any], epochs: int, figures: str) -> str:
 def loading_advice(row: Mapping[str, Any], workers: int) -> list[str]:
     """Return a line of advice if training spent much of its time waiting for images, else an empty list."""
     share = row["data_wait_percent"]
-    if share <= _LOADING_BOUND:
+    if share <= _LOADING_BOUND or row["seconds"] < _SHORT_EPOCH:
         return []
+    more = f"raise data.workers, now {workers}, or " if workers < (os.cpu_count() or 1) else ""
     return [
-        f"advice: {share:.0f} % of the training time went into waiting for images; raise data.workers, now {workers}, "
-        "or put smaller images on a faster disk"
+        f"advice: {share:.0f} % of the training time went into waiting for images; {more}put smaller images on a "
+        "faster disk"
     ]
 
 
