@@ -157,9 +157,7 @@ def measure_case(
         try:
             calls[spec] = make_call(spec, size, batch, _DTYPES[dtype], mode, device)
             calls[spec]()
-            with PeakMemory(device) as peak:
-                calls[spec]()
-            memory[spec] = peak.mebibytes
+            memory[spec] = _peak_memory(calls[spec], device)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # too little memory, or no such backend
             calls.pop(spec, None)
             failed[spec] = next(iter(str(error).splitlines()), type(error).__name__)
@@ -174,6 +172,16 @@ def measure_case(
                 call()
             times[spec].append(_time(call, device))
     return [_row(spec, size, batch, dtype, mode, times[spec], memory[spec]) for spec in calls], failed
+
+
+def _peak_memory(call: Callable[[], None], device: torch.device) -> float | None:
+    """Return the median of the peaks of three calls, in MiB: on a CPU the gaps of the heap differ from call to call."""
+    peaks = []
+    for _ in range(3):
+        with PeakMemory(device) as peak:
+            call()
+        peaks.append(peak.mebibytes)
+    return None if None in peaks else statistics.median(peaks)
 
 
 def _time(call: Callable[[], None], device: torch.device) -> float:
