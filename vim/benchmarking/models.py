@@ -180,8 +180,10 @@ def _peak_memory(call: Callable[[], None], device: torch.device) -> float | None
     for _ in range(3):
         with PeakMemory(device) as peak:
             call()
+        if peak.mebibytes is None:
+            return None
         peaks.append(peak.mebibytes)
-    return None if None in peaks else statistics.median(peaks)
+    return statistics.median(peaks)
 
 
 def _time(call: Callable[[], None], device: torch.device) -> float:

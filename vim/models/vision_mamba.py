@@ -16,6 +16,7 @@ from torch.fx import Proxy
 from vim.layers import AddResidual, Block, GridRotary, LayerNorm, Mamba, PatchEmbed, RMSNorm
 from vim.layers.arguments import refuse_arguments
 from vim.layers.checks import check_counts, check_dtype, check_kind, check_numbers, check_rates
+from vim.layers.head import classify
 from vim.layers.init import init_head, init_patch_embed, init_token
 from vim.layers.mixer import Directions, Merge
 from vim.layers.patch_embed import Size
@@ -509,7 +510,7 @@ class VisionMamba(nn.Module):
         x = self.head_drop(self.pool(x))
         if pre_logits:
             return x
-        x = self.head(x)
+        x = classify(self.head, x)
         return x.max(dim=1).values if self.global_pool == "max" else x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Products by a weight on the CPU, outside of a block."""
