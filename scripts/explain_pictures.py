@@ -28,7 +28,7 @@ from vim.inference.trained_model import load_trained_model
 from vim.training.run_folder import RunFolder
 from vim.training.trainer import Trainer
 
-SHARES = (0.2, 0.3, 0.5, 0.99)  # those of Ding et al. 2022, Table 7
+SHARES = (0.2, 0.3, 0.5, 0.99)  # shares in Ding et al. 2022, Table 7
 TOKENS = ("center", "class")
 
 

@@ -56,7 +56,7 @@ class MaskLabels:
         self._is_known = np.zeros(_WORDS, dtype=bool)
         if ignore is not None:
             self._label_of[ignore], self._is_known[ignore] = NO_CLASS, True
-        for label, value in enumerate(self._values):  # after the ignored value, which may be that of a class
+        for label, value in enumerate(self._values):  # after the ignored value, which a class may have too
             self._label_of[value], self._is_known[value] = label, True
 
     def __call__(self, mask: np.ndarray) -> np.ndarray:

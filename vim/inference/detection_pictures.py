@@ -88,7 +88,7 @@ def draw_examples(examples: Sequence[Example], class_names: Sequence[str], path:
 
 
 def _enlarge(image: Tensor) -> tuple[Tensor, float]:
-    """Return an image whose longer side is that of a picture in a table, and its scale."""
+    """Return an image resized to the longer side of a picture in a table, and its scale."""
     scale = _SIDE / max(image.shape[1:])
     size = [max(1, round(length * scale)) for length in image.shape[1:]]
     return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0].round().byte(), scale
