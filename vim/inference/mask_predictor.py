@@ -79,7 +79,7 @@ class MaskPredictor:
         if self._is_plain:
             yield from self._slide(self._normalised(image))
             return
-        # The logits of a resized image are resized back, and the logits of several views averaged, over the whole image.
+        # Logits of a resized image are resized back, and logits of several views averaged, over the whole image.
         shape = (image.shape[-2], image.shape[-1])
         views = len(self._scales) * (2 if self._flip else 1)
         total: Tensor | None = None
