@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,3 +96,11 @@ def describe_passed_over(passed_over: Counter[str]) -> str:
     kinds = [f"{count:,} {printable(kind)}" for kind, count in passed_over.most_common(5)]
     more = ["..."] if len(passed_over) > 5 else []
     return f"{total:,} file{'' if total == 1 else 's'} passed over ({', '.join(kinds + more)})"
+
+
+def with_output_names(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield each path with a name for its output: its own without the ending, numbered from the second equal one on."""
+    seen: Counter[str] = Counter()
+    for path in paths:
+        seen[path.stem] += 1
+        yield path, path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}"

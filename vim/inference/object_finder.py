@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vim.checkpoints.io import atomic_writer, write_text
 from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image, to_color_mode, upright
+from vim.data.listing import with_output_names
 from vim.inference.detection_pictures import confident, draw_objects
 from vim.inference.trained_model import TrainedModel
 
@@ -76,10 +76,7 @@ class ObjectFinder:
             score: Objects with a lower score are left out.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        seen: Counter[str] = Counter()
-        for path in paths:
-            seen[path.stem] += 1
-            stem = path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}"
+        for path, stem in with_output_names(paths):
             try:
                 image = read_image(path)
                 found = self.find(image, score)

@@ -1,7 +1,6 @@
 """Segment image files with a trained model; the library side of `python -m vim.predict`."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vim.checkpoints.io import atomic_writer
 from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image, to_color_mode, upright
+from vim.data.listing import with_output_names
 from vim.data.preprocessing import Preprocessing
 from vim.inference.mask_pictures import mask_image, overlay
 from vim.inference.mask_predictor import MaskPredictor
@@ -64,10 +64,7 @@ class SegmentImages:
             folder: The folder, created if it does not exist.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        seen: Counter[str] = Counter()
-        for path in paths:
-            seen[path.stem] += 1
-            stem = path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}"
+        for path, stem in with_output_names(paths):
             try:
                 image = read_image(path)
                 labels = self.labels(image)
