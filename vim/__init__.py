@@ -3,6 +3,7 @@
 from vim import ops
 from vim.layers import Block, Mamba, RMSNorm
 from vim.models import VisionMamba
+from vim.runtime.graphed import graphed
 from vim.version import __version__
 
-__all__ = ["Block", "Mamba", "RMSNorm", "VisionMamba", "__version__", "ops"]
+__all__ = ["Block", "Mamba", "RMSNorm", "VisionMamba", "__version__", "graphed", "ops"]

@@ -1,4 +1,7 @@
-"""Build the native kernels before their first use: `python -m vim.build [--force] [--cuda [ARCHITECTURE ...]]`."""
+"""Build the native kernels before their first use: `python -m vim.build [--force] [--cuda [ARCHITECTURE ...]]`.
+
+`--into FOLDER` also copies them for machines that find them there, with VIM_PREBUILT=FOLDER.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +23,33 @@ def main(arguments: list[str] | None = None) -> int:
         help="also build the CUDA kernels, for these architectures (such as 8.0 9.0); default: the GPUs of this "
         "machine, or 8.0 and 9.0 without a GPU. Newer GPUs run the PTX of the last one",
     )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="FOLDER",
+        help="copy the libraries here; with VIM_PREBUILT=FOLDER a machine with other compilers or another PyTorch "
+        "uses them instead of building",
+    )
     options = parser.parse_args(arguments)
     try:
         architectures = [cuda_recipe.parse_architecture(text) for text in options.cuda or ()]
     except ValueError as error:
         parser.error(f"--cuda: {error}")
     try:
-        print(_cpu(options.force))
+        print(_library(compilation.cpu_recipe(), options))
         if options.cuda is not None:
-            print(_cuda(architectures, options.force))
+            chosen = architectures or cuda_recipe.visible_architectures() or cuda_recipe.DEFAULT_ARCHITECTURES
+            print(_library(cuda_recipe.recipe(chosen), options))
     except compilation.BuildError as error:
         print(f"vim.build: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _cpu(force: bool) -> Path:
-    recipe = compilation.cpu_recipe()
-    found = None if force else compilation.find_library(recipe)
-    return found or compilation.build(recipe, _report, force)
-
-
-def _cuda(wanted: list[cuda_recipe.Architecture], force: bool) -> Path:
-    chosen = wanted or cuda_recipe.visible_architectures() or cuda_recipe.DEFAULT_ARCHITECTURES
-    recipe = cuda_recipe.recipe(chosen)
-    found = None if force else compilation.find_library(recipe)
-    return found or compilation.build(recipe, _report, force)
+def _library(recipe: compilation.Recipe, options: argparse.Namespace) -> Path:
+    found = None if options.force else compilation.find_library(recipe)
+    library = found or compilation.build(recipe, _report, options.force)
+    return library if options.into is None else compilation.keep_prebuilt(library, recipe, options.into)
 
 
 def _report(line: str) -> None:

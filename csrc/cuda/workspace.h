@@ -1,6 +1,7 @@
 // The passes that scan.cu puts together.
 #pragma once
 
+#include "device.h"
 #include "scan.h"
 
 namespace vim {

@@ -77,9 +77,25 @@ def test_cuda_graph(model, dtype):
     model = model.to(dtype)
     with torch.no_grad():
         wanted = [model(images(seed).to(dtype)) for seed in (1, 2)]
-        graphed = torch.cuda.make_graphed_callables(model, (images().to(dtype),))
-        for seed, expected in zip((1, 2), wanted, strict=True):
-            assert torch.equal(graphed(images(seed).to(dtype)), expected)
+    graphed = vim.graphed(model, images().to(dtype))
+    got = [graphed(images(seed).to(dtype)) for seed in (1, 2)]
+    for actual, expected in zip(got, wanted, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_cuda_graph_reads_changed_weights(model):
+    graphed = vim.graphed(model, images())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+        assert torch.equal(graphed(images(1)), model(images(1)))
+
+
+def test_what_a_cuda_graph_cannot_be_of(model):
+    with pytest.raises(ValueError, match="model must be on the example's device, cuda:0; got cpu"):
+        vim.graphed(torch.nn.Linear(3, 3).eval(), images())
+    with pytest.raises(ValueError, match=r"evaluation mode; call model\.eval"):
+        vim.graphed(model.train(), images())
 
 
 def test_a_training_step_as_a_cuda_graph(mixer):
@@ -146,11 +162,16 @@ def _launches(model: torch.nn.Module, x: torch.Tensor) -> Iterator[str]:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
             model(x)
             torch.cuda.synchronize()
-    return (e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = (e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return (name for name in kernels if not any(part in name.lower() for part in LIBRARY_PARTS))
+
+
+# Second kernels of one product: whether cuBLAS cuts it along its depth is the library's choice.
+LIBRARY_PARTS = ("splitk", "split_k", "reduce_1block", "memset")
 
 
 def test_launches_of_a_layer():
-    """At most 8, counted as the difference that one more layer makes."""
+    """At most 8, counted as the difference that one more layer makes, without the second kernels of products."""
     counts, names = [], []
     for depth in (2, 3):
         model = timm.create_model("vim_tiny_patch16_224", img_size=64, depth=depth).eval().to(DEVICE, torch.bfloat16)
@@ -159,17 +180,20 @@ def test_launches_of_a_layer():
     assert counts[1] - counts[0] <= 8, names
 
 
-def test_peak_memory_of_training_is_that_of_what_is_kept(model):
+def test_memory_kept_for_the_backward_pass():
     """xz, x_dbl and entry states of the mixer, the norm's input and output: not the convolutions."""
-    x = torch.randn(16, 3, 64, 64, device=DEVICE)
+    tokens, batch, depth = 197, 16, 4
+    model = timm.create_model("vim_tiny_patch16_224", depth=depth).eval().to(DEVICE)
+    x = torch.randn(batch, 3, 224, 224, device=DEVICE)
     with torch.autocast("cuda", torch.bfloat16):
         model(x).sum().backward()
         model.zero_grad(set_to_none=True)
         before = torch.cuda.memory_allocated()
         loss = model(x).sum()
-    kept = (torch.cuda.memory_allocated() - before) / (4 * 16 * 17 * 192 * 2)  # bfloat16 numbers a token and channel
+    kept = torch.cuda.memory_allocated() - before
+    kept /= depth * batch * tokens * 192 * 2  # bfloat16 numbers a token and channel
     del loss
-    # 4 of xz, 1 of y, 1 of the norm's output, 2 of the residual, about 1 of entry states, and small things.
+    # 4 of xz, 2.6 of entry states, 2.5 of the residual, 0.5 of x_dbl, and small things; the convolutions would add 4.
     assert kept < 11, kept
 
 

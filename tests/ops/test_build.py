@@ -152,6 +152,31 @@ def test_a_library_is_used_where_the_compiler_is_gone(cache, compiler, monkeypat
     assert find_library() == path
 
 
+def test_a_library_built_elsewhere_is_used_with_any_compiler_and_torch(cache, compiler, tmp_path, monkeypatch):
+    compiler()
+    kept = compilation.keep_prebuilt(build(_quiet), cpu_recipe(), tmp_path / "prebuilt")
+    monkeypatch.setenv("VIM_CACHE_DIR", str(tmp_path / "another cache"))
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    compiler(name="another")
+    assert find_library() is None
+    monkeypatch.setenv("VIM_PREBUILT", str(tmp_path / "prebuilt"))
+    assert find_library() == kept
+    kept.chmod(0o777)
+    assert find_library() is None, "others could have changed it"
+
+
+def test_a_library_built_elsewhere_from_other_sources_is_not_used(cache, compiler, tmp_path, monkeypatch):
+    compiler()
+    compilation.keep_prebuilt(build(_quiet), cpu_recipe(), tmp_path / "prebuilt")
+    monkeypatch.setenv("VIM_PREBUILT", str(tmp_path / "prebuilt"))
+    changed = tmp_path / "csrc"
+    for folder in ("common", "cpu"):
+        (changed / folder).mkdir(parents=True)
+    (changed / "cpu" / "kernels.cpp").write_text("")
+    monkeypatch.setattr(compilation, "find_sources", lambda: changed)
+    assert find_library() is None
+
+
 def test_a_killed_build_blocks_nobody(cache, compiler, tmp_path):
     compiler("sleep 60", name="slow")
     process = _python(BUILD)
@@ -459,6 +484,17 @@ def real_library():
     if reason is not None:
         pytest.skip(f"no native library: {reason}")
     return native.library_path()
+
+
+def test_a_library_built_elsewhere_that_does_not_load_is_replaced_once(real_library, cache, compiler, tmp_path):
+    """Every process tries it, finds the one that was built in its place, and builds nothing."""
+    compiler()
+    compilation.keep_prebuilt(build(_quiet), cpu_recipe(), tmp_path / "prebuilt")  # an empty file
+    compiler(output=f'cp {real_library} "$out"', name="good")
+    for said in (True, False):
+        out, err = _python(CALL, VIM_PREBUILT=str(tmp_path / "prebuilt")).communicate()
+        assert (out.strip(), "loads here: building one" in err) == ("native", said), err
+    assert _links(tmp_path) == 2
 
 
 @pytest.mark.parametrize("damage", [pytest.param("cut short", marks=pytest.mark.slow), "a lost block"])

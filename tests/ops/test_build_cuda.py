@@ -218,6 +218,18 @@ def test_the_build_command(cache, tools, capsys, monkeypatch):
     assert "there is no CUDA compiler, nvcc; install the CUDA toolkit or set CUDA_HOME" in capsys.readouterr().err
 
 
+def test_libraries_for_another_machine(cache, tools, gpu, tmp_path, monkeypatch, capsys):
+    tools()
+    assert build_command.main(["--cuda", "9.0", "--into", str(tmp_path / "prebuilt")]) == 0
+    kept = [Path(line) for line in capsys.readouterr().out.splitlines()[-1:]]
+    monkeypatch.setenv("VIM_CACHE_DIR", str(tmp_path / "another cache"))
+    _no_nvcc(monkeypatch)
+    assert list(native.cuda.found()) == []
+    monkeypatch.setenv("VIM_PREBUILT", str(tmp_path / "prebuilt"))
+    assert list(native.cuda.found()) == kept
+    assert kept[0].name == "libvimamba_cuda_sm90.so"
+
+
 # Loads a library and says which ops have a kernel for GPUs, and what the library says of this machine.
 LOAD = (
     "import ctypes, sys, torch, vim.ops\n"

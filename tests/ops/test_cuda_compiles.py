@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import run_command
+from vim.ops.build import compilation
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -85,3 +87,10 @@ def test_counts_of_a_loop():
 """
     (loop,) = sass_counts.main_loops(sass_counts.functions(sass)["_Z4scan"], 1)
     assert (loop["all"], loop["MUFU"], loop["LDS.128"], loop["FFMA"]) == (4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("bind_*.cpp")), ids=lambda p: p.stem)
+def test_bindings_compile_without_headers_of_cuda_or_the_emulation(source):
+    """As the build compiles them: the emulated library has one folder of headers more."""
+    include = f"-isystem{Path(torch.__file__).parent / 'include'}"
+    run_command(*compilation.find_compiler(), *compilation.BINDING_FLAGS, include, "-M", source)

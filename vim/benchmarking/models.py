@@ -23,6 +23,7 @@ from vim.benchmarking.report import write_report
 from vim.models.build import create_named
 from vim.ops import default_backend
 from vim.runtime.gpu import time_calls
+from vim.runtime.graphed import graphed
 from vim.runtime.machine import describe_machine
 
 _logger = logging.getLogger(__name__)
@@ -229,8 +230,8 @@ def make_call(
     run = _prepare(model, variant, images)
 
     def infer() -> None:
-        # Neither a graph nor frozen weights may be used in inference mode.
-        with torch.no_grad() if variant in ("frozen", "graph") else torch.inference_mode(), _settings(variant):
+        # Frozen weights may not be used in inference mode.
+        with torch.no_grad() if variant == "frozen" else torch.inference_mode(), _settings(variant):
             run(images)
 
     def train() -> None:
@@ -249,8 +250,7 @@ def _prepare(model: nn.Module, variant: str, images: torch.Tensor) -> Callable[.
     if variant == "frozen":
         return torch.compile(model, options={"freezing": True})
     if variant == "graph":
-        with torch.no_grad():
-            return torch.cuda.make_graphed_callables(model, (images,))
+        return graphed(model, images)
     return model
 
 

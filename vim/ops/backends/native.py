@@ -60,9 +60,7 @@ class NativeLibrary:
         packaged = Path(__file__).parents[2] / "_lib" / compilation.LIBRARY  # in wheels built with torch
         if compilation.is_complete(packaged):
             yield packaged
-        cached = compilation.find_library(compilation.cpu_recipe())
-        if cached is not None:
-            yield cached
+        yield from compilation.find_libraries(compilation.cpu_recipe(), compilation.LIBRARY)
 
     def build(self, force: bool) -> Path:
         """Build the library and return its path."""
@@ -80,6 +78,9 @@ class NativeLibrary:
             except OSError as error:  # made for another torch or C library: build one that fits
                 _logger.info("cannot load %s: %s; building it again", path, error)
                 failed = True
+        prebuilt = compilation.prebuilt_folder()
+        if prebuilt is not None:
+            _logger.warning("VIM_PREBUILT=%s holds no library of these kernels that loads here: building one", prebuilt)
         return self._attach(self.build(force=failed))
 
     def check_settings(self) -> None:
@@ -106,10 +107,8 @@ class CUDALibrary(NativeLibrary):
     dispatch_key = "CUDA"
 
     def found(self) -> Iterator[Path]:
-        """Yield a library for all these GPUs if one was built before."""
-        cached = cuda_recipe.find_library(cuda_recipe.visible_architectures())
-        if cached is not None:
-            yield cached
+        """Yield the libraries for all these GPUs that were built before."""
+        yield from cuda_recipe.serving_libraries(cuda_recipe.visible_architectures())
 
     def build(self, force: bool) -> Path:
         """Build a library for all these GPUs and return its path."""

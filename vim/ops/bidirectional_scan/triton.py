@@ -41,7 +41,10 @@ _TOKENS, _CHANNELS = 8, 128
 
 
 class Direction(NamedTuple):
-    """Operands of one direction as kernels take them, and its sums over states."""
+    """Operands of one direction as kernels take them, and its sums over states.
+
+    Launches unpack it: Triton 3.6 loses strides of 1 in a tuple within a tuple.
+    """
 
     u: Rows
     x_dbl: Map
@@ -68,21 +71,22 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def bidirectional_scan_fwd_kernel(
-    forward, backward, seqlen, dim, blocks,
+    u, x_dbl, dt_weight, dt_bias, A_log, D, y, entry,
+    u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, D_b, y_b, entry_b,
+    seqlen, dim, blocks,
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scan both directions; programs are (batch elements times blocks of channels, directions)."""
     batch, _, first, channels, inside = place_program(blocks, dim, BLOCK)
     if tl.program_id(1) == 0:
         scan_forward(
-            forward.u, forward.x_dbl, forward.dt_weight, forward.dt_bias, forward.A_log, forward.x_dbl, forward.x_dbl,
-            forward.D, None, forward.y, forward.entry, None, batch, first, channels, inside, seqlen, dim,
+            u, x_dbl, dt_weight, dt_bias, A_log, x_dbl, x_dbl, D, None, y, entry, None,
+            batch, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, False, True, False, False, ALIGN,
         )  # fmt: skip
     else:
         scan_forward(
-            backward.u, backward.x_dbl, backward.dt_weight, backward.dt_bias, backward.A_log, backward.x_dbl,
-            backward.x_dbl, backward.D, None, backward.y, backward.entry, None,
+            u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, x_dbl_b, x_dbl_b, D_b, None, y_b, entry_b, None,
             batch, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, True, True, False, False, ALIGN,
         )  # fmt: skip
@@ -90,7 +94,11 @@ def bidirectional_scan_fwd_kernel(
 
 @triton.jit
 def bidirectional_scan_bwd_kernel(
-    forward, backward, forward_grads, backward_grads, dy, z, scale, seqlen, dim, blocks,
+    u, x_dbl, dt_weight, dt_bias, A_log, D, y, entry,
+    u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, D_b, y_b, entry_b,
+    du, ddelta, dA, dB, dC, dD, ddt_bias, scratch,
+    du_b, ddelta_b, dA_b, dB_b, dC_b, dD_b, ddt_bias_b, scratch_b,
+    dy, z, scale, seqlen, dim, blocks,
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
@@ -98,19 +106,15 @@ def bidirectional_scan_bwd_kernel(
     batch, block, first, channels, inside = place_program(blocks, dim, BLOCK)
     if tl.program_id(1) == 0:
         scan_backward(
-            dy, None, forward.u, forward.x_dbl, forward.dt_weight, forward.dt_bias, forward.A_log, forward.x_dbl,
-            forward.x_dbl, forward.D, z, forward.entry, forward_grads.scratch,
-            forward_grads.du, forward_grads.ddelta, None, forward.y, forward_grads.dA, forward_grads.dB,
-            forward_grads.dC, forward_grads.dD, forward_grads.ddt_bias, scale,
+            dy, None, u, x_dbl, dt_weight, dt_bias, A_log, x_dbl, x_dbl, D, z, entry, scratch,
+            du, ddelta, None, y, dA, dB, dC, dD, ddt_bias, scale,
             batch, block, blocks, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, False, True, False, False, ALIGN, SUB,
         )  # fmt: skip
     else:
         scan_backward(
-            dy, None, backward.u, backward.x_dbl, backward.dt_weight, backward.dt_bias, backward.A_log, backward.x_dbl,
-            backward.x_dbl, backward.D, z, backward.entry, backward_grads.scratch,
-            backward_grads.du, backward_grads.ddelta, None, backward.y, backward_grads.dA, backward_grads.dB,
-            backward_grads.dC, backward_grads.dD, backward_grads.ddt_bias, scale,
+            dy, None, u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, x_dbl_b, x_dbl_b, D_b, z, entry_b, scratch_b,
+            du_b, ddelta_b, None, y_b, dA_b, dB_b, dC_b, dD_b, ddt_bias_b, scale,
             batch, block, blocks, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, True, True, False, False, ALIGN, SUB,
         )  # fmt: skip
@@ -144,7 +148,7 @@ def bidirectional_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     settings = _settings(forward, backward, every)
     blocks, out = triton.cdiv(dim, settings["BLOCK"]), z.new_empty(z.shape)
     with on_device(z):
-        bidirectional_scan_fwd_kernel[(batch * blocks, 2)](forward, backward, seqlen, dim, blocks, **settings)
+        bidirectional_scan_fwd_kernel[(batch * blocks, 2)](*forward, *backward, seqlen, dim, blocks, **settings)
         merge_fwd_kernel[_tiles(z)](
             forward.y, backward.y, rows(z.mT), rows(out.mT), scale, seqlen, dim, TOKENS=_TOKENS, CHANNELS=_CHANNELS
         )
@@ -161,8 +165,9 @@ def bidirectional_scan_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ..
     gradients = [_gradients(z, blocks, settings) for _ in range(2)]
     with on_device(z):
         bidirectional_scan_bwd_kernel[(batch * blocks, 2)](
-            forward, backward, *gradients, rows(dy.mT), rows(z.mT), scale, seqlen, dim, blocks, SUB=SUBCHUNK, **settings
-        )
+            *forward, *backward, *gradients[0], *gradients[1], rows(dy.mT), rows(z.mT), scale, seqlen, dim, blocks,
+            SUB=SUBCHUNK, **settings,
+        )  # fmt: skip
         merge_bwd_kernel[_tiles(z)](
             rows(dy.mT), forward.y, backward.y, rows(z.mT), rows(dz.mT), scale, seqlen, dim,
             TOKENS=_TOKENS, CHANNELS=_CHANNELS,

@@ -3,6 +3,8 @@
 The path of a library is `<cache>/<hash of sources, flags, torch and architecture>/<hash of compilers>/<name>`. A
 library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
 builds at a time. The others wait for a lock, which the operating system releases when its holder ends in any way.
+
+Libraries that were built elsewhere are found in $VIM_PREBUILT, at `<hash of sources, flags and architecture>/<name>`.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ _INSTRUCTION_SETS = {
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
+
+_NO_SOURCES = "the sources of the kernels, csrc/, were not installed; reinstall vimamba"
 
 Report = Callable[[str], None]
 
@@ -154,10 +158,18 @@ def no_compiler() -> str:
 
 def source_key(sources: Path, recipe: Recipe) -> str:
     """Return the hash of everything the library depends on, except the compilers and what is in its name."""
+    return _key(sources, recipe, ".".join(torch.__version__.split("+")[0].split(".")[:2]))
+
+
+def prebuilt_key(sources: Path, recipe: Recipe) -> str:
+    """Return the hash of the sources, the flags and the architecture; the stable ABI fits every supported PyTorch."""
+    return _key(sources, recipe, "any PyTorch")
+
+
+def _key(sources: Path, recipe: Recipe, version: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for folder in recipe.folders for p in (sources / folder).iterdir() if p.is_file()):
         digest.update(f"{path.relative_to(sources)}\0".encode() + path.read_bytes() + b"\0")
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     for part in (repr(recipe.units), repr(recipe.link), version, platform.machine(), sys.platform):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
@@ -195,25 +207,58 @@ def find_library(recipe: Recipe) -> Path | None:
 
 
 def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
-    """Yield the libraries of this recipe's sources whose file names match.
+    """Yield the libraries of this recipe's sources whose file names match: those in $VIM_PREBUILT, then the cache's.
 
     The search ends at the first folder that can be written, because builds never go to the folders after it.
     """
     sources = find_sources()
     if sources is None:
         return
+    prebuilt = prebuilt_folder()
+    if prebuilt is not None:
+        yield from _usable(prebuilt / prebuilt_key(sources, recipe), pattern)
     key = source_key(sources, recipe)
     name = compiler_key(recipe.compilers) if recipe.compilers else "*"
     for folder in cache_folders():
-        with contextlib.suppress(OSError):
-            for library in sorted(private_folder(folder / key).glob(f"{name}/{pattern}")):
-                with contextlib.suppress(OSError):
-                    private_folder(library.parent)
-                    check_private_file(library)
-                    if is_complete(library):
-                        yield library
+        yield from _usable(folder / key, f"{name}/{pattern}")
         if _can_be_made(folder):
             return
+
+
+def prebuilt_folder() -> Path | None:
+    """Return the folder that $VIM_PREBUILT names, or `None` where it is not set."""
+    chosen = os.environ.get("VIM_PREBUILT", "")
+    return Path(os.path.expanduser(chosen)).absolute() if chosen else None
+
+
+def keep_prebuilt(library: Path, recipe: Recipe, folder: Path) -> Path:
+    """Copy a built library to where $VIM_PREBUILT=`folder` finds it, also with other compilers and another PyTorch.
+
+    Raises:
+        BuildError: The sources of the kernels are not there, or the folder cannot be written.
+    """
+    sources = find_sources()
+    if sources is None:
+        raise BuildError(_NO_SOURCES)
+    target = folder / prebuilt_key(sources, recipe) / library.name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, target)
+        target.chmod(0o755)
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder}: {error}") from error
+    return target
+
+
+def _usable(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield the libraries below the folder that are complete, and that nobody but this user and root can change."""
+    with contextlib.suppress(OSError):
+        for library in sorted(private_folder(folder).glob(pattern)):
+            with contextlib.suppress(OSError):
+                private_folder(library.parent)
+                check_private_file(library)
+                if is_complete(library):
+                    yield library
 
 
 def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
@@ -231,7 +276,7 @@ def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
         raise BuildError("the kernels are not built on Windows; use WSL")
     sources = find_sources()
     if sources is None:
-        raise BuildError("the sources of the kernels, csrc/, were not installed; reinstall vimamba")
+        raise BuildError(_NO_SOURCES)
     if not recipe.compilers:
         raise BuildError(recipe.missing)
     folder = _writable_folder(source_key(sources, recipe), report)

@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -100,13 +100,18 @@ def recipe(architectures: Iterable[Architecture]) -> Recipe:
 
 def find_library(architectures: Iterable[Architecture]) -> Path | None:
     """Return a library that is already built and runs on all these architectures, if possible without PTX."""
+    return next(serving_libraries(architectures), None)
+
+
+def serving_libraries(architectures: Iterable[Architecture]) -> Iterator[Path]:
+    """Yield the libraries that are already built and run on all these architectures, first those without PTX."""
     wanted = tuple(architectures)
     found = list(find_libraries(recipe(wanted), f"{_PREFIX}*.so"))
-    for through_ptx in (False, True):
-        for library in found:
-            if all(_serves(library, architecture, through_ptx) for architecture in wanted):
-                return library
-    return None
+    exact = [library for library in found if all(_serves(library, one, through_ptx=False) for one in wanted)]
+    yield from exact
+    for library in found:
+        if library not in exact and all(_serves(library, one, through_ptx=True) for one in wanted):
+            yield library
 
 
 def problem(library: Path) -> str | None:
