@@ -40,7 +40,7 @@ def test_without_a_compiler_it_says_so(tmp_path):
     assert "no nvcc" in done.stderr
 
 
-def test_a_kernel_that_spills_is_named(tmp_path):
+def test_a_kernel_that_spills_or_reserves_all_barriers_is_found(tmp_path):
     tools = {
         "nvcc": """
 if [[ $1 == --dryrun ]]; then echo "#\\$ _HERE_=$(dirname "$0")" >&2; exit; fi
@@ -49,7 +49,7 @@ echo "ptxas info : Function properties for _ZN3vim4cuda4goodIfEEvi
 ptxas info : Used 40 registers, used 0 barriers
 ptxas info : Function properties for _ZN3vim4cuda3badIfEEvi
     8 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads
-ptxas info : Used 64 registers, used 0 barriers" >&2
+ptxas info : Used 64 registers, used 16 barriers" >&2
 touch "${@: -1}"
 """,
         "cuobjdump": "",
@@ -69,6 +69,7 @@ touch "${@: -1}"
     name = "bad<float>(int)" if shutil.which("c++filt") else "_ZN3vim4cuda3badIfEEvi"
     assert f"WRONG fast_scan.90: {name}: 8 bytes of stack, 16 and 12 of spill stores and loads\n" in done.stdout
     assert "good" not in done.stdout
+    assert "WRONG fast_scan.90: a kernel reserves 16 barriers\n" in done.stdout
 
 
 def test_counts_of_a_loop():
