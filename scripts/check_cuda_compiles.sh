@@ -2,7 +2,7 @@
 # Compile every CUDA kernel for sm_80 and sm_90 without a GPU, and check the compiler's report and the disassembly.
 # Fast kernels must not spill registers or use local memory, and the main loops of the fast scan must stay within their
 # instruction counts (docs/kernel_figures.md).
-# Usage: scripts/check_cuda_compiles.sh [--fast]     (--fast: only the kernel with instruction counts, for sm_90)
+# Usage: scripts/check_cuda_compiles.sh [--fast]     (--fast: only the kernels with instruction counts, for sm_90)
 # CUDA_HOME chooses the toolkit. PYTHON chooses a Python with triton, for the disassembler in its wheel; it is used if
 # the toolkit has none.
 set -euo pipefail
@@ -24,9 +24,9 @@ if [[ ! -x $cuobjdump ]]; then
 print(pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")' 2>/dev/null || true)
 fi
 
-architectures="80 90" sources=(csrc/cuda/*.cu scripts/fast_scan.cu)
+architectures="80 90" sources=(csrc/cuda/*.cu scripts/fast_*.cu)
 if [[ ${1:-} == --fast ]]; then
-  architectures=90 sources=(scripts/fast_scan.cu)
+  architectures=90 sources=(scripts/fast_*.cu)
 fi
 
 failures=0
@@ -65,8 +65,8 @@ for log in "$folder"/*.log; do
   registers=$(sed -n 's/.*Used \([0-9]*\) registers.*/\1/p' "$log" | sort -n | tail -1)
   case $name in
     generic_*) kernels= ;; # need not be fast
-    # Six blocks a multiprocessor are worth a few numbers in local memory outside of the main loops.
-    scan_forward_*.* | fast_scan.*) kernels=$(in_memory "$log" 256) ;;
+    # More blocks a multiprocessor are worth a few numbers in local memory outside of the main loops.
+    scan_forward_*.* | scan_backward_*.* | fast_*) kernels=$(in_memory "$log" 256) ;;
     *) kernels=$(in_memory "$log" 0) ;;
   esac
   if [[ -n $kernels ]]; then fail "$name: $kernels"; else echo "ok $name: at most ${registers:-0} registers"; fi
@@ -81,7 +81,7 @@ if [[ ! -x $cuobjdump ]]; then
   echo "no disassembler: install triton, or the toolkit's cuobjdump, to check the main loops" >&2
   exit 2
 fi
-"$cuobjdump" -sass "$folder/fast_scan.90.cubin" >"$folder/sass"
+for kernels in "$folder"/fast_*.90.cubin; do "$cuobjdump" -sass "$kernels"; done >"$folder/sass"
 # count NAME FUNCTION STEPS LIMITS...: compare the counts of main loops, per channel-step, with the most that there may be
 count() {
   local name=$1 line limit key most
@@ -96,4 +96,7 @@ count() {
 # Two channels per thread, four tokens per pass.
 count "forward, dt_rank 12" scan_forward_kernelINS0_8bfloat16ELi2ELi12E 8 "all 121" "MUFU 18" "LDS.128 6" "local 0"
 count "forward, dt_rank 24" scan_forward_kernelINS0_8bfloat16ELi2ELi24E 8 "all 135" "MUFU 18" "LDS.128 7" "local 0.2"
+# Two loops one after the other, of eight tokens, two channels and a quarter of the states: twice the counts are a
+# channel-step's.
+count "backward, dt_rank 12, half" scan_backward_kernelINS0_8bfloat16ELi12E 4 "all 240" "MUFU 17" "local 0"
 exit $((failures > 0))

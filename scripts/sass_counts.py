@@ -55,9 +55,8 @@ def main() -> None:
             continue
         loops = main_loops(instructions, 16 * arguments.steps)
         steps = arguments.steps * len(loops)
-        counts = " ".join(
-            f"{key}={sum(loop[key] for loop in loops) / max(1, steps):.2f}" for key in ("all", "MUFU", "LDS.128", "local")
-        )
+        keys = ("all", "MUFU", "LDS.128", "local")
+        counts = " ".join(f"{key}={sum(loop[key] for loop in loops) / max(1, steps):.2f}" for key in keys)
         print(f"{name} loops={len(loops)} {counts}")
 
 

@@ -138,21 +138,6 @@ struct Walk {
   // Channels beyond the last compute what the last one does, and write nothing.
   VIM_DEVICE int existing(int c) const { return channel + c < walkers.end ? channel + c : walkers.end - 1; }
 
-  // Numbers of one channel; what is beyond `count` is zero. With `vectors`, kCount numbers are loaded four at a time.
-  template <int kCount>
-  VIM_DEVICE static void load_row(const float* row, int64_t count, bool vectors, float (&to)[kCount]) {
-    if (kCount % 4 == 0 && vectors) {
-#pragma unroll
-      for (int i = 0; i + 3 < kCount; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(row + i);
-        to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) to[i] = i < count ? row[i] : 0.0f;
-    }
-  }
-
   // All loads come before the first exponential, so that they are on their way together.
   VIM_DEVICE void load_weights() {
     const bool vectors = kVectors || plan.vectors[d].weights;
@@ -478,11 +463,6 @@ __global__ void __launch_bounds__((kRank == kGiven ? 1 : 2) * kEndsThreads)
 }
 
 // ---- host ------------------------------------------------------------------------------------------------------
-
-inline bool aligned(const Activation& x, int64_t element, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0 && x.channel == 1 &&
-         x.batch * element % bytes == 0 && x.token * element % bytes == 0;
-}
 
 template <class T, int kChannels, int kRank>
 Geometry geometry_of(const ForwardPlan& plan, int threads) {

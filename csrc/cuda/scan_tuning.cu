@@ -36,7 +36,11 @@ int64_t chunk_of(const Scan& scan) {
   return blocks_in(scan.length, chunk) < kFewestChunks ? 0 : chunk;
 }
 
+// Blocks of the backward pass that a multiprocessor holds: registers and shared memory suffice for two of four warps.
+constexpr int64_t kBackwardBlocks = 2;
+
 ScanTuning chosen;
+int64_t chosen_chunks = 0;
 
 }  // namespace
 
@@ -53,6 +57,13 @@ ScanTuning scan_tuning(const Scan& scan) {
   return tuning;
 }
 
+int64_t backward_chunks_of_segment(const Scan& scan, int64_t blocks) {
+  const int64_t all = larger(1, blocks_in(scan.length, larger(1, scan.checkpoint_every)));
+  if (chosen_chunks != 0) return smaller(chosen_chunks, all);
+  const int64_t segments = kBackwardBlocks * multiprocessors() / larger(1, scan.directions * scan.batch * blocks);
+  return segments < 2 ? all : blocks_in(all, segments);
+}
+
 }  // namespace VIM_ISA
 }  // namespace vim
 
@@ -63,4 +74,11 @@ extern "C" __attribute__((visibility("default"))) int vim_cuda_tune_scan(int cha
                     chunk >= 0 && chunk % 64 == 0;
   if (fits) vim::cuda::chosen = {channels, warps, chunk};
   return fits;
+}
+
+// Likewise for the backward pass: the chunks between saved states in a segment; 0 leaves it to the table.
+extern "C" __attribute__((visibility("default"))) int vim_cuda_tune_backward(int64_t chunks) {
+  if (chunks < 0) return 0;
+  vim::cuda::chosen_chunks = chunks;
+  return 1;
 }
