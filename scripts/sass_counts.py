@@ -37,13 +37,14 @@ def main_loops(instructions: list[tuple[int, str, str]], exponentials: int) -> l
         inner = any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
         if body["MUFU"] >= exponentials and not inner:
             body["all"] = last + 1 - first
+            body["local"] = sum(n for opcode, n in body.items() if opcode.startswith(("LDL", "STL")))
             body["LDS.128"] = sum(n for opcode, n in body.items() if opcode.startswith("LDS") and ".128" in opcode)
             counted.append(body)
     return counted
 
 
 def main() -> None:
-    """Print one line: instructions, special functions and 16-byte loads per channel-step, over all main loops."""
+    """Print one line per function: its instructions of each kind per channel-step, over all main loops."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sass", type=argparse.FileType())
     parser.add_argument("function", help="part of the mangled name")
@@ -54,9 +55,8 @@ def main() -> None:
             continue
         loops = main_loops(instructions, 16 * arguments.steps)
         steps = arguments.steps * len(loops)
-        counts = " ".join(
-            f"{key}={sum(loop[key] for loop in loops) / max(1, steps):.2f}" for key in ("all", "MUFU", "LDS.128")
-        )
+        keys = ("all", "MUFU", "LDS.128", "local")
+        counts = " ".join(f"{key}={sum(loop[key] for loop in loops) / max(1, steps):.2f}" for key in keys)
         print(f"{name} loops={len(loops)} {counts}")
 
 

@@ -310,10 +310,11 @@ std::tuple<Tensor, Tensor> bidirectional_scan(const Tensor& u, const Tensor& x_d
 using BidirectionalGrads =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Writes the gradient of z to `dz` and returns the operands'. Where `y` is given, it gets the forward pass's result; it
-// may be dy.
+// Writes the gradient of z to `dz` and returns the operands', each direction's of x_dbl in the memory of `dx_dbl` where
+// that is given. Where `y` is given, it gets the forward pass's result; it may be dy.
 std::vector<Tensor> scan_gradients(const Tensor& dy, BidirectionalInputs inputs, const Tensor& checkpoints,
-                                   double scale, int64_t checkpoint_every, const Tensor& dz, const OptionalTensor& y) {
+                                   double scale, int64_t checkpoint_every, const Tensor& dz, const OptionalTensor& y,
+                                   const std::array<OptionalTensor, 2>& dx_dbl = {}) {
   inputs.check();
   for (Operands& side : inputs.sides) side.make_dense();
   ScanBackward k;
@@ -330,8 +331,9 @@ std::vector<Tensor> scan_gradients(const Tensor& dy, BidirectionalInputs inputs,
   std::vector<Tensor> outputs;
   for (int d = 0; d < 2; ++d) {
     const Operands& side = inputs.sides[d];
+    const OptionalTensor& given = dx_dbl[static_cast<size_t>(d)];
     for (const Tensor* x : {&side.u, &side.x_dbl, &side.dt_weight, &side.dt_bias, &side.A_log, &side.D}) {
-      outputs.push_back(allocate_like(*x));
+      outputs.push_back(x == &side.x_dbl && given.has_value() ? *given : allocate_like(*x));
     }
     const Tensor* of_side = &outputs[static_cast<size_t>(6 * d)];
     const Split split(of_side[1], of_side[1].mutable_data_ptr(), scan.dt_rank, scan.d_state, scan.dim);

@@ -173,16 +173,17 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& gi
   const Tensor rows_of_dout = dense_rows(dout, model);
   const Tensor dy = allocate(xz, shape.rows(inner), type), dxz = allocate(xz, shape.rows(2 * inner), type);
   multiply(rows_of_dout, weights.out_proj, dense_rows(dy, inner));
-  const Tensor dz = activation(dxz, shape, inner, 2 * inner, inner);
+  const Tensor dz = activation(dxz, shape, inner, 2 * inner, inner), dx_dbls = allocate_x_dbl(xz, shape, type);
   const std::vector<Tensor> scans = on_cuda::scan_gradients(dy, scan_side(forward, u, direction(x_dbl, shape, 0)),
                                                             scan_side(backward, u_b, direction(x_dbl, shape, 1)), z,
-                                                            checkpoints, scale, shape.checkpoint_every, dz);
+                                                            checkpoints, scale, shape.checkpoint_every, dz,
+                                                            {direction(dx_dbls, shape, 0), direction(dx_dbls, shape, 1)});
   const Tensor dout_proj = weight_gradient(rows_of_dout, dense_rows(dy, inner), given.out_proj);
   const Tensor dout_bias = bias_gradient(rows_of_dout, given.out_bias);
   const Tensor inputs[2] = {dense_rows(u, inner), dense_rows(u_b, inner)};
   Tensor dx_proj[2];
   for (size_t d = 0; d < 2; ++d) {
-    const Tensor du = dense_rows(scans[6 * d], inner), dx_dbl = dense_rows(scans[6 * d + 1], shape.x_dbl_columns());
+    const Tensor du = dense_rows(scans[6 * d], inner), dx_dbl = as_matrix(scans[6 * d + 1], shape);
     multiply_and_add(du, dx_dbl, weights.sides[d].x_proj, du);
     dx_proj[d] = weight_gradient(dx_dbl, inputs[d], given.sides[d].x_proj);
   }

@@ -30,11 +30,12 @@ void run_backward(const ScanBackward& backward, const Tensor& like) {
   passes.sizes = cuda::scan_backward_sizes(backward);
   const auto floats_of = [&](const Sizes& sizes) { return allocate(like, sizes, ScalarType::Float); };
   const Tensor sums = floats_of({passes.sizes.sums}), maps = floats_of({passes.sizes.maps});
-  const Tensor weights = floats_of({passes.sizes.weights});
+  const Tensor weights = floats_of({passes.sizes.weights}), adjoints = floats_of({passes.sizes.adjoints});
   passes.sums = mutable_floats(sums);
   passes.maps = mutable_floats(maps);
   passes.weights = mutable_floats(weights);
-  if (scan.direction[0].dt_weight == nullptr) {
+  passes.adjoints = mutable_floats(adjoints);
+  if (passes.sizes.steps == 0) {
     cuda::scan_backward(passes, device.stream());
     cuda::scan_backward_sums(passes, device.stream());
     return;
@@ -64,11 +65,11 @@ std::tuple<Tensor, Tensor> on_cuda::bidirectional_scan(const ScanSide& f, const 
 
 std::vector<Tensor> on_cuda::scan_gradients(const Tensor& dy, const ScanSide& f, const ScanSide& b, const Tensor& z,
                                             const Tensor& checkpoints, double scale, int64_t checkpoint_every,
-                                            const Tensor& dz) {
+                                            const Tensor& dz, const std::array<OptionalTensor, 2>& dx_dbl) {
   const BidirectionalInputs inputs{{{f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D},
                                     {b.u, b.x_dbl, b.dt_weight, b.dt_bias, b.A_log, b.D, kBackwardSide}},
                                    z};
-  return vim::scan_gradients(dy, inputs, checkpoints, scale, checkpoint_every, dz, dy);
+  return vim::scan_gradients(dy, inputs, checkpoints, scale, checkpoint_every, dz, dy, dx_dbl);
 }
 
 }  // namespace vim

@@ -84,14 +84,17 @@ inline int multiprocessors() {
 
 // ---- groups of warps -------------------------------------------------------------------------------------------
 
-// A barrier for `threads` threads, whole warps, that name the same group (0 to 14). Writes before it, to shared and
-// global memory, are seen after it.
+// A barrier for `threads` threads, whole warps, that name the same group (0 or 1). Writes before it, to shared and
+// global memory, are seen after it. The barriers have constant numbers: for one in a register the compiler reserves all
+// 16 of a block, and a multiprocessor's 64 then suffice for four blocks.
 VIM_DEVICE void sync_group(int group, int threads) {
 #if defined(__CUDACC__)
   if (threads == kWarp) {
     __syncwarp();
+  } else if (group == 0) {
+    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
   } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+    asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
   }
 #else
   emulation::sync_group(group, threads);

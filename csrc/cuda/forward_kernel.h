@@ -28,9 +28,19 @@ namespace VIM_ISA {
 #define VIM_POLYNOMIAL_DECAYS 0
 #endif
 
+// Threads of a multiprocessor whose registers suffice for all of them. 384 leave 168 registers to a thread: six blocks of
+// 64 threads, with a few numbers in local memory between tiles, none in the loops over tokens. A variant for
+// measurements is 256: no local memory, but four blocks.
+#if !defined(VIM_FORWARD_THREADS)
+#define VIM_FORWARD_THREADS 384
+#endif
+static_assert(VIM_FORWARD_THREADS >= kMaxThreads, "a block must fit");
+
 VIM_DEVICE float decay_of(float x, int n) { return n < VIM_POLYNOMIAL_DECAYS ? exp2_polynomial(x) : exp2_approx(x); }
 
-constexpr int kGiven = -1;  // delta is an operand; otherwise the rank from which it is projected, 0 being any
+// What the kernels are compiled for: kGiven where delta is an operand, otherwise the rank from which it is projected. 0 is
+// any rank; other ranks have kernels of their own, which need operands that are loaded in vectors (see `in_vectors`).
+constexpr int kGiven = -1;
 
 VIM_INLINE int weight_stride(const RowLayout& layout) { return (layout.padded / 4 | 1) * 4; }
 
@@ -64,6 +74,7 @@ enum class Phase {
 template <class T, int kChannels, int kRank>
 struct Walk {
   static constexpr int kRow = TileLayout<kChannels>::kRow;
+  static constexpr bool kVectors = kRank > 0;
 
   const ForwardPlan& plan;
   const Scan& scan;
@@ -72,7 +83,7 @@ struct Walk {
   Walkers walkers;
   const RowLayout layout;
   const int columns;
-  int64_t channel;  // of this thread, the first one
+  int chunk, channel;  // of the sequence; of this thread, the first one
   int live;         // of its channels: all or none
   int own;          // offset of its values in a row of a tile
   T *u, *z, *delta, *raw;
@@ -96,24 +107,20 @@ struct Walk {
                : kRank > 0     ? kRank
                                : plan_.scan.dt_rank),
         columns(static_cast<int>(blockDim.x) * kChannels) {
-    const ChannelBlocks blocks(scan, columns);
-    const int64_t block = blockIdx.x % blocks.count;
+    const int index = static_cast<int>(blockIdx.x), block = index % plan.blocks, segment = block / plan.per_segment;
     walkers.thread = static_cast<int>(threadIdx.x);
     walkers.threads = static_cast<int>(blockDim.x);
     walkers.group = d;
-    walkers.b = blockIdx.x / blocks.count / plan.chunks;
-    walkers.channel = blocks.first(block, columns);
-    walkers.end = blocks.end(block, columns);
+    chunk = index / plan.blocks % plan.chunks;
+    walkers.b = index / plan.blocks / plan.chunks;
+    walkers.channel = segment * plan.segment + block % plan.per_segment * columns;
+    walkers.end = static_cast<int>(smaller(walkers.channel + columns, (segment + 1) * plan.segment));
     walkers.length = static_cast<int>(scan.length);
     channel = walkers.channel + walkers.thread * kChannels;
     live = channel < walkers.end ? kChannels : 0;
     own = TileLayout<kChannels>::own(walkers.thread);
     place_shared();
     load_weights();
-  }
-
-  VIM_DEVICE int chunk() const {
-    return static_cast<int>(blockIdx.x / ChannelBlocks(scan, columns).count) % plan.chunks;
   }
 
   VIM_DEVICE void place_shared() {
@@ -129,25 +136,34 @@ struct Walk {
   }
 
   // Channels beyond the last compute what the last one does, and write nothing.
-  VIM_DEVICE int64_t existing(int c) const { return smaller(channel + c, walkers.end - 1); }
+  VIM_DEVICE int existing(int c) const { return channel + c < walkers.end ? channel + c : walkers.end - 1; }
 
+  // All loads come before the first exponential, so that they are on their way together.
   VIM_DEVICE void load_weights() {
+    const bool vectors = kVectors || plan.vectors[d].weights;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       const int64_t at = existing(c);
-#pragma unroll
-      for (int n = 0; n < kStates; ++n) A[c][n] = n < scan.d_state ? decay_rate(scan, side, at, n) : 0.0f;
+      load_row(side.A + at * scan.d_state, scan.d_state, vectors, A[c]);
       bias[c] = side.bias == nullptr ? 0.0f : kLog2e * side.bias[at];
       D[c] = side.D == nullptr ? 0.0f : kLog2e * side.D[at];
       time[c] = 0.0f;
-      if constexpr (kRank > 0) {
-#pragma unroll
-        for (int r = 0; r < kRank; ++r) dt_weight[c][r] = kLog2e * side.dt_weight[at * kRank + r];
-      }
+      if constexpr (kRank > 0) load_row(side.dt_weight + at * kRank, kRank, vectors, dt_weight[c]);
       if constexpr (kRank == 0) {
         for (int r = 0; r < layout.padded; ++r) {
           weight_row(c)[r] = r < layout.ranks ? kLog2e * side.dt_weight[at * layout.ranks + r] : 0.0f;
         }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) {
+        if (scan.A_is_log) A[c][n] = n < scan.d_state ? -expf(A[c][n]) : 0.0f;
+      }
+      if constexpr (kRank > 0) {
+#pragma unroll
+        for (int r = 0; r < kRank; ++r) dt_weight[c][r] *= kLog2e;
       }
     }
   }
@@ -157,15 +173,17 @@ struct Walk {
     return weights + (c * walkers.threads + walkers.thread) * weight_stride(layout);
   }
 
+  // (states, channels): the state in which the chunk is entered, or what scan_ends_kernel leaves there.
   VIM_DEVICE float* entry() const {
-    return plan.entries + ((d * scan.batch + walkers.b) * plan.chunks + chunk()) * kStates * scan.dim;
+    return plan.entries + ((d * scan.batch + walkers.b) * plan.chunks + chunk) * kStates * scan.dim;
   }
 
-  VIM_DEVICE void enter(bool from_entry) {
+  VIM_DEVICE void enter(const float* entered) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
+      const int at = existing(c);
 #pragma unroll
-      for (int n = 0; n < kStates; ++n) h[c][n] = from_entry ? entry()[n * scan.dim + existing(c)] : 0.0f;
+      for (int n = 0; n < kStates; ++n) h[c][n] = entered == nullptr ? 0.0f : entered[n * scan.dim + at];
     }
   }
 
@@ -185,15 +203,24 @@ struct Walk {
     }
   }
 
+  VIM_DEVICE auto row_stream(const Range& range) const {
+    if constexpr (kVectors) {
+      return WholeRowStream<T, kRank>(walkers, side, range);
+    } else {
+      return RowStream<T, kRank>(walkers, scan, side, layout, plan.vectors[d].rows, range);
+    }
+  }
+
   template <Phase kPhase>
   VIM_DEVICE void walk(const Range& range) {
     constexpr bool kGated = kPhase == Phase::merge || kPhase == Phase::alone;
-    const bool gated = kGated && scan.z.data != nullptr;
-    TileStream<T, kChannels> inputs(walkers, side.u, plan.vectors[d].u, range);
+    const bool gated = kGated && (kVectors || scan.z.data != nullptr);
+    TileStream<T, kChannels> inputs(walkers, side.u, kVectors || plan.vectors[d].u, range);
     TileStream<T, kChannels> deltas(walkers, side.delta, kRank == kGiven && plan.vectors[d].delta, range);
-    TileStream<T, kChannels> gates(walkers, scan.z, gated && plan.vector_z, range);
-    TileStream<float, kChannels> partials(walkers, plan.partial, kPhase == Phase::merge && plan.vector_partial, range);
-    RowStream<T, kRank> maps(walkers, scan, side, layout, plan.vectors[d].rows, range);
+    TileStream<T, kChannels> gates(walkers, scan.z, gated && (kVectors || plan.vector_z), range);
+    TileStream<float, kChannels> partials(walkers, plan.partial,
+                                          kPhase == Phase::merge && (kVectors || plan.vector_partial), range);
+    auto maps = row_stream(range);
     const auto stage = [&](int tile) {  // called in one place, so that the streams can live in registers
       const int place = tile * kTile, at = tile % 2 * kTile * columns;
       inputs.stage(place, u + at);
@@ -389,14 +416,14 @@ VIM_DEVICE Range chunk_of(const ForwardPlan& plan, int chunk, bool reverse) {
 }
 
 template <class T, int kChannels, int kRank>
-__global__ void __launch_bounds__(kMaxThreads) scan_forward_kernel(const __grid_constant__ ForwardPlan plan) {
+__global__ void __launch_bounds__(VIM_FORWARD_THREADS) scan_forward_kernel(const __grid_constant__ ForwardPlan plan) {
   Walk<T, kChannels, kRank> walk(plan, static_cast<int>(threadIdx.y));
   const ScanDirection& side = walk.side;
-  const Range range = chunk_of(plan, walk.chunk(), side.reverse);
-  walk.enter(plan.entries != nullptr);
+  const Range range = chunk_of(plan, walk.chunk, side.reverse);
+  walk.enter(plan.entries == nullptr ? nullptr : walk.entry());
   if constexpr (kRank == kGiven) {
     walk.template walk<Phase::alone>(range);
-    if (side.last_state != nullptr && walk.chunk() == (side.reverse ? 0 : plan.chunks - 1)) {
+    if (side.last_state != nullptr && walk.chunk == (side.reverse ? 0 : plan.chunks - 1)) {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (c >= walk.live) break;
@@ -425,32 +452,35 @@ template <class T, int kRank>
 __global__ void __launch_bounds__((kRank == kGiven ? 1 : 2) * kEndsThreads)
     scan_ends_kernel(const __grid_constant__ ForwardPlan plan) {
   Walk<T, 1, kRank> walk(plan, static_cast<int>(threadIdx.y));
-  walk.enter(false);
-  walk.template walk<Phase::ends>(chunk_of(plan, walk.chunk(), walk.side.reverse));
-  float* times =
-      plan.times + ((walk.d * plan.scan.batch + walk.walkers.b) * plan.chunks + walk.chunk()) * plan.scan.dim;
-  if (walk.live > 0) {
-    times[walk.channel] = walk.time[0];
+  walk.enter(nullptr);
+  walk.template walk<Phase::ends>(chunk_of(plan, walk.chunk, walk.side.reverse));
+  if (walk.live == 0) return;
+  const int64_t index = (walk.d * plan.scan.batch + walk.walkers.b) * plan.chunks + walk.chunk;
+  plan.times[index * plan.scan.dim + walk.channel] = walk.time[0];
+  float* left = walk.entry() + walk.channel;
 #pragma unroll
-    for (int n = 0; n < kStates; ++n) walk.entry()[n * plan.scan.dim + walk.channel] = walk.h[0][n];
-  }
+  for (int n = 0; n < kStates; ++n) left[n * plan.scan.dim] = walk.h[0][n];
 }
 
 // ---- host ------------------------------------------------------------------------------------------------------
 
-inline bool aligned(const Activation& x, int64_t element, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0 && x.channel == 1 &&
-         x.batch * element % bytes == 0 && x.token * element % bytes == 0;
-}
-
 template <class T, int kChannels, int kRank>
 Geometry geometry_of(const ForwardPlan& plan, int threads) {
   const Scan& scan = plan.scan;
-  const int columns = threads * kChannels;
   const RowLayout layout(kRank == kGiven ? 0 : scan.dt_rank);
-  const int64_t blocks = scan.batch * plan.chunks * ChannelBlocks(scan, columns).count;
-  return {static_cast<unsigned>(blocks), dim3(static_cast<unsigned>(threads), static_cast<unsigned>(scan.directions)),
-          static_cast<size_t>(scan.directions * SharedLayout<T>(scan, columns, layout, kRank == 0).total)};
+  return {static_cast<unsigned>(scan.batch * plan.chunks * plan.blocks),
+          dim3(static_cast<unsigned>(threads), static_cast<unsigned>(scan.directions)),
+          static_cast<size_t>(scan.directions *
+                              SharedLayout<T>(scan, threads * kChannels, layout, kRank == 0).total)};
+}
+
+// The plan for blocks of so many channels.
+inline ForwardPlan in_blocks(ForwardPlan plan, int columns) {
+  const ChannelBlocks blocks(plan.scan, columns);
+  plan.segment = static_cast<int>(blocks.segment);
+  plan.per_segment = static_cast<int>(blocks.per_segment);
+  plan.blocks = static_cast<int>(blocks.count);
+  return plan;
 }
 
 template <class T, int kChannels, int kRank>
@@ -458,7 +488,29 @@ void run_walks(const ForwardPlan& plan, const ScanTuning& tuning, Stream stream)
   int threads = tuning.warps * kWarp;
   while (threads > kWarp && geometry_of<T, kChannels, kRank>(plan, threads).shared_bytes > kMostSharedBytes)
     threads /= 2;
-  launch(scan_forward_kernel<T, kChannels, kRank>, geometry_of<T, kChannels, kRank>(plan, threads), stream, plan);
+  const ForwardPlan cut = in_blocks(plan, threads * kChannels);
+  launch(scan_forward_kernel<T, kChannels, kRank>, geometry_of<T, kChannels, kRank>(cut, threads), stream, cut);
+}
+
+// Whether dt, B and C of a token are one row in memory.
+inline bool side_by_side(const Scan& scan, const ScanDirection& side) {
+  const int64_t element = scan.row_element == Element::float32 ? 4 : 2;
+  const auto follows = [&](const void* b, const void* a, int64_t count) {
+    return static_cast<const char*>(b) == static_cast<const char*>(a) + count * element;
+  };
+  return side.dt.batch == side.B.batch && side.B.batch == side.C.batch && side.B.channels_per_group == scan.dim &&
+         side.C.channels_per_group == scan.dim && follows(side.B.data, side.dt.data, scan.dt_rank) &&
+         follows(side.C.data, side.B.data, scan.d_state);
+}
+
+// Whether everything of both directions can be loaded in vectors, as kernels for a rank need it.
+inline bool in_vectors(const ForwardPlan& plan) {
+  bool fits = plan.scan.directions == 2 && plan.scan.z.data != nullptr && plan.vector_z && plan.vector_partial;
+  for (int d = 0; d < 2; ++d) {
+    const Vectors& v = plan.vectors[d];
+    fits = fits && v.u && v.rows && v.weights && side_by_side(plan.scan, plan.scan.direction[d]);
+  }
+  return fits;
 }
 
 // Whether two channels of a thread can be written at once.
@@ -469,7 +521,8 @@ inline bool in_pairs(const ForwardPlan& plan, int64_t element) {
 
 template <class T, int kRank>
 void run_ends(const ForwardPlan& plan, Stream stream) {
-  launch(scan_ends_kernel<T, kRank>, geometry_of<T, 1, kRank>(plan, kEndsThreads), stream, plan);
+  const ForwardPlan cut = in_blocks(plan, kEndsThreads);
+  launch(scan_ends_kernel<T, kRank>, geometry_of<T, 1, kRank>(cut, kEndsThreads), stream, cut);
 }
 
 }  // namespace VIM_ISA

@@ -19,14 +19,18 @@ void scan_forward(const Scan& scan, float* workspace, Stream stream) {
 
 ScanBackwardSizes scan_backward_sizes(const ScanBackward& k) {
   const Scan& scan = k.scan;
-  const int64_t tokens = scan.batch * scan.length, projected = scan.direction[0].delta.data == nullptr;
+  const int64_t tokens = scan.batch * scan.length;
   ScanBackwardSizes sizes;
-  sizes.blocks = ChannelBlocks(scan, kWarp).count;
-  sizes.steps = projected * scan.directions * tokens * scan.dim;
-  const int64_t gated = scan.z.data != nullptr;
-  sizes.sums = (scan_backward_is_fast(k) ? gated * scan.directions : 3) * tokens * scan.dim;
-  sizes.maps = sizes.blocks * scan.directions * tokens * 2 * scan.d_state;
-  sizes.weights = scan.directions * scan.batch * WeightRows(scan).count * scan.dim;
+  if (scan_backward_is_fast(k)) {
+    scan_fast_sizes(k, sizes);
+  } else {
+    sizes.blocks = ChannelBlocks(scan, kWarp).count;
+    sizes.row = 2 * scan.d_state;
+    sizes.sums = 3 * tokens * scan.dim;
+    if (scan.direction[0].delta.data == nullptr) sizes.steps = scan.directions * tokens * scan.dim;
+  }
+  sizes.maps = sizes.blocks * scan.directions * tokens * sizes.row;
+  sizes.weights = scan.directions * scan.batch * sizes.segments * WeightRows(scan).count * scan.dim;
   return sizes;
 }
 

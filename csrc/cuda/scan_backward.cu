@@ -1,375 +1,123 @@
-// The fast backward pass of a scan: up to 16 states, saved states at most 64 tokens apart; the mathematics are at the
-// top of generic_backward.cu.
-//
-// A block computes 32 channels of one batch element in one direction, and processes the chunks between saved states in
-// reverse scan order. First, one thread per channel writes the values that depend on token and channel alone (step
-// sizes, inputs, incoming gradients) to shared memory. Then four lanes share a channel, each with four of its states.
-// They scan the chunk forward and save the state at every eighth token. Going back, they recompute the states and
-// decays of eight tokens at a time in registers.
-//
-// dB and dC are summed over the eight channels of a warp by a butterfly, which leaves one of eight sums in each lane,
-// and then over the warps in shared memory. The result is one partial sum per block of channels; scan_reduce.cu adds
-// them.
-#include "scan_math.h"
-#include "workspace.h"
+// Decides how a fast backward pass runs, and the kernels between its parts; those of the parts are in
+// backward_kernel.h.
+#include "backward_kernel.h"
+#include "scan_tuning.h"
+#include "vector.h"
 
 namespace vim {
 namespace VIM_ISA {
 
 namespace {
 
-constexpr int kStates = 16, kOwn = 4;  // states of a channel, and of a lane
-constexpr int kLanes = kStates / kOwn;
-constexpr int kChunk = 64, kEight = 8;
-constexpr int kChannels = 32, kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kMostRanks = 64;
+constexpr int kThreads = 128;
 
-// Shared memory, in floats. Tokens are in scan order.
-struct Shared {
-  float *delta, *slope, *u, *dy;  // (kChunk, kChannels); the first, third and fourth end as ddelta, du and y
-  float *B, *C;                   // (kChunk, kStates)
-  float* dt;                      // (kChunk, ranks)
-  float* weights;                 // (ranks, kChannels)
-  float* entries;                 // (kChunk / kEight, kChannels, kStates)
-  float* sums;                    // (kWarps, kEight, 2 kStates)
-
-  static VIM_INLINE size_t bytes(int64_t ranks) {
-    const int64_t floats = 4 * kChunk * kChannels + 2 * kChunk * kStates + kChunk / kEight * kChannels * kStates +
-                           kWarps * kEight * 2 * kStates + (kChunk + kChannels) * ranks;
-    return static_cast<size_t>(floats) * sizeof(float);
+// From the gradients that segments pass on to those with which they are entered, in place: a thread is one state of a
+// channel.
+__global__ void __launch_bounds__(kThreads) scan_adjoints_kernel(const __grid_constant__ BackwardPlan plan) {
+  const Scan& scan = plan.passes.k.scan;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, channel = i % scan.dim;
+  const int64_t n = i / scan.dim % kStates, b = i / scan.dim / kStates % scan.batch;
+  const int d = static_cast<int>(i / scan.dim / kStates / scan.batch);
+  if (d >= scan.directions) return;
+  const float A = n < scan.d_state ? kLog2e * decay_rate(scan, scan.direction[d], channel, n) : 0.0f;
+  const float* times = plan.passes.adjoints + scan.directions * scan.batch * plan.segments * kStates * scan.dim;
+  float carry = 0.0f;
+  for (int k = 0; k < plan.segments; ++k) {
+    const int64_t segment = (d * scan.batch + b) * plan.segments + k;
+    float& entry = plan.passes.adjoints[(segment * kStates + n) * scan.dim + channel];
+    const float entered = carry;
+    if (k + 1 < plan.segments) carry = fmaf(exp2_approx(A * times[segment * scan.dim + channel]), carry, entry);
+    entry = entered;
   }
-
-  VIM_DEVICE explicit Shared(int ranks) {
-    delta = reinterpret_cast<float*>(shared_memory());
-    slope = delta + kChunk * kChannels;
-    u = slope + kChunk * kChannels;
-    dy = u + kChunk * kChannels;
-    B = dy + kChunk * kChannels;
-    C = B + kChunk * kStates;
-    entries = C + kChunk * kStates;
-    sums = entries + kChunk / kEight * kChannels * kStates;
-    dt = sums + kWarps * kEight * 2 * kStates;
-    weights = dt + kChunk * ranks;
-  }
-};
-
-// A chunk in scan order
-struct Chunk {
-  int first, direction, count;
-  VIM_DEVICE int token(int place) const { return first + direction * place; }
-};
-
-// Four numbers of a lane
-struct Four {
-  float x[kOwn];
-};
-
-VIM_DEVICE Four load_four(const float* at) {
-  const float4 v = *reinterpret_cast<const float4*>(at);
-  return {{v.x, v.y, v.z, v.w}};
 }
 
-// The sum over the lanes of a channel, in each of them
-VIM_DEVICE float sum_channel(float x) {
-  x += __shfl_xor_sync(kFullWarp, x, 1);
-  return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
-
-// Sums eight numbers over the eight channels of a warp: the lanes of channel k get the sum of the k-th.
-VIM_DEVICE float sum_eight(const float (&x)[8], int channel) {
-  float half[4], quarter[2];
-  const bool upper = (channel & 4) != 0, middle = (channel & 2) != 0, low = (channel & 1) != 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    half[i] = (upper ? x[i + 4] : x[i]) + __shfl_xor_sync(kFullWarp, upper ? x[i] : x[i + 4], 4 * kLanes);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    quarter[i] =
-        (middle ? half[i + 2] : half[i]) + __shfl_xor_sync(kFullWarp, middle ? half[i] : half[i + 2], 2 * kLanes);
-  }
-  return (low ? quarter[1] : quarter[0]) + __shfl_xor_sync(kFullWarp, low ? quarter[0] : quarter[1], kLanes);
-}
-
-template <class T>
-struct Backward {
-  const ScanBackwardPasses& passes;
-  const Scan& scan;
-  const ScanDirection& side;
-  const int d, ranks;
-  const Shared shared;
-  int64_t b, block, first_channel, end_channel;
-  // As a channel's lane
-  int local, lane_state;  // channel within the block, first state of the lane
-  float A[kOwn], g[kOwn], dA[kOwn];
-  float D, dbias = 0, dD = 0;
-
-  VIM_DEVICE Backward(const ScanBackwardPasses& passes_, int d_)
-      : passes(passes_),
-        scan(passes_.k.scan),
-        side(passes_.k.scan.direction[d_]),
-        d(d_),
-        ranks(static_cast<int>(side.delta.data == nullptr ? scan.dt_rank : 0)),
-        shared(ranks) {
-    const ChannelBlocks blocks(scan, kChannels);
-    block = blockIdx.x % blocks.count;
-    b = blockIdx.x / blocks.count % scan.batch;
-    first_channel = blocks.first(block, kChannels);
-    end_channel = blocks.end(block, kChannels);
-    local = static_cast<int>(threadIdx.x) / kLanes;
-    lane_state = static_cast<int>(threadIdx.x) % kLanes * kOwn;
-    const int64_t channel = existing(local);
-    const float* dlast = passes.k.grads[d].dlast_state;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int n = lane_state + i;
-      const bool real = n < scan.d_state;
-      A[i] = real ? decay_rate(scan, side, channel, n) : 0.0f;
-      g[i] = real && dlast != nullptr ? dlast[(b * scan.dim + channel) * scan.d_state + n] : 0.0f;
-      dA[i] = 0.0f;
-    }
-    D = side.D == nullptr ? 0.0f : side.D[channel];
-    for (int i = static_cast<int>(threadIdx.x); i < ranks * kChannels; i += kThreads) {
-      shared.weights[i] = side.dt_weight[existing(i % kChannels) * ranks + i / kChannels];
-    }
-  }
-
-  // Channels beyond the last compute what the last one does; nothing of it is used.
-  VIM_DEVICE int64_t existing(int c) const { return smaller(first_channel + c, end_channel - 1); }
-  VIM_DEVICE bool exists(int c) const { return first_channel + c < end_channel; }
-
-  // ---- into shared memory
-
-  VIM_DEVICE void load_rows(const Chunk& chunk) const {
-    const int size = 2 * kStates + ranks;
-    for (int i = static_cast<int>(threadIdx.x); i < kChunk * size; i += kThreads) {
-      const int place = i / size, item = i % size, n = item % kStates;
-      const bool inside = place < chunk.count;
-      const int token = chunk.token(place);
-      if (item < 2 * kStates) {
-        const StateMap& map = item < kStates ? side.B : side.C;
-        float* target = item < kStates ? shared.B : shared.C;
-        target[place * kStates + n] =
-            inside && n < scan.d_state ? read<T>(scan, map, b, token, first_channel, n) : 0.0f;
-      } else {
-        const int r = item - 2 * kStates;
-        shared.dt[place * ranks + r] = inside ? read<T>(side.dt, b, token, r) : 0.0f;
-      }
-    }
-  }
-
-  VIM_DEVICE void load_channels(const Chunk& chunk) const {
-    const int c = static_cast<int>(threadIdx.x) % kChannels;
-    const int64_t channel = existing(c);
-    const float bias = side.bias == nullptr ? 0.0f : side.bias[channel];
-    for (int place = static_cast<int>(threadIdx.x) / kChannels; place < kChunk; place += kWarps) {
-      float delta = 0.0f, slope = 0.0f, u = 0.0f, dy = 0.0f;
-      if (place < chunk.count && exists(c)) {
-        const int token = chunk.token(place);
-        u = read<T>(side.u, b, token, channel);
-        dy = scan.scale * read<T>(passes.k.dy, b, token, channel);
-        if (scan.z.data != nullptr) dy *= silu(read<T>(scan.z, b, token, channel));
-        delta = bias;
-        if (side.delta.data != nullptr) delta += read<T>(side.delta, b, token, channel);
-        for (int r = 0; r < ranks; ++r) {
-          delta = fmaf(shared.dt[place * ranks + r], shared.weights[r * kChannels + c], delta);
-        }
-        slope = 1.0f;
-        if (scan.softplus) delta = softplus(delta, &slope);
-      }
-      const int at = place * kChannels + c;
-      shared.delta[at] = delta;
-      shared.slope[at] = slope;
-      shared.u[at] = u;
-      shared.dy[at] = dy;
-    }
-  }
-
-  // ---- through the states
-
-  VIM_DEVICE float decay(float delta, int i) const { return exp2_approx(delta * (kLog2e * A[i])); }
-
-  VIM_DEVICE float* entry_of(int eight) const {
-    return shared.entries + (eight * kChannels + local) * kStates + lane_state;
-  }
-
-  // Leaves the state that each eight of tokens is entered in.
-  VIM_DEVICE void run_through(const float* saved, int eights) const {
-    float h[kOwn];
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int n = lane_state + i;
-      h[i] = n < scan.d_state ? saved[n * scan.dim + existing(local)] : 0.0f;
-    }
-    for (int eight = 0; eight < eights; ++eight) {
-      *reinterpret_cast<float4*>(entry_of(eight)) = {h[0], h[1], h[2], h[3]};
-      if (eight + 1 == eights) break;
-#pragma unroll
-      for (int j = 0; j < kEight; ++j) {
-        const int place = eight * kEight + j;
-        const float delta = shared.delta[place * kChannels + local],
-                    drive = delta * shared.u[place * kChannels + local];
-        const Four B = load_four(shared.B + place * kStates + lane_state);
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) h[i] = fmaf(decay(delta, i), h[i], drive * B.x[i]);
-      }
-    }
-  }
-
-  // Goes back through eight tokens.
-  VIM_DEVICE void sweep(int eight, int count) {
-    float h[kEight + 1][kOwn], e[kEight][kOwn];
-    const Four entry = load_four(entry_of(eight));
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) h[0][i] = entry.x[i];
-#pragma unroll
-    for (int j = 0; j < kEight; ++j) {
-      const int place = eight * kEight + j;
-      const float delta = shared.delta[place * kChannels + local], drive = delta * shared.u[place * kChannels + local];
-      const Four B = load_four(shared.B + place * kStates + lane_state);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        e[j][i] = decay(delta, i);
-        h[j + 1][i] = fmaf(e[j][i], h[j][i], drive * B.x[i]);
-      }
-    }
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, channel = local % (kWarp / kLanes);
-#pragma unroll
-    for (int j = kEight - 1; j >= 0; --j) {
-      const int place = eight * kEight + j, at = place * kChannels + local;
-      const float delta = shared.delta[at], u = shared.u[at], dy = shared.dy[at];
-      const Four B = load_four(shared.B + place * kStates + lane_state),
-                 C = load_four(shared.C + place * kStates + lane_state);
-      float maps[2 * kOwn], through_drive = 0.0f, through_decay = 0.0f, y = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float dh = fmaf(dy, C.x[i], g[i]);
-        maps[i] = dh * delta * u;
-        maps[kOwn + i] = dy * h[j + 1][i];
-        y = fmaf(h[j + 1][i], C.x[i], y);
-        through_drive = fmaf(dh, B.x[i], through_drive);
-        g[i] = dh * e[j][i];
-        const float dlog = g[i] * h[j][i];
-        through_decay = fmaf(dlog, A[i], through_decay);
-        dA[i] = fmaf(dlog, delta, dA[i]);
-      }
-      // Sum k is of dB (k < 4) or dC of the lane's state k % 4.
-      float* sums = shared.sums + (warp * kEight + j) * 2 * kStates;
-      sums[channel / kOwn * kStates + lane_state + channel % kOwn] = sum_eight(maps, channel);
-      through_drive = sum_channel(through_drive);
-      through_decay = sum_channel(through_decay);
-      y = fmaf(D, u, sum_channel(y));
-      const float ddelta = place < count ? fmaf(through_drive, u, through_decay) * shared.slope[at] : 0.0f;
-      dbias += ddelta;
-      dD = fmaf(dy, u, dD);
-      // The four lanes have read what the first one now replaces.
-      __syncwarp();
-      if (lane_state == 0) {
-        shared.delta[at] = ddelta;
-        shared.u[at] = fmaf(through_drive, delta, D * dy);
-        shared.dy[at] = y;
-      }
-    }
-  }
-
-  // ---- out of shared memory
-
-  VIM_DEVICE void write_maps(const Chunk& chunk, int eight) const {
-    for (int i = static_cast<int>(threadIdx.x); i < kEight * 2 * kStates; i += kThreads) {
-      const int j = i / (2 * kStates), item = i % (2 * kStates), n = item % kStates, place = eight * kEight + j;
-      if (place >= chunk.count || n >= scan.d_state) continue;
-      float sum = 0.0f;
-      for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[(warp * kEight + j) * 2 * kStates + item];
-      map_row(passes, block, d, b, chunk.token(place))[item / kStates * scan.d_state + n] = sum;
-    }
-  }
-
-  VIM_DEVICE void write_channels(const Chunk& chunk) const {
-    const int c = static_cast<int>(threadIdx.x) % kChannels;
-    if (!exists(c)) return;
-    const int64_t channel = first_channel + c;
-    const ScanDirectionGrads& grads = passes.k.grads[d];
-    for (int place = static_cast<int>(threadIdx.x) / kChannels; place < chunk.count; place += kWarps) {
-      const int token = chunk.token(place), at = place * kChannels + c;
-      write<T>(grads.du, b, token, channel, shared.u[at]);
-      if (side.delta.data != nullptr) {
-        write<T>(grads.ddelta, b, token, channel, shared.delta[at]);
-      } else {
-        step_row(passes, d, b, token)[channel] = shared.delta[at];
-      }
-      if (scan.z.data != nullptr) {
-        passes.sums[((d * scan.batch + b) * scan.length + token) * scan.dim + channel] = shared.dy[at];
-      }
-    }
-  }
-
-  VIM_DEVICE void write_weights() const {
-    if (!exists(local)) return;
-    const int64_t channel = first_channel + local;
-    const WeightRows rows(scan);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (lane_state + i < scan.d_state) weight_row(passes, d, b, rows.A + lane_state + i)[channel] = dA[i];
-    }
-    if (lane_state != 0) return;
-    weight_row(passes, d, b, rows.bias)[channel] = dbias;
-    weight_row(passes, d, b, rows.D)[channel] = dD;
-  }
-
-  VIM_DEVICE void run() {
-    const int every = static_cast<int>(scan.checkpoint_every), length = static_cast<int>(scan.length);
-    const int saved = static_cast<int>(blocks_in(length, every));
-    for (int i = 0; i < saved; ++i) {
-      const int index = side.reverse ? i : saved - 1 - i, begin = index * every;
-      const int end = static_cast<int>(smaller(begin + every, length));
-      const Chunk chunk{side.reverse ? end - 1 : begin, side.reverse ? -1 : 1, end - begin};
-      __syncthreads();  // what the chunk before has left is written, and the weights are there
-      load_rows(chunk);
-      __syncthreads();
-      load_channels(chunk);
-      __syncthreads();
-      const int eights = (chunk.count + kEight - 1) / kEight;
-      run_through(side.checkpoints + (b * saved + index) * scan.d_state * scan.dim, eights);
-      for (int eight = eights - 1; eight >= 0; --eight) {
-        sweep(eight, chunk.count);
-        __syncthreads();
-        write_maps(chunk, eight);
-        __syncthreads();
-      }
-      write_channels(chunk);
-    }
-    write_weights();
-  }
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) scan_backward_kernel(const __grid_constant__ ScanBackwardPasses passes) {
-  const int64_t per_direction = ChannelBlocks(passes.k.scan, kChannels).count * passes.k.scan.batch;
-  Backward<T> backward(passes, static_cast<int>(blockIdx.x / per_direction));
-  backward.run();
-}
-
-// dz, from y of all directions, and scale y silu(z) where the caller wants it
-template <class T>
+// dz, from y of all directions, and scale y silu(z) where the caller wants it: a block takes a token.
+template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     scan_gate_backward_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const Scan& scan = passes.k.scan;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,
-                size = scan.batch * scan.length * scan.dim;
-  if (i >= size) return;
-  const int64_t channel = i % scan.dim, token = i / scan.dim % scan.length, b = i / scan.dim / scan.length;
-  float y = passes.sums[i];
-  if (scan.directions == 2) y += passes.sums[size + i];
-  const float dout = scan.scale * read<T>(passes.k.dy, b, token, channel), z = read<T>(scan.z, b, token, channel);
-  write<T>(passes.k.dz, b, token, channel, dout * y * silu_slope(z));
-  if (passes.k.y.data != nullptr) write<T>(passes.k.y, b, token, channel, scan.scale * y * silu(z));
+  const int row = static_cast<int>(blockIdx.x), length = static_cast<int>(scan.length);
+  const int b = row / length, token = row % length;
+  const auto at = [&](const Activation& x, int64_t channel) {
+    return static_cast<T*>(x.data) + b * x.batch + token * x.token + channel * x.channel;
+  };
+  for (int64_t channel = threadIdx.x * kWidth; channel < scan.dim; channel += kThreads * kWidth) {
+    const float* sums = passes.sums + row * scan.dim + channel;
+    Floats<kWidth> y = load_floats<kWidth>(sums);
+    const Floats<kWidth> other = scan.directions == 2
+                                     ? load_floats<kWidth>(sums + scan.batch * scan.length * scan.dim)
+                                     : filled<kWidth>(0);
+    const Floats<kWidth> dout = load_floats<kWidth>(at(passes.k.dy, channel)),
+                         z = load_floats<kWidth>(at(scan.z, channel));
+    Floats<kWidth> dz;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      y[i] += other[i];
+      dz[i] = scan.scale * dout[i] * y[i] * silu_slope(z[i]);
+      y[i] *= scan.scale * silu(z[i]);
+    }
+    store_floats(dz, at(passes.k.dz, channel));
+    if (passes.k.y.data != nullptr) store_floats(y, at(passes.k.y, channel));
+  }
+}
+
+Activation as_activation(const StateMap& map) { return {map.data, map.batch, map.token, map.state}; }
+
+// Whether vectors of `count` channels can be loaded from and written to all activations that are there.
+bool in_vectors(const ScanBackward& k, int64_t count) {
+  const Scan& scan = k.scan;
+  const int64_t element = scan.element == Element::float32 ? 4 : 2;
+  const auto fits = [&](const Activation& x) {
+    return x.data == nullptr || aligned(x, element, count * element);
+  };
+  bool all = ChannelBlocks(scan, 1).segment % count == 0 && fits(scan.z) && fits(k.dy) && fits(k.dz) && fits(k.y);
+  for (int d = 0; d < scan.directions; ++d) {
+    const ScanDirection& side = scan.direction[d];
+    all = all && fits(side.u) && fits(side.delta) && fits(k.grads[d].du) && fits(k.grads[d].ddelta);
+  }
+  return all;
+}
+
+BackwardPlan plan_of(const ScanBackwardPasses& passes) {
+  const Scan& scan = passes.k.scan;
+  const ChannelBlocks blocks(scan, backward_channels(scan.element));
+  BackwardPlan plan;
+  plan.passes = passes;
+  plan.batch = static_cast<int>(scan.batch);
+  plan.group = static_cast<int>(blocks.segment);
+  plan.per_group = static_cast<int>(blocks.per_segment);
+  plan.blocks = static_cast<int>(blocks.count);
+  plan.of_segment = static_cast<int>(backward_chunks_of_segment(scan, blocks.count));
+  plan.segments = static_cast<int>(passes.sizes.segments);
+  plan.pairs = in_vectors(passes.k, 2);
+  plan.whole_maps = scan.d_state == kStates && passes.sizes.row % 4 == 0;
+  plan.whole = plan.pairs && plan.whole_maps && scan.z.data != nullptr;
+  const int64_t element = scan.element == Element::float32 ? 4 : 2;
+  for (int d = 0; d < scan.directions; ++d) {
+    const ScanDirection& side = scan.direction[d];
+    const auto fits = [&](const Activation& x) { return x.data == nullptr || aligned(x, element, 4 * element); };
+    plan.rows[d] = fits(as_activation(side.B)) && fits(as_activation(side.C)) && fits(side.dt) &&
+                   side.B.group % 4 == 0 && side.C.group % 4 == 0;
+    plan.weights[d] = reinterpret_cast<uintptr_t>(side.dt_weight) % 16 == 0 && scan.dt_rank % 4 == 0;
+    plan.whole = plan.whole && plan.rows[d] && plan.weights[d];
+  }
+  return plan;
 }
 
 }  // namespace
 
+int backward_channels(Element element) {
+  int channels = 0;
+  with_element(element, [&](auto* type) {
+    channels = BackwardShape<std::remove_pointer_t<decltype(type)>, kGiven>::kChannels;
+  });
+  return channels;
+}
+
 bool scan_backward_is_fast(const ScanBackward& k) {
   const Scan& scan = k.scan;
-  bool fast = scan.d_state <= kStates && scan.checkpoint_every <= kChunk && scan.length < (1 << 30);
+  bool fast = scan.d_state <= kStates && scan.checkpoint_every <= kChunk &&
+              scan.batch * scan.length < (int64_t{1} << 31) && scan.dim < (1 << 30);
   for (int d = 0; d < scan.directions; ++d) {
     const ScanDirection& side = scan.direction[d];
     fast = fast && side.B.constant == nullptr && side.C.constant == nullptr &&
@@ -378,17 +126,33 @@ bool scan_backward_is_fast(const ScanBackward& k) {
   return fast;
 }
 
+void scan_fast_sizes(const ScanBackward& k, ScanBackwardSizes& sizes) {
+  const Scan& scan = k.scan;
+  const int64_t tokens = scan.batch * scan.length;
+  sizes.blocks = ChannelBlocks(scan, backward_channels(scan.element)).count;
+  sizes.row = 2 * scan.d_state + (scan.direction[0].delta.data == nullptr ? scan.dt_rank : 0);
+  const int64_t chunks = blocks_in(scan.length, scan.checkpoint_every);
+  sizes.segments = larger(1, blocks_in(chunks, backward_chunks_of_segment(scan, sizes.blocks)));
+  sizes.sums = scan.z.data == nullptr ? 0 : scan.directions * tokens * scan.dim;
+  const int64_t entered = sizes.segments == 1 ? 0 : scan.directions * scan.batch * sizes.segments;
+  sizes.adjoints = entered * (kStates + 1) * scan.dim;
+}
+
 void scan_fast_backward(const ScanBackwardPasses& passes, Stream stream) {
   const Scan& scan = passes.k.scan;
-  const int64_t blocks = scan.directions * scan.batch * ChannelBlocks(scan, kChannels).count;
-  const size_t shared = Shared::bytes(scan.direction[0].delta.data == nullptr ? scan.dt_rank : 0);
-  const int64_t numbers = scan.batch * scan.length * scan.dim;
+  const BackwardPlan plan = plan_of(passes);
   with_element(scan.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch(scan_backward_kernel<T>, {static_cast<unsigned>(blocks), kThreads, shared}, stream, passes);
+    if (plan.segments > 1) {
+      run_backward(plan, stream, true, type);
+      const int64_t states = scan.directions * scan.batch * kStates * scan.dim;
+      launch(scan_adjoints_kernel, {static_cast<unsigned>(blocks_in(states, kThreads)), kThreads, 0}, stream, plan);
+    }
+    run_backward(plan, stream, false, type);
     if (scan.z.data == nullptr) return;
-    launch(scan_gate_backward_kernel<T>, {static_cast<unsigned>(blocks_in(numbers, kThreads)), kThreads, 0}, stream,
-           passes);
+    const Geometry geometry{static_cast<unsigned>(scan.batch * scan.length), kThreads, 0};
+    in_vectors(passes.k, 4) ? launch(scan_gate_backward_kernel<T, 4>, geometry, stream, passes)
+                            : launch(scan_gate_backward_kernel<T, 1>, geometry, stream, passes);
   });
 }
 

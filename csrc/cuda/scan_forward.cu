@@ -40,6 +40,8 @@ Vectors vectors_of(const Scan& scan, const ScanDirection& side) {
            aligned(as_activation(side.C), element, 4 * element) && side.B.group * element % (4 * element) == 0 &&
            side.C.group * element % (4 * element) == 0;
   v.rows = v.rows && side.B.token == side.C.token;
+  const auto whole_rows = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
+  v.weights = scan.d_state == kStates && whole_rows(side.A) && scan.dt_rank % 4 == 0 && whole_rows(side.dt_weight);
   if (side.delta.data == nullptr)
     v.rows = v.rows && side.dt.token == side.B.token && scan.dt_rank % 4 == 0 && aligned(side.dt, element, 4 * element);
   return v;
@@ -52,7 +54,7 @@ bool partial_in_y(const Scan& scan) { return scan.element == Element::float32 &&
 bool scan_forward_is_fast(const Scan& scan) {
   const bool projected = scan.direction[0].delta.data == nullptr;
   bool fast = scan.length > 0 && scan.scale != 0 && scan.d_state <= kStates && scan.checkpoint_every % kUnit == 0 &&
-              scan.length < (1 << 30) && projected == (scan.directions == 2) && (!projected || scan.softplus) &&
+              scan.length < (1 << 30) && scan.dim < (1 << 30) && projected == (scan.directions == 2) && (!projected || scan.softplus) &&
               scan.dt_rank <= kMostRanks;
   for (int d = 0; d < scan.directions; ++d) {
     fast = fast && scan.direction[d].B.constant == nullptr && scan.direction[d].C.constant == nullptr;

@@ -11,9 +11,9 @@ constexpr int kMostRanks = 64;
 constexpr int kMaxThreads = 256;
 constexpr size_t kMostSharedBytes = 96 * 1024;  // what every GPU from sm_80 on has for one block
 
-// Operands that may be copied 16 bytes (rows: four numbers) at a time.
+// Operands that may be copied 16 bytes (rows: four numbers) at a time; weights are A and dt_weight.
 struct Vectors {
-  bool u, delta, rows;
+  bool u, delta, rows, weights;
 };
 
 struct ForwardPlan {
@@ -23,6 +23,8 @@ struct ForwardPlan {
   float* times = nullptr;     // (directions, batch, chunks, dim): sums of step sizes
   float inverse_scale = 1;    // of what takes y of the walks to the result
   int chunk = 0, chunks = 1;  // tokens of a chunk
+  // Blocks of channels, and those of a segment, which no block goes beyond: see ChannelBlocks.
+  int segment = 0, per_segment = 1, blocks = 0;
   Vectors vectors[2] = {};
   bool vector_z = false, vector_partial = false;
 };

@@ -7,9 +7,10 @@ namespace VIM_ISA {
 void run_walks(const ForwardPlan& plan, const ScanTuning& tuning, Stream stream, bfloat16*) {
   if (plan.scan.direction[0].delta.data != nullptr) return run_walks<bfloat16, 1, kGiven>(plan, tuning, stream);
   const bool two = tuning.channels == 2 && in_pairs(plan, 2);
-  if (two && plan.scan.dt_rank == 12) return run_walks<bfloat16, 2, 12>(plan, tuning, stream);
-  if (two && plan.scan.dt_rank == 24) return run_walks<bfloat16, 2, 24>(plan, tuning, stream);
-  if (!two && plan.scan.dt_rank == 12) return run_walks<bfloat16, 1, 12>(plan, tuning, stream);
+  const int64_t rank = in_vectors(plan) ? plan.scan.dt_rank : 0;
+  if (two && rank == 12) return run_walks<bfloat16, 2, 12>(plan, tuning, stream);
+  if (two && rank == 24) return run_walks<bfloat16, 2, 24>(plan, tuning, stream);
+  if (!two && rank == 12) return run_walks<bfloat16, 1, 12>(plan, tuning, stream);
   two ? run_walks<bfloat16, 2, 0>(plan, tuning, stream) : run_walks<bfloat16, 1, 0>(plan, tuning, stream);
 }
 

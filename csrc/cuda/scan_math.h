@@ -72,6 +72,21 @@ VIM_DEVICE float decay_rate(const Scan& scan, const ScanDirection& side, int64_t
   return scan.A_is_log ? -expf(A) : A;
 }
 
+// A row of weights; what is beyond `count` is zero. With `vectors`, kCount numbers are loaded four at a time.
+template <int kCount>
+VIM_DEVICE void load_row(const float* row, int64_t count, bool vectors, float (&to)[kCount]) {
+  if (kCount % 4 == 0 && vectors) {
+#pragma unroll
+    for (int i = 0; i + 3 < kCount; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(row + i);
+      to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = i < count ? row[i] : 0.0f;
+  }
+}
+
 template <class T>
 VIM_DEVICE float read(const Activation& x, int64_t b, int64_t token, int64_t channel) {
   return to_float(static_cast<const T*>(x.data)[b * x.batch + token * x.token + channel * x.channel]);
@@ -100,6 +115,12 @@ VIM_DEVICE float raw_step(const Scan& scan, const ScanDirection& side, int64_t b
     sum = fmaf(read<T>(side.dt, b, token, r), side.dt_weight[channel * scan.dt_rank + r], sum);
   }
   return sum;
+}
+
+// Whether `bytes` of neighbouring channels can be loaded at once, for elements of a size.
+inline bool aligned(const Activation& x, int64_t element, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0 && x.channel == 1 &&
+         x.batch * element % bytes == 0 && x.token * element % bytes == 0;
 }
 
 // Blocks of at most `lanes` channels that do not cross a border between groups of B or C.

@@ -1,5 +1,6 @@
 // The last passes of the scans' backward: sums of partials in a fixed order, one thread per number.
 #include "scan_math.h"
+#include "vector.h"
 #include "workspace.h"
 
 namespace vim {
@@ -22,8 +23,12 @@ __global__ void __launch_bounds__(kThreads) scan_sum_weights_kernel(const __grid
   const int64_t i = flat_index(), channel = i % scan.dim, row = i / scan.dim % rows.count;
   const int d = static_cast<int>(i / scan.dim / rows.count);
   if (d >= scan.directions) return;
+  const bool of_dt = row >= rows.dt;
+  if (of_dt && passes.ddt_weight != nullptr) return;  // is in there
   float sum = 0.0f;
-  for (int64_t b = 0; b < scan.batch; ++b) sum += weight_row(passes, d, b, row)[channel];
+  const int64_t parts = scan.batch * passes.sizes.segments;
+#pragma unroll 8
+  for (int64_t part = 0; part < parts; ++part) sum += weight_row(passes, d, part, row)[channel];
   const ScanDirectionGrads& grads = passes.k.grads[d];
   if (row < rows.bias) {
     const float chain = scan.A_is_log ? decay_rate(scan, scan.direction[d], channel, row) : 1.0f;
@@ -34,8 +39,10 @@ __global__ void __launch_bounds__(kThreads) scan_sum_weights_kernel(const __grid
     if (grads.dD != nullptr) grads.dD[channel] = sum;
   } else if (row < rows.C) {
     grads.dB_constant[channel * scan.d_state + row - rows.B] = sum;
-  } else {
+  } else if (!of_dt) {
     grads.dC_constant[channel * scan.d_state + row - rows.C] = sum;
+  } else {
+    grads.ddt_weight[channel * scan.dt_rank + row - rows.dt] = sum;
   }
 }
 
@@ -52,6 +59,14 @@ VIM_INLINE int64_t map_items(const Scan& scan, const StateMap& map) {
   return map.data == nullptr ? 0 : scan.dim / map.channels_per_group * scan.d_state;
 }
 
+// The sum of what `count` blocks from the first on have in a token's row.
+VIM_DEVICE float sum_blocks(const ScanBackwardPasses& passes, int64_t first, int64_t count, int d, int64_t b,
+                            int64_t token, int64_t at) {
+  float sum = 0.0f;
+  for (int64_t block = first; block < first + count; ++block) sum += map_row(passes, block, d, b, token)[at];
+  return sum;
+}
+
 // dB (offset 0) or dC (offset d_state) of one group and state
 template <class T>
 VIM_DEVICE void sum_map(const ScanBackwardPasses& passes, const StateMap& map, int64_t offset, int d, int64_t b,
@@ -59,10 +74,7 @@ VIM_DEVICE void sum_map(const ScanBackwardPasses& passes, const StateMap& map, i
   const Scan& scan = passes.k.scan;
   const int64_t group = item / scan.d_state, n = item % scan.d_state;
   const int64_t per_group = passes.sizes.blocks * map.channels_per_group / scan.dim;
-  float sum = 0.0f;
-  for (int64_t block = group * per_group; block < (group + 1) * per_group; ++block) {
-    sum += map_row(passes, block, d, b, token)[offset + n];
-  }
+  const float sum = sum_blocks(passes, group * per_group, per_group, d, b, token, offset + n);
   from_float(sum, static_cast<T*>(map.data) + b * map.batch + group * map.group + token * map.token + n * map.state);
 }
 
@@ -78,12 +90,58 @@ __global__ void __launch_bounds__(kThreads) scan_sum_maps_kernel(const __grid_co
   if (d >= scan.directions) return;
   const ScanDirectionGrads& grads = passes.k.grads[d];
   if (item < ranks) {
-    write<T>(grads.ddt, b, token, item, passes.ddt[((d * scan.batch + b) * scan.length + token) * ranks + item]);
+    const float ddt = passes.ddt != nullptr
+                          ? passes.ddt[((d * scan.batch + b) * scan.length + token) * ranks + item]
+                          : sum_blocks(passes, 0, passes.sizes.blocks, d, b, token, 2 * scan.d_state + item);
+    write<T>(grads.ddt, b, token, item, ddt);
   } else if (item < B) {
     sum_map<T>(passes, grads.dB, 0, d, b, token, item - ranks);
   } else {
     sum_map<T>(passes, grads.dC, scan.d_state, d, b, token, item - B);
   }
+}
+
+// The same where a token's dt, B and C, and their gradients, are one row: a thread sums four numbers of it.
+template <class T>
+__global__ void __launch_bounds__(kThreads) scan_sum_rows_kernel(const __grid_constant__ ScanBackwardPasses passes) {
+  const Scan& scan = passes.k.scan;
+  const unsigned quads = static_cast<unsigned>(passes.sizes.row) / 4, length = static_cast<unsigned>(scan.length);
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, item = i % quads * 4, token = i / quads % length;
+  const unsigned b = i / quads / length % static_cast<unsigned>(scan.batch);
+  const unsigned d = i / quads / length / static_cast<unsigned>(scan.batch);
+  if (d >= static_cast<unsigned>(scan.directions)) return;
+  const float* at = map_row(passes, 0, static_cast<int>(d), b, token) + item;
+  const int64_t next = scan.directions * scan.batch * scan.length * passes.sizes.row;
+  Floats<4> sum = filled<4>(0);
+#pragma unroll 6
+  for (int64_t block = 0; block < passes.sizes.blocks; ++block) {
+    const Floats<4> part = load_floats<4>(at + block * next);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum[k] += part[k];
+  }
+  // dB and dC come first in the sums, dt's gradient in the row.
+  const Activation& row = passes.k.grads[d].ddt;
+  const unsigned maps = 2 * static_cast<unsigned>(scan.d_state);
+  const unsigned column = item < maps ? static_cast<unsigned>(scan.dt_rank) + item : item - maps;
+  store_floats(sum, static_cast<T*>(row.data) + b * row.batch + token * row.token + column);
+}
+
+// Whether that kernel can do it: everything in fours, and counted in 32 bits.
+bool has_rows(const ScanBackwardPasses& passes) {
+  const Scan& scan = passes.k.scan;
+  const int64_t element = scan.element == Element::float32 ? 4 : 2;
+  bool rows = passes.sizes.steps == 0 && scan.dt_rank > 0 && scan.dt_rank % 4 == 0 && scan.d_state % 4 == 0 &&
+              scan.directions * scan.batch * scan.length * passes.sizes.row / 4 < (int64_t{1} << 31);
+  for (int d = 0; d < scan.directions; ++d) {
+    const ScanDirectionGrads& grads = passes.k.grads[d];
+    const auto follows = [&](const StateMap& map, int64_t column) {
+      return map.data == static_cast<char*>(grads.ddt.data) + column * element && map.state == 1 &&
+             map.channels_per_group == scan.dim && map.token == grads.ddt.token && map.batch == grads.ddt.batch;
+    };
+    rows = rows && grads.ddt.data != nullptr && aligned(grads.ddt, element, 4 * element) &&
+           follows(grads.dB, scan.dt_rank) && follows(grads.dC, scan.dt_rank + scan.d_state);
+  }
+  return rows;
 }
 
 // ---- dt --------------------------------------------------------------------------------------------------------
@@ -129,6 +187,10 @@ void scan_sum_maps(const ScanBackwardPasses& passes, Stream stream) {
   const int64_t ranks = grads.ddt.data == nullptr ? 0 : scan.dt_rank;
   const int64_t items = ranks + map_items(scan, grads.dB) + map_items(scan, grads.dC);
   with_element(scan.element, [&](auto* type) {
+    if (has_rows(passes)) {
+      const int64_t quads = scan.directions * scan.batch * scan.length * passes.sizes.row / 4;
+      return launch(scan_sum_rows_kernel<std::remove_pointer_t<decltype(type)>>, one_thread_each(quads), stream, passes);
+    }
     launch(scan_sum_maps_kernel<std::remove_pointer_t<decltype(type)>>,
            one_thread_each(scan.directions * scan.batch * scan.length * items), stream, passes);
   });

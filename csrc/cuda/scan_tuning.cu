@@ -3,6 +3,8 @@
 // measure on a GPU try others through vim_cuda_tune_scan.
 #include "scan_tuning.h"
 
+#include "scan_math.h"
+
 namespace vim {
 namespace VIM_ISA {
 
@@ -11,19 +13,34 @@ namespace {
 struct Row {
   int64_t channels_per_multiprocessor;
   int channels, warps;
-  int64_t threads_wanted;  // per multiprocessor; a sequence is cut into chunks to reach it
+  bool chunks;  // whether a sequence may be cut
 };
 
-// Two channels a thread halve the reads of B and C, but leave half the threads. Chunks cost every exponential twice.
+// Two channels a thread halve the reads of B and C, but leave half the threads. Chunks cost every exponential twice, which
+// two of them do not win back.
 constexpr Row kTable[] = {
-    {0, 1, 1, 512},
-    {300, 1, 1, 0},
-    {720, 2, 1, 0},
-    {2880, 2, 2, 0},
+    {0, 1, 1, true},
+    {300, 1, 1, false},
+    {720, 2, 1, false},
+    {2880, 2, 2, false},
 };
-constexpr int64_t kShortestChunk = 128;
+constexpr int64_t kShortestChunk = 128, kFewestChunks = 3;
+constexpr int64_t kWarps = 12;  // of a multiprocessor: what VIM_FORWARD_THREADS leaves registers for
+
+// The length of chunks whose blocks, of a warp for each direction, are on the GPU all at once; 0 for too few of them.
+int64_t chunk_of(const Scan& scan) {
+  const int64_t blocks = scan.batch * ChannelBlocks(scan, kWarp).count;
+  const int64_t chunks = kWarps / scan.directions * multiprocessors() / larger(1, blocks);
+  if (chunks < kFewestChunks) return 0;
+  const int64_t chunk = larger(kShortestChunk, round_up(blocks_in(scan.length, chunks), 64));
+  return blocks_in(scan.length, chunk) < kFewestChunks ? 0 : chunk;
+}
+
+// Blocks of the backward pass that a multiprocessor holds: registers and shared memory suffice for two of four warps.
+constexpr int64_t kBackwardBlocks = 2;
 
 ScanTuning chosen;
+int64_t chosen_chunks = 0;
 
 }  // namespace
 
@@ -33,14 +50,18 @@ ScanTuning scan_tuning(const Scan& scan) {
   for (const Row& candidate : kTable) {
     if (count >= candidate.channels_per_multiprocessor * processors) row = &candidate;
   }
-  ScanTuning tuning{row->channels, row->warps, 0};
-  const int64_t chunks = row->threads_wanted * processors * row->channels / larger(1, count);
-  const int64_t chunk = larger(kShortestChunk, round_up(blocks_in(scan.length, larger(1, chunks)), 64));
-  if (row->threads_wanted > 0 && 2 * chunk <= scan.length) tuning.chunk = chunk;
+  ScanTuning tuning{row->channels, row->warps, row->chunks ? chunk_of(scan) : 0};
   if (chosen.channels != 0) tuning.channels = chosen.channels;
   if (chosen.warps != 0) tuning.warps = chosen.warps;
   if (chosen.chunk != 0) tuning.chunk = chosen.chunk < scan.length ? chosen.chunk : 0;
   return tuning;
+}
+
+int64_t backward_chunks_of_segment(const Scan& scan, int64_t blocks) {
+  const int64_t all = larger(1, blocks_in(scan.length, larger(1, scan.checkpoint_every)));
+  if (chosen_chunks != 0) return smaller(chosen_chunks, all);
+  const int64_t segments = kBackwardBlocks * multiprocessors() / larger(1, scan.directions * scan.batch * blocks);
+  return segments < 2 ? all : blocks_in(all, segments);
 }
 
 }  // namespace VIM_ISA
@@ -53,4 +74,11 @@ extern "C" __attribute__((visibility("default"))) int vim_cuda_tune_scan(int cha
                     chunk >= 0 && chunk % 64 == 0;
   if (fits) vim::cuda::chosen = {channels, warps, chunk};
   return fits;
+}
+
+// Likewise for the backward pass: the chunks between saved states in a segment; 0 leaves it to the table.
+extern "C" __attribute__((visibility("default"))) int vim_cuda_tune_backward(int64_t chunks) {
+  if (chunks < 0) return 0;
+  vim::cuda::chosen_chunks = chunks;
+  return 1;
 }

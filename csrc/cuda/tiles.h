@@ -24,7 +24,7 @@ struct Range {
 // The threads of one direction, and their channels.
 struct Walkers {
   int thread, threads, group;
-  int64_t b, channel, end;  // of the channels of the group
+  int b, channel, end;  // of the channels of the group
   int length;
 
   VIM_DEVICE void sync() const { sync_group(group, threads); }
@@ -105,6 +105,45 @@ struct RowLayout {
   VIM_INLINE explicit RowLayout(int64_t dt_rank)
       : ranks(static_cast<int>(dt_rank)), padded(static_cast<int>(round_up(dt_rank, 4))) {}
   VIM_INLINE int size() const { return padded + 2 * kStates; }
+};
+
+// Copies rows of tiles whose dt, B and C lie side by side in memory, four values at a time: for a rank that the compiler
+// knows. A thread stays in one row of the tiles.
+template <class T, int kRank>
+class WholeRowStream {
+ public:
+  VIM_DEVICE WholeRowStream(const Walkers& walkers, const ScanDirection& side, const Range& range)
+      : length_(walkers.length),
+        per_row_(walkers.threads / kTile),
+        step_((range.reverse ? -kTile : kTile) * side.dt.token),
+        direction_(range.reverse ? -kTile : kTile) {
+    const int row = walkers.thread / per_row_;
+    first_ = walkers.thread % per_row_;
+    token_ = range.token(row);
+    at_ = static_cast<const T*>(side.dt.data) + walkers.b * side.dt.batch + token_ * side.dt.token + 4 * first_;
+    target_ = row * kSize + 4 * first_;
+  }
+
+  VIM_DEVICE void stage(int, T* rows) {
+    const bool inside = static_cast<unsigned>(token_) < static_cast<unsigned>(length_);
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) {
+      const int i = k * per_row_;
+      if (first_ + i < kSize / 4) copy_async<4 * sizeof(T)>(rows + target_ + 4 * i, at_ + 4 * i, inside);
+    }
+    token_ += direction_;
+    at_ += step_;
+  }
+
+ private:
+  static constexpr int kSize = kRank + 2 * kStates;
+  static constexpr int kMost = (kSize / 4 * kTile + kWarp - 1) / kWarp;  // vectors of a thread where a warp is all
+
+  const int length_, per_row_;  // threads of a row
+  const int64_t step_;
+  const int direction_;
+  int first_, token_, target_;
+  const T* at_;
 };
 
 // Copies dt, B and C of tiles to shared memory without conversion. With `vectors`, it copies four values at a time, and

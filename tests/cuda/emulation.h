@@ -80,7 +80,7 @@ struct Thread {
 struct Machine {
   Thread* thread = nullptr;
   dim3 block_index, block_size, grid_size;
-  Barrier barrier, groups[15];
+  Barrier barrier, groups[2];
   char* shared = nullptr;
   const char* fault = nullptr;  // of a thread; ends the launch
 };

@@ -28,6 +28,7 @@ def test_every_way_to_cut_a_scan(warps, channels, chunk, tune):
     assert tune(channels, warps, chunk)
     for dtype, length, dim, dt_rank in (
         (torch.bfloat16, 133, 72, 12),
+        (torch.bfloat16, 70, 64, 24),
         (torch.bfloat16, 197, 66, 24),
         (torch.float32, 129, 40, 5),
         (torch.float16, 70, 33, 12),
@@ -38,6 +39,39 @@ def test_every_way_to_cut_a_scan(warps, channels, chunk, tune):
         inputs = {k: v.detach() for k, v in make_scan_inputs(2, dim, length, 16, dtype).items()}
         for reverse in (False, True):
             EMULATED.check("selective_scan", *inputs.values(), True, reverse, 64)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 100])
+def test_every_way_to_cut_a_backward_scan(chunks):
+    tune_backward = LIBRARY.vim_cuda_tune_backward
+    tune_backward.argtypes = [ctypes.c_int64]
+    assert tune_backward(chunks)
+    try:
+        for dtype, length, dim, dt_rank in (
+            (torch.bfloat16, 200, 72, 12),
+            (torch.bfloat16, 133, 40, 24),
+            (torch.bfloat16, 70, 64, 48),
+            (torch.float16, 100, 34, 24),
+            (torch.float32, 129, 40, 12),
+            (torch.float32, 129, 33, 5),
+        ):
+            tensors = detached(make_bidirectional_inputs(2, length, dim, 16, dt_rank, dtype))
+            for every in (64, 8):
+                y, states = EMULATED.check("bidirectional_scan", *tensors, 0.5, every)
+                dy = noise(*y.shape, dtype=dtype)
+                EMULATED.check("bidirectional_scan_backward", dy, *tensors, states, 0.5, every)
+            inputs = [v.detach() for v in make_scan_inputs(2, dim, length, 16, dtype).values()]
+            for reverse in (False, True):
+                y, last, states = EMULATED.check("selective_scan", *inputs, True, reverse, 64)
+                grads = noise(*y.shape, dtype=dtype), noise(*last.shape)
+                EMULATED.check("selective_scan_backward", *grads, *inputs, states, True, reverse, 64)
+    finally:
+        assert tune_backward(0)
+
+
+def test_a_long_sequence_of_few_channels_is_cut():
+    tensors = detached(make_bidirectional_inputs(1, 395, 8, 16, 3, torch.float32))
+    EMULATED.check("bidirectional_scan", *tensors, 0.5, 64)
 
 
 def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
