@@ -13,12 +13,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, besides itself.
 MAY_IMPORT = {
     "version": set(),
+    "git_lfs": set(),
     "config": set(),
     "ops": set(),
     "layers": {"ops"},
-    "checkpoints": {"layers"},
-    "models": {"layers", "checkpoints", "config"},
-    "data": {"config"},
+    "checkpoints": {"layers", "git_lfs"},
+    "models": {"layers", "checkpoints", "config", "git_lfs"},
+    "data": {"config", "git_lfs"},
     "runtime": {"data", "checkpoints", "config", "version"},
     "inference": {"runtime", "data", "models", "checkpoints", "config", "ops"},
     "tasks": {"inference", "runtime", "data", "models", "checkpoints", "config"},

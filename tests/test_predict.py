@@ -100,7 +100,7 @@ def test_a_file_that_is_no_image_is_named_and_skipped_and_the_exit_code_tells(ru
     skipped = output.err.splitlines()
     assert skipped[0].startswith(f"vim.predict: {folder / '001.png'} is skipped: ")
     assert skipped[1].startswith(f"vim.predict: {folder / '002.jpg'} is skipped: ")
-    assert skipped[2:] == ["vim.predict: 2 of 6 images could not be read", "vim.predict: 1 file passed over (1 .txt)"]
+    assert skipped[2:] == ["vim.predict: 2 of 6 images were skipped", "vim.predict: 1 file passed over (1 .txt)"]
 
 
 @pytest.mark.parametrize(

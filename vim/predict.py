@@ -1,7 +1,7 @@
 """`python -m vim.predict`: classify or segment an image or find its objects, or every image's below a folder."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,12 @@ The model is a run folder of vim.train, a checkpoint in it, a checkpoint of anot
 name of a timm model with published weights."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, before_files: Callable[[], None] = lambda: None) -> int:
     """Run the command line.
 
     Args:
         argv: The arguments, without the name of the program; `None` is `sys.argv`.
+        before_files: Called before a segmentation model or detector writes its first file.
 
     Returns:
         The exit code: 0 if every image was read, 1 if some could not be read, or 2 for arguments that cannot be
@@ -35,11 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def predict(trained: "TrainedModel", device: "torch.device", files: Sequence[Path]) -> Iterator[str | None]:
         run = {"segmentation": _segment, "detection": _detect}.get(trained.task)
-        return (
-            _classify(trained, device, files, options.topk)
-            if run is None
-            else run(trained, device, files, options.output)
-        )
+        if run is None:
+            return _classify(trained, device, files, options.topk)
+        before_files()
+        return run(trained, device, files, options.output)
 
     return run_on_images("vim.predict", options, predict)
 
@@ -85,7 +85,7 @@ def _show(title: str, shares: Sequence[tuple[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    from vim.runtime.terminal import end_with_reader
+    from vim.runtime.terminal import end_with_reader, outlive_reader
 
-    end_with_reader()
-    sys.exit(main())
+    end_with_reader()  # of a classifier the lines are all there is
+    sys.exit(main(before_files=outlive_reader))

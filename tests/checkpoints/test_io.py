@@ -24,6 +24,8 @@ from vim.checkpoints.io import (
     set_rng_state,
     write_text,
 )
+from vim.inference.trained_model import load_trained_model
+from vim.models.pretrained import read_checkpoint
 
 
 class Unsaveable:
@@ -179,3 +181,12 @@ def test_weights_of_another_model_are_refused_with_the_first_that_does_not_fit()
         load_into(module, {"weight": good["weight"]}, "a.pth")
     with pytest.raises(CheckpointError, match="it has 'extra', which the model lacks"):
         load_into(module, {**good, "extra": torch.zeros(1)}, "a.pth")
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, load_weights, read_checkpoint, load_trained_model])
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_so(read, name, tmp_path):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises((CheckpointError, RuntimeError), match=r"a Git LFS pointer .*: run git lfs pull$"):
+        read(path if read is not load_trained_model else str(path))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import tarfile
+
 import pytest
 
 from tests.tiny_runs import tiny_config, write_image_folder
@@ -21,6 +25,35 @@ def test_images_that_are_new_or_gone_are_named():
     assert list(after.changes_since(before)) == ["4 new (b/1 (b), b/2 (b), b/3 (b), ...)", "1 gone (a/1 (a))"]
     relabelled = contents(labels=(0, 1, 1))
     assert list(relabelled.changes_since(before)) == ["1 new (a/1 (b))", "1 gone (a/1 (a))"]
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar files"])
+def test_classes_that_changed_places_are_noticed(tmp_path, kind):
+    """All names and numbers are as before; the sizes of a few files of each class are not."""
+    root = write_image_folder(tmp_path / "images", ["ant", "bee"], {"train": 7, "val": 7})
+
+    def now():
+        place = root
+        if kind == "tar files":
+            place = tmp_path / "tar"
+            place.mkdir(exist_ok=True)
+            for split in ("train", "val"):
+                with tarfile.open(place / f"{split}.tar", "w") as archive:
+                    archive.add(root / split, arcname=".")
+        config = tiny_config(data__dataset="folder", data__path=str(place), model__in_chans=3)
+        return contents_of(open_image_sets(config))["training"]
+
+    before = now()
+    assert len(before.sizes) == 10
+    record = SplitContents.from_dict(json.loads(json.dumps(before.to_dict())))
+    assert list(now().changes_since(record)) == []
+    for old, new in (("ant", "away"), ("bee", "ant"), ("away", "bee")):
+        (root / "train" / old).rename(root / "train" / new)
+    (change,) = now().changes_since(record)
+    assert re.match(r"(\d+) of 10 sampled files have another size \(.*ant/\d\.jpg, ", change)
+    assert list(before.changes_since(record)) == []
+    of_an_earlier_version = SplitContents.from_dict({k: v for k, v in record.to_dict().items() if k != "sizes"})
+    assert list(now().changes_since(of_an_earlier_version)) == []
 
 
 def test_images_without_names_are_counted():

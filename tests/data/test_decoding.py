@@ -177,3 +177,14 @@ def test_the_setting_reaches_training_and_prediction(tmp_path):
     assert images.unique().tolist() == pytest.approx([128 / 255])
     image = Image.open(tmp_path / "val" / "a" / "0.png")
     assert Preprocessing.from_config(config).transform()(image).max() == 128 / 255
+
+
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "a.jpg").write_bytes(pointer)
+    for file in (tmp_path / "a.jpg", str(tmp_path / "a.jpg"), io.BytesIO(pointer)):
+        with pytest.raises(OSError, match="it is a Git LFS pointer and not the file itself: run git lfs pull"):
+            read_image(file)
+    (tmp_path / "a.jpg").write_bytes(b"version 1 of nothing")
+    with pytest.raises(OSError, match="cannot identify image file"):
+        read_image(tmp_path / "a.jpg")

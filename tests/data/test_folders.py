@@ -70,7 +70,7 @@ def test_the_class_is_the_first_folder_in_a_tar_file_too(images, tmp_path):
     image = (images / "val" / "ant" / "0.png").read_bytes()
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
-            for name in ("ant/p1/0.png", "ant/p2/0.png", "bee/p1/0.png", "._ant", "ant/._0.png", "ant/x.heic"):
+            for name in ("ant/p1/0.png", "ant/p2/0.png", "bee/p1/0.png", "._ant", "ant/@eaDir/0.png", "ant/x.heic"):
                 add(archive, f"./set/{name}", image)
             for name, kind in (("bee/1.png", tarfile.LNKTYPE), ("bee/2.png", tarfile.SYMTYPE)):
                 link = tarfile.TarInfo(f"./set/{name}")

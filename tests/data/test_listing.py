@@ -33,8 +33,10 @@ def test_every_kind_of_image_in_use_is_found_and_other_files_are_counted(tmp_pat
 
 def test_what_programs_hide_is_neither_an_image_nor_counted(tmp_path):
     touch(tmp_path, "a/0.jpg", "a/._0.jpg", "a/.DS_Store", ".ipynb_checkpoints/1.jpg", "__MACOSX/a/._0.jpg")
+    touch(tmp_path, "@eaDir/a/SYNOPHOTO_THUMB_M.jpg", "a/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", "a/@eaDir/index.db")
     listing = list_files(tmp_path, IMAGE_EXTENSIONS)
     assert (listing.paths, dict(listing.passed_over)) == (["a/0.jpg"], {})
+    assert not any("@eaDir" in folder for folder in listing.folders)
 
 
 def test_links_are_followed_and_circles_are_not(tmp_path):

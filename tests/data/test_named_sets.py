@@ -56,7 +56,7 @@ def test_cifar_is_read_through_timm_in_the_channels_of_the_model(tmp_path, monke
 
 
 def test_a_data_set_that_is_not_there_is_not_fetched(tmp_path, no_network):
-    with pytest.raises(ValueError, match=r"'torch/cifar10' .* cannot be opened: .*; to download it, set"):
+    with pytest.raises(ValueError, match=r"'torch/cifar10' .* cannot be opened: .*; vim.train downloads it with"):
         open_image_sets(config("torch/cifar10", tmp_path))
 
 
@@ -104,7 +104,10 @@ def test_a_folder_of_parquet_files_is_read_by_datasets(tmp_path, no_network):
 
 
 def test_a_set_of_hugging_face_that_is_not_here_is_not_fetched(tmp_path, no_network):
-    with pytest.raises(ValueError, match=r"'hfds/nobody/nothing' .* cannot be opened: .*set --data.download true"):
+    with pytest.raises(
+        ValueError,
+        match=r"'hfds/nobody/nothing' .* cannot be opened: .*vim.train downloads it with --data.download true",
+    ):
         open_image_sets(config("hfds/nobody/nothing", tmp_path))
 
 

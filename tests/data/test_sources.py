@@ -131,7 +131,7 @@ def test_an_unknown_data_set_is_refused(tmp_path):
         open_image_sets(tiny_config(data__dataset="digit"))
     with pytest.raises(
         ValueError,
-        match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found.*set --data.download true",
+        match=r"data.dataset 'torch/mnist' .* cannot be opened: Dataset not found.*with --data.download true",
     ):
         open_image_sets(tiny_config(data__dataset="torch/mnist", data__path=str(tmp_path)))
 

@@ -65,7 +65,7 @@ def test_every_image_of_a_folder_gets_a_picture(run, photographs, tmp_path, caps
     assert printed.out.splitlines()[0].startswith(f"{photographs / 'a.jpg'}: ")
     assert printed.out.splitlines()[0].endswith(f" % -> {output / 'a.jpg.png'}")
     assert "c.png is skipped: " in printed.err
-    assert "1 of 4 images could not be read" in printed.err
+    assert "1 of 4 images were skipped" in printed.err
     assert "1 .txt" in printed.err
 
 

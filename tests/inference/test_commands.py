@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from vim import benchmark, convert, export, predict, train, validate
 from vim.checkpoints.io import save_checkpoint
 from vim.inference import onnx
 from vim.models.build import create_named
+from vim.runtime import distributed
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,23 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_cannot_be_resolved_is_said_soon(monkeypatch, capsys):
+    asked = []
+
+    def fail(name, port):
+        asked.append(name)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nod0", "MASTER_PORT": "29500"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", fail)
+    monkeypatch.setattr(distributed, "_RESOLVING", 0.1)
+    message = "MASTER_ADDR must be the name or address of the machine of process 0, and 'nod0' cannot be resolved: "
+    assert_refused(train, [], message, capsys)
+    assert len(asked) > 1, "the name may appear while a cluster starts"
 
 
 @pytest.mark.parametrize(

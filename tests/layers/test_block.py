@@ -332,7 +332,11 @@ def test_settings_that_are_wrong_have_the_words_of_the_modules(calls):
     made.norm.eps = -1.0
     with pytest.raises(ValueError, match="eps must be > 0, got -1"):
         made(*inputs)
-    assert calls == [False] * 3
+    for odd in (None, "1e-5"):
+        made.norm.eps = odd
+        with pytest.raises(TypeError, match=f"eps must be a number > 0, got {odd!r}"):
+            made(*inputs)
+    assert calls == [False] * 5
 
 
 def test_a_mixer_whose_output_nobody_uses_has_no_gradients():

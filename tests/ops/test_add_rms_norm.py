@@ -55,6 +55,7 @@ def test_gradcheck_reference():
         ({"x": torch.zeros(())}, ValueError, "x must be "),
         ({"weight": torch.zeros(4)}, ValueError, r"weight .*\(5,\).*\(4,\)"),
         ({"residual": torch.zeros(3, 5)}, ValueError, r"residual .*\(2, 5\).*\(3, 5\)"),
+        ({"eps": None}, TypeError, "eps must be a number > 0, got None"),
         ({"eps": 0.0}, ValueError, "eps must be > 0, got 0.0"),
     ],
 )

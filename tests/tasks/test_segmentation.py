@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -254,3 +257,12 @@ def test_ade20k_counts_classes_from_1_and_leaves_0_out(tmp_path):
     batch = next(task.batches(0, 0))
     assert set(batch.targets.unique().tolist()) <= {0, 149, NO_CLASS}
     assert isinstance(batch, Batch)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
+def test_all_masks_are_written_when_nobody_reads_the_lines(run, pairs, tmp_path):
+    images, output = pairs / "images" / "val", tmp_path / "masks"
+    command = f"{sys.executable} -u -m vim.predict {run.folder.path} {images} --device cpu --output {output} | true"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=600)
+    assert "BrokenPipe" not in result.stderr
+    assert len(list(output.glob("*_mask.png"))) == 5

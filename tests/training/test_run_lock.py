@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import signal
 import socket
 import time
 
@@ -70,17 +72,60 @@ def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path, hold
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def refuses(path):
+    """Return True if another process is refused the lock."""
+    return run_together(1, is_refused, path)[0]
+
+
+def is_refused(path):
+    try:
+        RunLock(path).acquire()
+    except FolderInUse:
+        return True
+    return False
+
+
+def test_a_copy_of_the_folder_leaves_the_lock_in_place(tmp_path):
+    """A POSIX record lock goes when the process closes any of its files of that name."""
+    path = tmp_path / "run" / ".lock"
+    lock = RunLock(path)
+    lock.acquire()
+    shutil.copytree(path.parent, tmp_path / "copy")
+    assert refuses(path)
+    assert not refuses(tmp_path / "copy" / ".lock")
+    lock.release()
+    assert not refuses(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    path = tmp_path / ".lock"
+    lock = RunLock(path)
+    lock.acquire()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert refuses(path), "the child leaves the lock to its parent"
+        lock.release()
+        assert not refuses(path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
     path, taken = tmp_path / ".lock", []
-    lockf = run_lock.fcntl.lockf
+    flock = run_lock.fcntl.flock
 
     def remove_first(file, flags):
         if not taken:
             path.unlink()
         taken.append(file)
-        return lockf(file, flags)
+        return flock(file, flags)
 
-    monkeypatch.setattr(run_lock.fcntl, "lockf", remove_first)
+    monkeypatch.setattr(run_lock.fcntl, "flock", remove_first)
     lock = RunLock(path)
     lock.acquire()
     assert len(taken) == 2
@@ -92,7 +137,7 @@ def test_a_disk_without_locks_is_said_and_no_obstacle(tmp_path, monkeypatch, cap
     def refuse(file, flags):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
     RunLock(tmp_path / ".lock").acquire()
     assert "is on a disk without file locks: No locks available" in caplog.text
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from vim import git_lfs
+
 FORMAT = "vimamba"
 FORMAT_VERSION = 1
 
@@ -101,6 +103,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
+        refuse_pointer(file)
         raise CheckpointError(f"{file} is truncated, damaged or not a checkpoint: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{file} is damaged: the checksum of its entry {damaged!r} is wrong")
@@ -153,7 +156,14 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             metadata = dict(header.metadata() or {})
         return load_file(file), metadata
     except SafetensorError as error:
+        refuse_pointer(file)
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+
+def refuse_pointer(path: str | os.PathLike[str]) -> None:
+    """Raise `CheckpointError` if a file is a pointer that Git LFS has not replaced by the checkpoint."""
+    if git_lfs.is_pointer_file(path):
+        raise CheckpointError(f"{path} cannot be read: {git_lfs.POINTER}")
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from vim.data.image_files import ImageFiles
+from vim.data.image_files import ImageFiles, ImageSource
 from vim.data.listing import printable
 from vim.data.sources import ImageSet, ImageSets
 
 _MAX_NAMES = 3  # in a message
+_SAMPLED = 5  # files of each class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,20 +27,23 @@ class SplitContents:
     """Label of each image; `None` if the images must be read to know it."""
     keys: Sequence[str] | None
     """Name of each image, which does not change when the data moves; `None` if images have no names."""
+    sizes: Mapping[str, int] | None = None
+    """Bytes of the first few files of each class by name, to notice classes that changed places; `None` if unknown."""
 
     @classmethod
     def of(cls, dataset: ImageSet, class_names: Sequence[str]) -> "SplitContents":
         """Return the contents of a data set."""
         if isinstance(dataset, ImageFiles):
             labels, keys = dataset.source.labels(), dataset.source.keys()
+            sizes = _first_sizes(dataset.source, labels, keys)
         else:
-            labels, keys = dataset.labels.tolist(), None
-        return cls(count=len(dataset), class_names=list(class_names), labels=labels, keys=keys)
+            labels, keys, sizes = dataset.labels.tolist(), None, None
+        return cls(count=len(dataset), class_names=list(class_names), labels=labels, keys=keys, sizes=sizes)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "SplitContents":
-        """Return the contents from the output of `to_dict`."""
-        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
+        """Return the contents from the output of `to_dict`; earlier versions wrote no sizes."""
+        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents as plain values."""
@@ -83,6 +87,10 @@ class SplitContents:
             for found, words in ((new - old, "new"), (old - new, "gone")):
                 if found:
                     yield f"{found.total():,} {words} ({_some(sorted(found))})"
+            sizes, others = self.sizes or {}, before.sizes or {}
+            changed = [key for key in sizes if sizes[key] != others.get(key, sizes[key])]
+            if changed:
+                yield f"{len(changed):,} of {len(sizes):,} sampled files have another size ({_some(changed)})"
             return
         counts, others = self.class_counts(), before.class_counts()
         if counts is not None and others is not None:
@@ -91,6 +99,21 @@ class SplitContents:
                     yield f"{count:,} of the class {name!r}, {other:,} before"
         elif self.count != before.count:
             yield f"{self.count:,}, {before.count:,} before"
+
+
+def _first_sizes(
+    source: ImageSource, labels: Sequence[int] | None, keys: Sequence[str] | None
+) -> dict[str, int] | None:
+    """Return the bytes of the first few files of each class by name: all files of a large set would take minutes."""
+    if labels is None or keys is None:
+        return None
+    seen: Counter[int] = Counter()
+    sizes = {}
+    for index, label in enumerate(labels):
+        if seen[label] < _SAMPLED and (size := source.size(index)) is not None:
+            sizes[keys[index]] = size
+        seen[label] += 1
+    return sizes
 
 
 def contents_of(sets: ImageSets) -> dict[str, SplitContents]:

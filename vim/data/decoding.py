@@ -7,8 +7,10 @@ import zlib
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
+
+from vim import git_lfs
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """
     if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):
         raise OSError("it is not a regular file")  # reading a pipe without a writer would hang
-    with Image.open(file) as image:
+    with _open(file) as image:
         if image.format == "PPM" and image.mode == "I":  # 16 bits; Pillow scales the largest value to 65,535
             return Image.fromarray(np.asarray(image).astype(np.uint16))
         has_16_bits = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile)
@@ -58,6 +60,20 @@ def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         if has_16_bits:
             _check_colours(image)
         return upright(image)
+
+
+def _open(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        if isinstance(file, (str, os.PathLike)):
+            is_pointer = git_lfs.is_pointer_file(file)
+        else:
+            file.seek(0)
+            is_pointer = git_lfs.is_pointer(file.read(100))
+        if is_pointer:
+            raise OSError(git_lfs.POINTER) from error
+        raise
 
 
 def describe_bad_image(error: BaseException) -> str:

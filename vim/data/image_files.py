@@ -1,5 +1,6 @@
 """Images in files, read and augmented one by one; an unreadable image is replaced or skipped."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,10 @@ class ImageSource(Protocol):
         """Return a name for each image that does not change when the data moves, or `None` without names."""
         ...
 
+    def size(self, index: int) -> int | None:
+        """Return the bytes of an image's file, or `None` if they are unknown."""
+        ...
+
 
 class FileSource:
     """Images in files.
@@ -75,6 +80,13 @@ class FileSource:
         """Return the path of each file below the folder of the split."""
         return self._paths
 
+    def size(self, index: int) -> int | None:
+        """Return the bytes of a file, or `None` if it is gone."""
+        try:
+            return os.path.getsize(self.name(index))
+        except OSError:
+            return None
+
 
 class MemberSource:
     """Images in tar files.
@@ -106,6 +118,10 @@ class MemberSource:
     def keys(self) -> Sequence[str]:
         """Return the name of the tar file and of the image in it, for each image."""
         return [f"{member.archive.name}:{member.name}" for member in self._members]
+
+    def size(self, index: int) -> int:
+        """Return the bytes of an image in its tar file."""
+        return self._members[index].size
 
 
 class ReaderSource:
@@ -139,6 +155,9 @@ class ReaderSource:
 
     def keys(self) -> None:
         """Return `None`: the files may be in a cache, under arbitrary names."""
+
+    def size(self, index: int) -> None:
+        """Return `None`: a reader does not say."""
 
 
 class TorchvisionSource:
@@ -174,6 +193,9 @@ class TorchvisionSource:
     def keys(self) -> None:
         """Return `None`: the images have numbers only."""
 
+    def size(self, index: int) -> None:
+        """Return `None`: the images need not be files."""
+
 
 class Relabelled:
     """Images of another source with new labels.
@@ -208,6 +230,10 @@ class Relabelled:
     def keys(self) -> Sequence[str] | None:
         """Return the keys of the source."""
         return self.source.keys()
+
+    def size(self, index: int) -> int | None:
+        """Return the bytes of an image's file in the source."""
+        return self.source.size(index)
 
     def _new_label(self, label: int) -> int:
         return self._labels[label] if 0 <= label < len(self._labels) else -1

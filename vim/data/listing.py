@@ -72,8 +72,11 @@ def ending_of(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return True for names of hidden files, such as `.DS_Store` and the `._0.jpg` that macOS adds to `0.jpg`."""
-    return name.startswith(".")
+    """Return True for names of hidden files and folders, and of those that a system adds to each folder.
+
+    They are `.DS_Store`, the `._0.jpg` that macOS adds to `0.jpg`, and Synology's folder of thumbnails, `@eaDir`.
+    """
+    return name.startswith(".") or name == "@eaDir"
 
 
 def natural_key(name: str) -> Any:

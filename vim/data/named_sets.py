@@ -65,6 +65,6 @@ def _refused(data: DataConfig) -> Iterator[None]:
         yield
     except _CANNOT_OPEN as error:
         reason = " ".join(str(error).split())
-        hint = "" if data.download else "; to download it, set --data.download true"
+        hint = "" if data.download else "; vim.train downloads it with --data.download true"
         where = f"data.dataset {data.dataset!r} with data.path {data.path!r}"
         raise ValueError(f"{where} cannot be opened: {reason}{hint}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,34 @@ def check_vision_mamba(model: nn.Module) -> VisionMamba:
     if not isinstance(model, VisionMamba):
         raise TypeError(f"model must be a vim.VisionMamba, got {type(model).__name__}")
     return model
+
+
+class NothingToExplainError(ValueError):
+    """An image in which a model predicts nothing to explain."""
+
+
+def check_methods(methods: Sequence[str], known: Sequence[str], task: str) -> None:
+    """Raise `ValueError` unless there is a method and the explanations of a task include all methods."""
+    unknown = [method for method in methods if method not in known]
+    if unknown or not methods:
+        got = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"method must be one of {list(known)} for task {task!r}, got {got}")
+
+
+def class_number(target: str, class_names: Sequence[str]) -> int:
+    """Return the number of a class that is given by its name or its number.
+
+    Raises:
+        ValueError: There is no such class.
+    """
+    if target in class_names:
+        return class_names.index(target)
+    if target.isdecimal() and int(target) < len(class_names):
+        return int(target)
+    shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+    raise ValueError(
+        f"target must be a class name or a number from 0 to {len(class_names) - 1}, got {target!r}: {shown}"
+    )
 
 
 def check_images(images: Tensor, in_chans: int) -> None:

@@ -53,16 +53,27 @@ def class_activation(model: nn.Module, images: Tensor, target: Any, method: str 
     check_kind("method", method, tuple(METHODS))
     check_images(images, vision.in_chans)
     classes = check_target(target, len(images), vision.num_classes)
-    if importlib.util.find_spec("pytorch_grad_cam") is None:
-        raise ModuleNotFoundError('class activation maps need grad-cam: pip install "vimamba[explain]"')
-    import pytorch_grad_cam
+    package = import_grad_cam()
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     tapped = _BeforeLastBlock(vision)
     targets: Any = [ClassifierOutputTarget(c) for c in classes]
-    with in_evaluation(vision), frozen(vision), torch.enable_grad(), _cam(pytorch_grad_cam, method, tapped) as cam:
+    with in_evaluation(vision), frozen(vision), torch.enable_grad(), _cam(package, method, tapped) as cam:
         maps = cam(images.detach().clone().requires_grad_(), targets)
     return torch.from_numpy(maps).float()
+
+
+def import_grad_cam() -> Any:
+    """Return the package grad-cam.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    if importlib.util.find_spec("pytorch_grad_cam") is None:
+        raise ModuleNotFoundError('class activation maps need grad-cam: pip install "vimamba[explain]"')
+    import pytorch_grad_cam
+
+    return pytorch_grad_cam
 
 
 def _cam(package: Any, method: str, tapped: _BeforeLastBlock) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vim.explain.attention import HiddenAttention, attention_rollout, hidden_attention, read_out_map
-from vim.explain.checks import check_vision_mamba
+from vim.explain.checks import check_methods, check_vision_mamba, class_number
 from vim.explain.class_activation import METHODS, class_activation
 from vim.explain.pictures import draw_explanation
 from vim.explain.pixel_gradients import PIXEL_METHODS, pixel_gradients
@@ -47,16 +47,14 @@ class Explainer:
         target: str | None = None,
         topk: int = 5,
     ) -> None:
-        unknown = [method for method in methods if method not in EXPLANATIONS]
-        if unknown or not methods:
-            raise ValueError(f"method must be one of {list(EXPLANATIONS)}, got {unknown[0] if unknown else 'none'!r}")
+        check_methods(methods, EXPLANATIONS, "classification")
         if topk < 1:
             raise ValueError(f"topk must be >= 1, got {topk}")
         if any(method not in PIXEL_METHODS for method in methods):
             check_vision_mamba(predictor.model)
         self._predictor, self._methods = predictor, tuple(methods)
         self._topk = min(topk, len(predictor.class_names))
-        self._target = None if target is None else _class_number(target, predictor.class_names)
+        self._target = None if target is None else class_number(target, predictor.class_names)
 
     def draw(self, image: Image.Image, output: Path) -> list[tuple[str, float]]:
         """Explain an image in a PNG file.
@@ -105,15 +103,3 @@ class Explainer:
             of_class = "" if method in ("attention", "rollout") else f": {name}"
             maps.append((_TITLES.get(method, method) + of_class, values))
         return maps
-
-
-def _class_number(target: str, class_names: Sequence[str]) -> int:
-    """Return the number of a class that is given by its name or its number."""
-    if target in class_names:
-        return class_names.index(target)
-    if target.isdecimal() and int(target) < len(class_names):
-        return int(target)
-    shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
-    raise ValueError(
-        f"target must be a class name or a number from 0 to {len(class_names) - 1}, got {target!r}: {shown}"
-    )

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from vim.checkpoints.io import atomic_writer
 from vim.data.listing import printable
 from vim.explain.receptive_field import ReceptiveField
 
-_GREY, _COLORS, _OPACITY = "#5b6068", "inferno", 0.6
+_GREY, _LINE, _COLORS, _OPACITY = "#5b6068", "white", "inferno", 0.6
+_PANEL_SIDE = 384  # pixels of the longer side of a panel's picture
 
 
 def draw_explanation(
@@ -45,6 +46,60 @@ def draw_explanation(
     _save(figure, path)
 
 
+class Panel(NamedTuple):
+    """A picture with a title, a heat map and an outline over it."""
+
+    title: str
+    picture: Tensor
+    """(3, height, width), uint8."""
+    values: Tensor | None = None
+    """A map of any size, (rows, columns)."""
+    outline: Tensor | None = None
+    """What the line is drawn around, of any size, (rows, columns), bool."""
+
+
+def draw_panels(rows: Sequence[Sequence[Panel]], path: Path) -> None:
+    """Draw rows of panels into a PNG file.
+
+    Args:
+        rows: At least one, each with at least one panel.
+        path: The file to make or replace.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    columns = max(map(len, rows))
+    height, width = rows[0][0].picture.shape[1:]
+    figure = _figure(2.6 * columns, len(rows) * (2.6 * height / width + 0.3))
+    places = figure.subplots(len(rows), columns, squeeze=False)
+    for place in places.flatten():
+        place.set_axis_off()
+    for line, panels in zip(places, rows, strict=True):
+        for place, panel in zip(line, panels, strict=False):
+            _draw_panel(place, panel)
+    _save(figure, path)
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    size = _fit(panel.picture.shape[1:], _PANEL_SIDE)
+    pixels = F.interpolate(panel.picture[None].float() / 255, size, mode="bilinear", antialias=True)[0]
+    _show(axes, _as_picture(pixels), panel.title)
+    if panel.values is not None:
+        _overlay(axes, panel.values, size)
+    if panel.outline is not None:
+        inside = F.interpolate(panel.outline[None, None].float(), size)[0, 0]
+        edged = F.pad(inside[None, None], (1, 1, 1, 1))[0, 0]  # so that a line closes at the picture's edges
+        axes.contour(range(-1, size[1] + 1), range(-1, size[0] + 1), edged.numpy(), [0.5], colors=_LINE, linewidths=0.8)
+        axes.set_xlim(-0.5, size[1] - 0.5)
+        axes.set_ylim(size[0] - 0.5, -0.5)
+
+
+def _fit(shape: Sequence[int], side: int) -> tuple[int, int]:
+    """Return height and width of a picture whose longer side has a number of pixels."""
+    height, width = (max(1, side * length // max(shape)) for length in shape)
+    return height, width
+
+
 def overlay(photograph: Tensor, values: Tensor | None, side: int) -> Image.Image:
     """Return a photograph, with a heat map over it, as a picture.
 
@@ -53,8 +108,7 @@ def overlay(photograph: Tensor, values: Tensor | None, side: int) -> Image.Image
         values: The map, (rows, columns), or `None`.
         side: Length of the picture's longer side in pixels.
     """
-    height, width = photograph.shape[1:]
-    size = (max(1, side * height // max(height, width)), max(1, side * width // max(height, width)))
+    size = _fit(photograph.shape[1:], side)
     pixels = F.interpolate(photograph.detach().cpu().float().clamp(0, 1)[None, :3], size, mode="bilinear")[0]
     pixels = pixels.expand(3, -1, -1)
     if values is not None:

@@ -72,14 +72,24 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], class_names: Sequenc
     return draw_bounding_boxes(picture, boxes, names, colors=colors, width=max(1, min(image.shape[1:]) // 200))
 
 
+def draw_enlarged(image: Tensor, objects: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
+    """Return an image at the size of pictures in tables, with boxes, names and masks drawn over it.
+
+    Args:
+        image: (1, 3 or 4 channels, height, width), uint8.
+        objects: See `draw_objects`; none for the image alone.
+        class_names: Name of each class.
+    """
+    large, scale = _enlarge(image)
+    resized = _scaled(objects, scale, large.shape[1:]) if objects else {"labels": torch.empty(0)}
+    return draw_objects(large, resized, class_names)
+
+
 def draw_examples(examples: Sequence[Example], class_names: Sequence[str], path: Path) -> None:
     """Write a PNG file with a row for each image: the image, its objects, and the confident detections."""
     pictures = []
     for image, truth, found in examples:
-        large, scale = _enlarge(image)
-        for objects in ({}, truth, confident(found)):
-            resized = _scaled(objects, scale, large.shape[1:]) if objects else {"labels": torch.empty(0)}
-            pictures.append(draw_objects(large, resized, class_names))
+        pictures += [draw_enlarged(image, objects, class_names) for objects in ({}, truth, confident(found))]
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
     padded = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=255) for p in pictures]
     table = make_grid(padded, nrow=3, padding=4, pad_value=255)

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from vim.inference.trained_model import TrainedModel
 
 Work = Callable[["TrainedModel", "torch.device", Sequence[Path]], Iterable[str | None]]
-"""Works through files with a model on a device, and yields for each one `None`, or why it could not be read."""
+"""Works through files with a model on a device, and yields for each one `None`, or why it is skipped."""
 
 
-def make_parser(program: str, source: str, description: str, output: str, written: str) -> argparse.ArgumentParser:
+def make_parser(
+    program: str, source: str, description: str, output: str, written: str, counted: str = "classes to name"
+) -> argparse.ArgumentParser:
     """Return a parser of the arguments that `run_on_images` needs.
 
     Args:
@@ -25,6 +27,7 @@ def make_parser(program: str, source: str, description: str, output: str, writte
         description: What the command does.
         output: Name of the folder for files, unless the user names another.
         written: What is written there, for the help.
+        counted: What `--topk` limits, for the help.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}",
@@ -34,7 +37,7 @@ def make_parser(program: str, source: str, description: str, output: str, writte
     )
     parser.add_argument("source", metavar=source, help="run folder, checkpoint file or timm model")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", type=Path, help="image file, or folder of images")
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: 5)")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help=f"{counted} (default: 5)")
     parser.add_argument(
         "--weights",
         choices=("best", "raw", "ema"),
@@ -50,7 +53,7 @@ def make_parser(program: str, source: str, description: str, output: str, writte
 
 
 def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
-    """Load the model, list the images, work through them, and say on standard error which ones could not be read.
+    """Load the model, list the images, work through them, and say on standard error which ones are skipped.
 
     Args:
         program: Name of the module, for messages.
@@ -58,7 +61,7 @@ def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
         work: What to do with the images.
 
     Returns:
-        The exit code: 0 if every image was read, 1 if some could not be, 2 for arguments that cannot be used, or 130
+        The exit code: 0 if no image was skipped, 1 if some were, 2 for arguments that cannot be used, or 130
         for a run that the user interrupted.
     """
     from vim.data.listing import describe_passed_over
@@ -69,14 +72,14 @@ def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
 
     show_any_name()
     passed_over: Counter[str] = Counter()
-    unread = 0
+    skipped = 0
     try:
         device = resolve_device(options.device)
         trained = load_trained_model(options.source, options.weights, options.model)
         files = list_images(options.images, trained.extensions, passed_over)
         for file, reason in zip(files, work(trained, device, files), strict=True):
             if reason is not None:
-                unread += 1
+                skipped += 1
                 sys.stderr.write(f"{program}: {file} is skipped: {reason}\n")
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         sys.stderr.write(f"{program}: {error}\n")
@@ -84,8 +87,8 @@ def run_on_images(program: str, options: argparse.Namespace, work: Work) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
         return 130
-    if unread:
-        sys.stderr.write(f"{program}: {unread} of {len(files)} images could not be read\n")
+    if skipped:
+        sys.stderr.write(f"{program}: {skipped} of {len(files)} images were skipped\n")
     if passed_over:
         sys.stderr.write(f"{program}: {describe_passed_over(passed_over)}\n")
-    return 1 if unread else 0
+    return 1 if skipped else 0

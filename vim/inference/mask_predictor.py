@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional
 from vim.config.schema import TrainConfig
 from vim.data.joint_transforms import resized_shape
 from vim.data.preprocessing import Preprocessing
-from vim.inference.sliding import slide
+from vim.inference.sliding import pad_to_window, slide, window_starts
 
 ScoreRows = Iterator[tuple[int, Tensor]]
 """The first row, and logits (classes, rows, width), from top to bottom."""
@@ -70,6 +70,24 @@ class MaskPredictor:
         """
         rows = next(self.scores([image]))
         return torch.cat([logits.argmax(dim=0).cpu() for _, logits in rows])
+
+    def windows(self, image: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
+        """Return what the model gets of an image at scale 1, unflipped.
+
+        Args:
+            image: (in_chans, height, width), uint8.
+
+        Returns:
+            The normalised image, resized by `segmentation.short_side` alone, (in_chans, height, width); its windows,
+            padded with zeros where it is smaller; and the first row and column of each window.
+        """
+        shape = resized_shape((image.shape[-2], image.shape[-1]), self._short_side, 1.0)
+        view = self._normalised(functional.resize(image, list(shape)))
+        padded = pad_to_window(view, self._window)
+        tops, lefts = window_starts(padded, self._window, self._stride)
+        starts = [(top, left) for top in tops for left in lefts]
+        height, width = self._window
+        return view, [padded[:, top : top + height, left : left + width] for top, left in starts], starts
 
     @property
     def _is_plain(self) -> bool:

@@ -47,7 +47,7 @@ class ObjectFinder:
         trained.check_task("detection")
         assert trained.class_names is not None
         self.class_names = trained.class_names
-        self._model, self._device = trained.model.eval().to(device), device
+        self.model, self._device = trained.model.eval().to(device), device
         self._preprocessing = trained.preprocessing
 
     @torch.inference_mode()
@@ -62,7 +62,7 @@ class ObjectFinder:
             `boxes` (n, 4), `labels` (n,) from 1, `scores` (n,), and `masks` (n, height, width), bool, if the model
             predicts them; on the CPU, the highest score first.
         """
-        found = self._model([self._pixels(image).to(self._device).float() / 255])[0]
+        found = self.model([self.prepare(image)])[0]
         return {name: tensor.cpu() for name, tensor in confident(found, score).items()}
 
     def write_files(self, paths: Sequence[Path], folder: Path, score: float = 0.5) -> Iterator[FoundObjects]:
@@ -83,7 +83,7 @@ class ObjectFinder:
             except BAD_IMAGE as error:
                 yield FoundObjects(path=path, error=describe_bad_image(error))
                 continue
-            picture = draw_objects(self._pixels(image), found, self.class_names)
+            picture = draw_objects(self.pixels(image), found, self.class_names)
             with atomic_writer(folder / f"{stem}_objects.png") as file:
                 Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, format="PNG")
             write_text(folder / f"{stem}_objects.json", json.dumps(self._results(found)) + "\n")
@@ -91,7 +91,12 @@ class ObjectFinder:
             objects = tuple(zip(names, found["scores"].tolist(), strict=True))
             yield FoundObjects(path=path, picture=folder / f"{stem}_objects.png", objects=objects)
 
-    def _pixels(self, image: Image.Image) -> Tensor:
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Return what the model gets of an image, (in_chans, height, width), from 0 to 1, on the model's device."""
+        return self.pixels(image).to(self._device).float() / 255
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Return the pixels of an image, upright and in the model's channels, (in_chans, height, width), uint8."""
         return pil_to_tensor(to_color_mode(upright(image), self._preprocessing.color_mode, self._preprocessing.bits))
 
     def _results(self, found: dict[str, Tensor]) -> list[dict[str, Any]]:

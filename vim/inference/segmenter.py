@@ -47,14 +47,17 @@ class SegmentImages:
         assert trained.config is not None
         assert trained.class_names is not None
         self.class_names = trained.class_names
-        self._predictor = MaskPredictor(trained.model.eval().to(device), trained.config, device)
+        self.predictor = MaskPredictor(trained.model.eval().to(device), trained.config, device)
         self._preprocessing: Preprocessing = trained.preprocessing
 
     def labels(self, image: Image.Image) -> Tensor:
         """Return the label of each pixel of an image, (height, width), int64, after making it upright."""
+        return self.predictor.labels(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Return the pixels of an image, upright and in the model's channels, (in_chans, height, width), uint8."""
         prepared = to_color_mode(upright(image), self._preprocessing.color_mode, self._preprocessing.bits)
-        pixels = torch.from_numpy(np.atleast_3d(np.asarray(prepared)).transpose(2, 0, 1).copy())
-        return self._predictor.labels(pixels)
+        return torch.from_numpy(np.atleast_3d(np.asarray(prepared)).transpose(2, 0, 1).copy())
 
     def write_files(self, paths: Sequence[Path], folder: Path) -> Iterator[Segmentation]:
         """Segment image files, and write `NAME_mask.png` and `NAME_overlay.png` for each into a folder.
@@ -76,9 +79,10 @@ class SegmentImages:
                 mask_image(labels, number).save(file, format="PNG")
             with atomic_writer(folder / f"{stem}_overlay.png") as file:
                 overlay(image, labels, number).save(file, format="PNG")
-            yield Segmentation(path=path, mask=folder / f"{stem}_mask.png", shares=self._shares(labels))
+            yield Segmentation(path=path, mask=folder / f"{stem}_mask.png", shares=self.shares(labels))
 
-    def _shares(self, labels: Tensor) -> tuple[tuple[str, float], ...]:
+    def shares(self, labels: Tensor) -> tuple[tuple[str, float], ...]:
+        """Return the names of the classes among labels with their shares of the pixels, the largest first."""
         counts = torch.bincount(labels.flatten(), minlength=len(self.class_names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]
         return tuple((self.class_names[label], int(counts[label]) / labels.numel()) for label in order)

@@ -27,9 +27,8 @@ def slide(
         of windows are in memory at a time.
     """
     height, width = image.shape[-2:]
-    padded = F.pad(image, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
-    tops = _starts(padded.shape[-2], window[0], stride[0])
-    lefts = _starts(padded.shape[-1], window[1], stride[1])
+    padded = pad_to_window(image, window)
+    tops, lefts = window_starts(padded, window, stride)
     across = torch.zeros(padded.shape[-1], device=image.device)
     for left in lefts:
         across[left : left + window[1]] += 1
@@ -61,6 +60,18 @@ def _row_of_windows(
             sums[:, :, left : left + window[1]] += values
     assert sums is not None
     return sums
+
+
+def pad_to_window(image: Tensor, window: tuple[int, int]) -> Tensor:
+    """Return an image (channels, height, width) with zeros below and on the right, so that a window fits into it."""
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
+
+
+def window_starts(padded: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """Return the first rows and the first columns of the windows of a padded image."""
+    height, width = padded.shape[-2:]
+    return _starts(height, window[0], stride[0]), _starts(width, window[1], stride[1])
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import timm
 from torch import Tensor, nn
 
-from vim.checkpoints.io import CheckpointError, load_checkpoint, load_into, load_weights
+from vim.checkpoints.io import CheckpointError, load_checkpoint, load_into, load_weights, refuse_pointer
 from vim.config.load import config_from_dict, config_to_dict
 from vim.config.schema import IMAGE_EXTENSIONS, TaskName, TrainConfig
 from vim.data.preprocessing import Preprocessing
@@ -89,6 +89,7 @@ def load_trained_model(source: str, weights: Weights = "best", model_name: str |
         path = path / "best.pth"
     elif not path.exists():
         return _published(source, weights)
+    refuse_pointer(path)
     if model_name is not None:
         return _foreign_file(path, model_name, weights)
     if path.suffix == ".safetensors":

@@ -38,6 +38,7 @@ def _is_plain(norm: RMSNorm, mixer: Mamba) -> bool:
         mixer.directions == "v2"
         and mixer.merge in ("mean", "sum")
         and mixer.gamma is None
+        and isinstance(norm.eps, float)  # the user may have set anything
         and norm.eps > 0
         and _FORWARDS.run()
         and not (is_watched(norm) or is_watched(mixer))

@@ -24,6 +24,7 @@ from timm.layers import resample_patch_embed
 from timm.models import PretrainedCfg
 from torch import Tensor
 
+from vim import git_lfs
 from vim.layers.pos_embed import cls_indices, resample_grid, resample_pos_embed
 from vim.layers.token_sequence import extract_tokens
 from vim.models.state_dicts import Weights, select_weights
@@ -140,6 +141,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}")
+    if git_lfs.is_pointer_file(file):
+        raise RuntimeError(f"{file} cannot be read: {git_lfs.POINTER}")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)

@@ -1,6 +1,8 @@
 """The processes of a run, started by torchrun, and their communication."""
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _T = TypeVar("_T")
+_RESOLVING = 10.0  # seconds
 
 
 class JoinError(ValueError):
@@ -109,6 +112,7 @@ def join_processes() -> Iterator[Processes]:
         )
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
+    _check_address()
     try:
         store, rank, size = next(dist.rendezvous("env://"))
         # When torchrun restarts the processes it keeps its store, with the addresses of the dead ones, for which gloo
@@ -127,6 +131,26 @@ def join_processes() -> Iterator[Processes]:
         yield Processes(rank=dist.get_rank(), local_rank=local_rank, size=size)
     finally:
         dist.destroy_process_group()
+
+
+def _check_address() -> None:
+    """Raise unless the name of the main process's machine can be resolved; torch would try for minutes.
+
+    A name may appear a little later, while a cluster starts the machines.
+    """
+    name = os.environ.get("MASTER_ADDR")
+    deadline = time.monotonic() + _RESOLVING
+    while name is not None:
+        try:
+            socket.getaddrinfo(name, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise JoinError(
+                    f"MASTER_ADDR must be the name or address of the machine of process 0, and {name!r} cannot be "
+                    f"resolved: {error}"
+                ) from error
+        time.sleep(min(1.0, _RESOLVING))
 
 
 def _number(name: str, default: int | None = None) -> int:

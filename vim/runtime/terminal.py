@@ -50,6 +50,7 @@ def outlive_reader() -> None:
     """Let the process go on when nobody reads its output any more (`| head`, a closed terminal): its files matter."""
     if os.name == "nt":
         return
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts; `end_with_reader` sets it otherwise
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):

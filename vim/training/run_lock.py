@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 from typing import IO
+from weakref import WeakSet
 
 try:
     import fcntl
@@ -16,6 +17,17 @@ except ImportError:  # Windows
 _logger = logging.getLogger(__name__)
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
+_held: WeakSet["RunLock"] = WeakSet()
+
+
+def _drop_in_child() -> None:
+    """Close the files of locks in a forked process; the parent keeps the locks."""
+    for lock in list(_held):
+        lock._close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_in_child)
 
 
 class FolderInUse(ValueError):
@@ -25,7 +37,12 @@ class FolderInUse(ValueError):
 class RunLock:
     """A lock that the operating system releases when the process ends, even if it is killed.
 
-    It is a POSIX record lock: it works on NFS, and worker processes do not inherit it.
+    It is a lock of the open file (flock). A POSIX record lock would be lost when the process opens and closes the file
+    once more, as a copy of the run's folder does. Processes that are forked would inherit the lock, so they close the
+    file at once.
+
+    On NFS, Linux makes a lock on the server of it, which other machines see, unless the file system is mounted with
+    `nolock` or `local_lock`: then it holds on this machine alone. A disk without any locks is named in a warning.
 
     Args:
         path: The lock file, which exists while the lock is held. A file left by a killed process is reused.
@@ -51,7 +68,7 @@ class RunLock:
         while self._file is None:
             file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  # the lock lasts as long as it is open
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in _TAKEN:
                     raise FolderInUse(self._describe_holder(file)) from error
@@ -60,6 +77,7 @@ class RunLock:
                 return
             if self._is_current(file):
                 self._file = file
+                _held.add(self)
             else:
                 file.close()
         self._file.truncate(0)
@@ -71,8 +89,13 @@ class RunLock:
         if self._file is None:
             return
         self._path.unlink(missing_ok=True)
-        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
         self._file = None
+        _held.discard(self)
 
     def _is_current(self, file: IO[str]) -> bool:
         """Return True if the open file is still the lock file, and was not removed before it was locked."""

@@ -30,7 +30,7 @@ def add_rms_norm(
 
     Raises:
         ValueError: A shape or device disagrees with `x`, `dim` is 0, or `eps` is not positive.
-        TypeError: An argument is not a floating tensor.
+        TypeError: An argument is not a floating tensor, or `eps` is not a number.
         RuntimeError: The named backend cannot run here, or the memory of an argument was freed; the message says why.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
@@ -41,6 +41,8 @@ def add_rms_norm(
     check_operand("weight", weight, (x.shape[-1],), "(dim,)", x, "x")
     if residual is not None:
         check_operand("residual", residual, x.shape, "(..., dim)", x, "x")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number > 0, got {eps!r}")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
     acc = accumulate_dtype(x.dtype)
