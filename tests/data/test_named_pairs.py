@@ -97,12 +97,12 @@ def test_cityscapes_is_read_with_the_19_classes_of_its_benchmark(tmp_path):
 def test_cityscapes_is_not_fetched(tmp_path):
     with pytest.raises(ValueError, match=r"'cityscapes' .* cannot be opened: Dataset not found[^;]*$"):
         open_pair_sets(config_of("cityscapes", tmp_path))
-    with pytest.raises(ValueError, match="data.download must be false for data.dataset 'cityscapes'"):
+    with pytest.raises(ValueError, match=r"data.download must be false for data.dataset 'cityscapes'"):
         open_pair_sets(config_of("cityscapes", tmp_path, data__download=True))
 
 
 def test_a_set_without_its_folder_is_refused():
-    with pytest.raises(ValueError, match="data.path must name the image folder when data.dataset is 'cityscapes'"):
+    with pytest.raises(ValueError, match=r"data.path must name the image folder when data.dataset is 'cityscapes'"):
         config_of("cityscapes", None)
 
 
@@ -137,7 +137,7 @@ def test_a_set_of_hugging_face_has_images_and_masks_in_columns(tmp_path):
 def test_columns_and_classes_of_a_set_of_hugging_face_are_asked_for(tmp_path):
     write_parquet(tmp_path)
     changes = {"data__path": str(tmp_path / "cache"), "data__val_split": "validation"}
-    with pytest.raises(ValueError, match="segmentation.classes must name the classes"):
+    with pytest.raises(ValueError, match=r"segmentation.classes must name the classes"):
         open_pair_sets(config_of(f"hfds/{tmp_path}/set", None, **changes))
     with pytest.raises(ValueError, match=r"data.target_key must be one of its columns, \['image', 'annotation'\], got"):
         open_pair_sets(config_of(f"hfds/{tmp_path}/set", None, **changes, data__target_key="mask"))

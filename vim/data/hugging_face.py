@@ -101,9 +101,7 @@ def open_hugging_face(data: DataConfig, split: str) -> HuggingFaceReader:
 def open_hugging_face_pairs(data: DataConfig, split: str) -> HuggingFacePairs:
     """Open a split of `hfds/NAME` as images and masks; see `_open_rows`."""
     title = f"{data.dataset} {split}"
-    return HuggingFacePairs(
-        _open_rows(data, split), title, data.input_key or "image", data.target_key or "annotation"
-    )
+    return HuggingFacePairs(_open_rows(data, split), title, data.input_key or "image", data.target_key or "annotation")
 
 
 def _open_rows(data: DataConfig, split: str) -> Any:
