@@ -159,7 +159,8 @@ def _open(config: TrainConfig, split: str) -> MaskPairs:
         if height != width:
             raise ValueError(f"model.img_size must be square for data.dataset 'digit_scenes', got {height, width}")
         count = own.scenes if is_train else max(1, own.scenes // 4)
-        return ScenePairs(DigitScenes("train" if is_train else "val", height, count, config.seed))
+        half = "train" if is_train else "val"
+        return ScenePairs(DigitScenes(half, height, count, config.seed, own.scene_digits, own.scene_sides))
     if data.dataset in _BY_NAME:
         return _BY_NAME[data.dataset](data, split)
     if data.dataset.lower().startswith("hfds/"):
