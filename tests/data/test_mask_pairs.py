@@ -11,7 +11,7 @@ from vim.data.digit_scenes import DigitScenes
 from vim.data.mask_pairs import ScenePairs, check_pairs, open_pairs, read_pair
 from vim.data.masks import MaskLabels
 
-LABELS = MaskLabels(3, ignore=255)
+LABELS = MaskLabels(3, ignore=(255,))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_masks_of_0_and_255_are_not_taken_for_pixels_without_a_class(tmp_path):
     with pytest.raises(
         ValueError, match=r"pixels of one class only and .*mask_values '\[0, 255\]' .*ignore_value null"
     ):
-        check_pairs(pairs, MaskLabels(2, ignore=255), 100, "training")
+        check_pairs(pairs, MaskLabels(2, ignore=(255,)), 100, "training")
     check_pairs(pairs, MaskLabels(2, (0, 255)), 100, "training")
 
 

@@ -45,9 +45,9 @@ def test_colours_and_fractions_are_refused(tmp_path):
 
 
 def test_values_become_labels():
-    np.testing.assert_array_equal(MaskLabels(3, ignore=255)(VALUES), [[0, 1, 2], [2, 1, NO_CLASS]])
+    np.testing.assert_array_equal(MaskLabels(3, ignore=(255,))(VALUES), [[0, 1, 2], [2, 1, NO_CLASS]])
     wide = np.array([[0, 1000, 65535]], dtype=np.uint16)
-    np.testing.assert_array_equal(MaskLabels(2, (1000, 65535), 0)(wide), [[NO_CLASS, 0, 1]])
+    np.testing.assert_array_equal(MaskLabels(2, (1000, 65535), (0,))(wide), [[NO_CLASS, 0, 1]])
     np.testing.assert_array_equal(MaskLabels(2, (0, 255))(np.array([[0, 255]])), [[0, 1]])
 
 
@@ -55,4 +55,4 @@ def test_a_value_of_no_class_is_named():
     with pytest.raises(ValueError, match=r"has the values 2, 255, and must have 0 to 1 .*2 classes\)$"):
         MaskLabels(2)(VALUES)
     with pytest.raises(ValueError, match=r"has the value 2, and must have 0, 5 .*or 255 \(segmentation.ignore_value\)"):
-        MaskLabels(2, (0, 5), 255)(np.array([[0, 2, 255]]))
+        MaskLabels(2, (0, 5), (255,))(np.array([[0, 2, 255]]))

@@ -221,7 +221,7 @@ def test_a_released_classifier_starts_a_backbone_without_its_class_token_at_anot
         ({"augment__mixup": 0.2}, "augment.mixup must be off for task 'segmentation', .* got 0.2"),
         ({"augment__repeats": 3}, "augment.repeats must be 0 .* see segmentation.repeats"),
         ({"model__name": "deit_tiny_patch16_224", "model__args": {}}, "model.name must be a Vision Mamba"),
-        ({"data__dataset": "digits", "data__path": None}, "data.dataset must be one of 'pairs', .* got 'digits'"),
+        ({"data__dataset": "digits", "data__path": None}, "data.dataset must be hfds/NAME or one of .* got 'digits'"),
         ({"segmentation__classes": ()}, "segmentation.classes must name the classes"),
         ({"segmentation__classes": ("a", "b")}, "its mask has the value 2, and must have 0 to 1"),
         ({"segmentation__blocks": (0, 1, 2, 3)}, "blocks must be four of 0 to 1"),

@@ -107,18 +107,19 @@ class DataConfig:
     """For classification `digits` (comes with scikit-learn), `fashion_mnist` (Debian's package), `synthetic` (random
     images), `folder` (one folder or tar file per split, with one folder per class), `wds/` (WebDataset shards), or a
     data set of torchvision or Hugging Face, such as `torch/cifar10` and `hfds/NAME`. For segmentation `pairs` (folders
-    of images and masks), `ade20k` (its folders) or `nuclei` (comes with stardist); for detection `coco` (a folder in
-    COCO's format); for both `digit_scenes` (scenes of scikit-learn's digits)."""
+    of images and masks), `ade20k`, `voc` and `cityscapes` (their folders), `hfds/NAME` or `nuclei` (comes with
+    stardist); for detection `coco` (a folder in COCO's format); for both `digit_scenes` (scenes of scikit-learn's
+    digits)."""
     path: str | None = None
     """Folder of the images; for `folder`, a folder with one sub-folder per split."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     """Endings of image files, in either case; other files are ignored, and counted at the start."""
     download: bool = False
-    """Download a data set of torchvision or Hugging Face if it is missing."""
+    """Download a data set of torchvision or Hugging Face, or `voc`, if it is missing."""
     input_key: str | None = None
     """Column of the images in a data set of Hugging Face; `null` is `image`."""
     target_key: str | None = None
-    """Column of the labels in a data set of Hugging Face; `null` is `label`."""
+    """Column of the labels in a data set of Hugging Face, or of the masks; `null` is `label`, or `annotation`."""
     train_split: str = "train"
     """Name of the training split."""
     val_split: str = "val"
@@ -142,7 +143,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check("data.dataset", self.dataset, "the name of a data set", bool)
-        if self.dataset in ("folder", "pairs", "ade20k", "coco") and not self.path:
+        if self.dataset in ("folder", "pairs", "ade20k", "voc", "cityscapes", "coco") and not self.path:
             raise ValueError(
                 f"data.path must name the image folder when data.dataset is {self.dataset!r}, got {self.path!r}"
             )

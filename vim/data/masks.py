@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import IO
 
 import numpy as np
 
@@ -13,7 +14,7 @@ _SHOWN = 5  # values in a message
 _WORDS = 2**16
 
 
-def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
+def read_mask(file: str | os.PathLike[str] | IO[bytes]) -> np.ndarray:
     """Return the values of a mask file, (height, width), uint8 or uint16.
 
     The file is grey with 1, 8 or 16 bits, has a palette, whose indices are the values, or repeats one value in every
@@ -22,7 +23,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         BAD_IMAGE: The file cannot be decoded, or its pixels are not values of classes.
     """
-    image = read_image(path)
+    image = read_image(file)
     values = np.asarray(image)
     if values.ndim == 3:
         colors = values[..., :3] if image.mode in ("RGB", "RGBA") else values[..., :1]
@@ -46,17 +47,17 @@ class MaskLabels:
     Args:
         num_classes: Number of classes.
         values: Value of each class; empty is 0, 1, 2 and so on.
-        ignore: Value of pixels without a class; `None` if every pixel has one.
+        ignore: Values of pixels without a class.
     """
 
-    def __init__(self, num_classes: int, values: Sequence[int] = (), ignore: int | None = None) -> None:
+    def __init__(self, num_classes: int, values: Sequence[int] = (), ignore: Sequence[int] = ()) -> None:
         self._values = tuple(values) or tuple(range(num_classes))
-        self._ignore = ignore
+        self._ignore = tuple(ignore)
         self._label_of = np.zeros(_WORDS, dtype=np.uint8)
         self._is_known = np.zeros(_WORDS, dtype=bool)
-        if ignore is not None:
-            self._label_of[ignore], self._is_known[ignore] = NO_CLASS, True
-        for label, value in enumerate(self._values):  # after the ignored value, which a class may have too
+        for value in self._ignore:
+            self._label_of[value], self._is_known[value] = NO_CLASS, True
+        for label, value in enumerate(self._values):  # after the ignored values, which a class may have too
             self._label_of[value], self._is_known[value] = label, True
 
     def __call__(self, mask: np.ndarray) -> np.ndarray:
@@ -79,5 +80,6 @@ class MaskLabels:
         values = self._values
         is_range = values == tuple(range(values[0], values[0] + len(values)))
         words = f"{values[0]} to {values[-1]}" if is_range else ", ".join(map(str, values[:_SHOWN]))
-        ignored = "" if self._ignore is None else f" or {self._ignore} (segmentation.ignore_value)"
+        others = ", ".join(map(str, self._ignore))
+        ignored = f" or {others} (segmentation.ignore_value)" if others else ""
         return f"must have {words} (segmentation.mask_values, {len(values)} classes){ignored}"

@@ -39,7 +39,7 @@ def open_named(data: DataConfig, split: str) -> tuple[ImageSource, tuple[str, ..
         )
     if kind == "hfds":
         return _open_hugging_face(data, split)
-    with _refused(data):
+    with refused(data):
         dataset: Any = create_dataset(name, root=data.path, split=split, download=data.download)
     names = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)
     title = f"{name} {split}"
@@ -47,24 +47,34 @@ def open_named(data: DataConfig, split: str) -> tuple[ImageSource, tuple[str, ..
 
 
 def _open_hugging_face(data: DataConfig, split: str) -> tuple[ImageSource, tuple[str, ...] | None]:
-    if importlib.util.find_spec("datasets") is None:
-        raise ModuleNotFoundError(
-            f'data.dataset {data.dataset!r} needs the package datasets: pip install "vimamba[data]"', name="datasets"
-        )
+    check_hugging_face(data)
     from vim.data.hugging_face import open_hugging_face
 
-    with _refused(data):
+    with refused(data):
         reader = open_hugging_face(data, split)
     return ReaderSource(reader, reader.labels()), reader.class_names()
 
 
+def check_hugging_face(data: DataConfig) -> None:
+    """Raise `ModuleNotFoundError` if the package of Hugging Face's data sets is not installed."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ModuleNotFoundError(
+            f'data.dataset {data.dataset!r} needs the package datasets: pip install "vimamba[data]"', name="datasets"
+        )
+
+
 @contextlib.contextmanager
-def _refused(data: DataConfig) -> Iterator[None]:
-    """Turn the errors of the libraries into one that names the data set, its path and the reason."""
+def refused(data: DataConfig, downloadable: bool = True) -> Iterator[None]:
+    """Turn the errors of the libraries into one that names the data set, its path and the reason.
+
+    Args:
+        data: The settings of the data.
+        downloadable: Mention the setting that downloads the data set.
+    """
     try:
         yield
     except _CANNOT_OPEN as error:
         reason = " ".join(str(error).split())
-        hint = "" if data.download else "; vim.train downloads it with --data.download true"
+        hint = "; vim.train downloads it with --data.download true" if downloadable and not data.download else ""
         where = f"data.dataset {data.dataset!r} with data.path {data.path!r}"
         raise ValueError(f"{where} cannot be opened: {reason}{hint}") from error

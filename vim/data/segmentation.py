@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from vim.config.schema import TrainConfig
 from vim.config.segmentation import MOST_CLASSES
-from vim.data import nuclei
+from vim.data import named_pairs, nuclei
 from vim.data.decoding import to_color_mode
 from vim.data.digit_scenes import DigitScenes
 from vim.data.joint_transforms import JointTransform
@@ -24,8 +24,14 @@ from vim.data.randomness import Draw, seeded
 from vim.data.reading import read_or_replace
 from vim.data.unreadable import Unreadable
 
-DATASETS = ("pairs", "ade20k", "digit_scenes", "nuclei")
-_MADE = {"digit_scenes": ScenePairs.class_names, "nuclei": nuclei.CLASS_NAMES}  # not from files of the user
+DATASETS = ("pairs", "ade20k", "voc", "cityscapes", "digit_scenes", "nuclei")
+_NAMES = {
+    "digit_scenes": ScenePairs.class_names,
+    "nuclei": nuclei.CLASS_NAMES,
+    "voc": named_pairs.VOC_CLASSES,
+    "cityscapes": named_pairs.CITYSCAPES_CLASSES,
+}
+_BY_NAME = {"voc": named_pairs.open_voc, "cityscapes": named_pairs.open_cityscapes}
 _CLASSES_FILE = "classes.txt"
 _ADE20K_CLASSES = 150
 
@@ -153,10 +159,15 @@ def _open(config: TrainConfig, split: str) -> MaskPairs:
         if height != width:
             raise ValueError(f"model.img_size must be square for data.dataset 'digit_scenes', got {height, width}")
         count = own.scenes if is_train else max(1, own.scenes // 4)
-        return ScenePairs(DigitScenes("train" if is_train else "val", height, count, config.seed))
+        half = "train" if is_train else "val"
+        return ScenePairs(DigitScenes(half, height, count, config.seed, own.scene_digits, own.scene_sides))
+    if data.dataset in _BY_NAME:
+        return _BY_NAME[data.dataset](data, split)
+    if data.dataset.lower().startswith("hfds/"):
+        return named_pairs.open_hugging_face(data, split)
     if data.dataset not in DATASETS:
         raise ValueError(
-            f"data.dataset must be one of {', '.join(map(repr, DATASETS))} for task 'segmentation', got "
+            f"data.dataset must be hfds/NAME or one of {', '.join(map(repr, DATASETS))} for task 'segmentation', got "
             f"{data.dataset!r}"
         )
     return open_pairs(cast(str, data.path), split, data.extensions, own.mask_suffix)
@@ -183,10 +194,10 @@ def _found_names(config: TrainConfig) -> tuple[str, ...] | None:
     own, data = config.segmentation, config.data
     if own.classes:
         return own.classes
-    if data.dataset in _MADE:
-        return _MADE[data.dataset]
-    file = Path(cast(str, data.path)).expanduser() / _CLASSES_FILE
-    if file.is_file():
+    if data.dataset in _NAMES:
+        return _NAMES[data.dataset]
+    file = None if data.path is None else Path(data.path).expanduser() / _CLASSES_FILE
+    if file is not None and file.is_file():
         return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     if data.dataset == "ade20k":
         return tuple(str(value) for value in range(1, _ADE20K_CLASSES + 1))
@@ -195,10 +206,13 @@ def _found_names(config: TrainConfig) -> tuple[str, ...] | None:
 
 def _mask_labels(config: TrainConfig, names: Sequence[str]) -> MaskLabels:
     own = config.segmentation
+    ignored = () if own.ignore_value is None else (own.ignore_value,)
     if config.data.dataset == "ade20k" and not own.mask_values:  # 0 is everything else
-        return MaskLabels(len(names), range(1, len(names) + 1), 0)
+        return MaskLabels(len(names), range(1, len(names) + 1), (0,))
+    if config.data.dataset == "cityscapes" and not own.mask_values:
+        return MaskLabels(len(names), named_pairs.CITYSCAPES_VALUES, (*named_pairs.CITYSCAPES_VOID, *ignored))
     if own.mask_values and len(own.mask_values) != len(names):
         raise ValueError(
             f"segmentation.mask_values must have a value for each of {len(names)} classes, got {len(own.mask_values)}"
         )
-    return MaskLabels(len(names), own.mask_values, own.ignore_value)
+    return MaskLabels(len(names), own.mask_values, ignored)

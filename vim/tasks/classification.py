@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vim.config.schema import TrainConfig
-from vim.data.contents import contents_of
+from vim.data.contents import contents_of, passed_over
 from vim.data.loaders import build_loaders
 from vim.data.sources import first_readable_file
 from vim.data.tensors import TensorImages
@@ -20,7 +20,6 @@ from vim.runtime.agreement import data_facts
 from vim.runtime.distributed import Processes
 from vim.runtime.precision import autocast
 from vim.tasks.classification_loss import ClassificationLoss
-from vim.tasks.data_record import describe_data
 from vim.tasks.named_classes import NamedClassesTask
 from vim.tasks.samples import write_samples
 from vim.tasks.task import Batch, Evaluation, Figures
@@ -105,7 +104,8 @@ class ClassificationTask(NamedClassesTask):
 
     def describe_data(self) -> list[str]:
         """Return lines with the number of images and the first classes."""
-        return describe_data(self._config, self.loaders.sets, self._contents)
+        sets = self.loaders.sets
+        return self._describe_images("images", passed_over(sets.train, sets.val))
 
     def describe_training(self, figures: Figures) -> str:
         """Return the training accuracy in words."""

@@ -3,29 +3,39 @@
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from vim.checkpoints.io import atomic_writer
 from vim.config.schema import TrainConfig
-from vim.data.contents import SplitContents, passed_over
+from vim.data.contents import SplitContents
 from vim.data.listing import describe_passed_over, printable
-from vim.data.sources import ImageSets
 
 _SHOWN = 5  # classes
 
 
-def describe_data(config: TrainConfig, sets: ImageSets, contents: Mapping[str, SplitContents]) -> list[str]:
-    """Return lines about the data: number of images, skipped files, and the first classes."""
+def describe_data(
+    config: TrainConfig, contents: Mapping[str, SplitContents], images: str, passed_over: Counter[str]
+) -> list[str]:
+    """Return lines about the data: number of images, skipped files, and the first classes.
+
+    Args:
+        config: The settings of the run.
+        contents: The images of both splits.
+        images: What the images are called, such as `images with masks`.
+        passed_over: Number of other files, by kind.
+    """
     where = f" in {config.data.path}" if config.data.path else ""
-    others = describe_passed_over(passed_over(sets.train, sets.val))
-    names, counts = sets.class_names, contents["training"].class_counts()
+    others = describe_passed_over(passed_over)
+    training, held_out = contents["training"], contents["held-out"]
+    names, counts = training.class_names, training.class_counts()
     first = [name if counts is None else f"{name} ({counts[label]:,})" for label, name in enumerate(names[:_SHOWN])]
     more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
     return [
         printable(
-            f"data     {config.data.dataset}{where}: {len(sets.train):,} training images, {len(sets.val):,} held out, "
-            f"{len(names)} classes{f', {others}' if others else ''}"
+            f"data     {config.data.dataset}{where}: {training.count:,} training {images}, {held_out.count:,} held "
+            f"out, {len(names)} classes{f', {others}' if others else ''}"
         ),
         printable(f"classes  {', '.join(first + more)}"),
     ]

@@ -1,6 +1,7 @@
 """Detection and instance segmentation: images with objects, Mask R-CNN, and COCO's average precision."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,6 @@ from vim.tasks.task import Batch, Evaluation, Figures
 
 _EXAMPLES = 6
 _SAMPLES = 10
-_SHOWN = 5  # classes
 # The part of a detector that a loss of torchvision trains, by the first word of the loss's name.
 _PARTS = {
     "loss_objectness": "proposals",
@@ -158,19 +158,12 @@ class DetectionTask(NamedClassesTask):
 
     def describe_data(self) -> list[str]:
         """Return lines with the number of images, the first classes, and what is unusual about the objects."""
-        config, names = self._config, self.class_names
-        where = f" in {config.data.path}" if config.data.path else ""
-        more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
-        training, held_out = (len(source) for source in self._sources.values())
-        lines = [
-            f"data     {config.data.dataset}{where}: {training:,} training images with objects, {held_out:,} held out, "
-            f"{len(names)} classes",
-            f"classes  {', '.join([*names[:_SHOWN], *more])}",
+        notes = [
+            printable(f"objects  {split}: {', '.join(source.notes)}")
+            for split, source in self._sources.items()
+            if source.notes
         ]
-        lines += [
-            f"objects  {split}: {', '.join(source.notes)}" for split, source in self._sources.items() if source.notes
-        ]
-        return [printable(line) for line in lines]
+        return [*self._describe_images("images with objects", Counter()), *notes]
 
     def describe_training(self, figures: Figures) -> str:
         """Return the losses of the parts in words."""

@@ -1,5 +1,6 @@
 """What tasks on images with named classes have in common: the record of the images, and the names in checkpoints."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from vim.config.schema import TrainConfig
 from vim.data.contents import SplitContents, class_changes
 from vim.inference.trained_model import weights_metadata
-from vim.tasks.data_record import changes_since_record, write_record
+from vim.tasks.data_record import changes_since_record, describe_data, write_record
 
 
 class NamedClassesTask:
@@ -25,6 +26,10 @@ class NamedClassesTask:
         self._config = config
         self.class_names = class_names
         self._contents = contents
+
+    def _describe_images(self, images: str, passed_over: Counter[str]) -> list[str]:
+        """Return lines with the number of images and the first classes; see `vim.tasks.data_record.describe_data`."""
+        return describe_data(self._config, self._contents, images, passed_over)
 
     def write_data_record(self, path: Path) -> None:
         """Write the images of both splits into a file."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vim.config.schema import TrainConfig
 from vim.data.contents import SplitContents
-from vim.data.listing import describe_passed_over, printable
 from vim.data.masks import NO_CLASS
 from vim.data.segmentation_loaders import build_pair_loaders
 from vim.inference.mask_evaluation import evaluate_masks
@@ -28,7 +27,6 @@ from vim.tasks.task import Batch, Evaluation, Figures
 
 _EXAMPLES = 6
 _SAMPLES = 10
-_SHOWN = 5  # classes
 
 
 class SegmentationTask(NamedClassesTask):
@@ -153,18 +151,9 @@ class SegmentationTask(NamedClassesTask):
 
     def describe_data(self) -> list[str]:
         """Return lines with the number of images and the first classes."""
-        config, sets = self._config, self.loaders.sets
-        where = f" in {config.data.path}" if config.data.path else ""
-        others = describe_passed_over(sets.train.pairs.passed_over + sets.val.pairs.passed_over)
-        names = self.class_names
-        more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
-        return [
-            printable(
-                f"data     {config.data.dataset}{where}: {len(sets.train.pairs):,} training images with masks, "
-                f"{len(sets.val.pairs):,} held out, {len(names)} classes{f', {others}' if others else ''}"
-            ),
-            printable(f"classes  {', '.join([*names[:_SHOWN], *more])}"),
-        ]
+        sets = self.loaders.sets
+        passed_over = sets.train.pairs.passed_over + sets.val.pairs.passed_over
+        return self._describe_images("images with masks", passed_over)
 
     def describe_training(self, figures: Figures) -> str:
         """Return the share of right pixels in words."""
