@@ -76,13 +76,14 @@ def bidirectional_scan_fwd_kernel(
     if tl.program_id(1) == 0:
         scan_forward(
             forward.u, forward.x_dbl, forward.dt_weight, forward.dt_bias, forward.A_log, forward.x_dbl, forward.x_dbl,
-            forward.D, None, forward.y, forward.entry, None, batch, first, channels, inside, seqlen, dim,
+            forward.D, None, forward.y, forward.entry, None, None, None,
+            batch, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, False, True, False, False, ALIGN,
         )  # fmt: skip
     else:
         scan_forward(
             backward.u, backward.x_dbl, backward.dt_weight, backward.dt_bias, backward.A_log, backward.x_dbl,
-            backward.x_dbl, backward.D, None, backward.y, backward.entry, None,
+            backward.x_dbl, backward.D, None, backward.y, backward.entry, None, None, None,
             batch, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, True, True, False, False, ALIGN,
         )  # fmt: skip
@@ -99,18 +100,18 @@ def bidirectional_scan_bwd_kernel(
     if tl.program_id(1) == 0:
         scan_backward(
             dy, None, forward.u, forward.x_dbl, forward.dt_weight, forward.dt_bias, forward.A_log, forward.x_dbl,
-            forward.x_dbl, forward.D, z, forward.entry, forward_grads.scratch,
+            forward.x_dbl, forward.D, z, None, forward.entry, forward_grads.scratch,
             forward_grads.du, forward_grads.ddelta, None, forward.y, forward_grads.dA, forward_grads.dB,
-            forward_grads.dC, forward_grads.dD, forward_grads.ddt_bias, scale,
+            forward_grads.dC, forward_grads.dD, forward_grads.ddt_bias, None, scale,
             batch, block, blocks, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, False, True, False, False, ALIGN, SUB,
         )  # fmt: skip
     else:
         scan_backward(
             dy, None, backward.u, backward.x_dbl, backward.dt_weight, backward.dt_bias, backward.A_log, backward.x_dbl,
-            backward.x_dbl, backward.D, z, backward.entry, backward_grads.scratch,
+            backward.x_dbl, backward.D, z, None, backward.entry, backward_grads.scratch,
             backward_grads.du, backward_grads.ddelta, None, backward.y, backward_grads.dA, backward_grads.dB,
-            backward_grads.dC, backward_grads.dD, backward_grads.ddt_bias, scale,
+            backward_grads.dC, backward_grads.dD, backward_grads.ddt_bias, None, scale,
             batch, block, blocks, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, True, True, False, False, ALIGN, SUB,
         )  # fmt: skip
