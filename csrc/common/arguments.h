@@ -96,6 +96,7 @@ struct Conv {
   int directions = 1;
   ConvDirection direction[2];
   Activation x, dx;
+  const int32_t* seq_idx = nullptr;  // (batch, length), or null; filters see zeros beyond where it changes
   int64_t batch_groups = 1;   // backward, as in ScanPartition
   float* partials = nullptr;  // backward: [batch group][block][taps and bias][kLanes]
 };
