@@ -98,7 +98,7 @@ def _flip_tokens(B: Tensor, A: Tensor) -> Tensor:
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if op not in _FUNCTIONS:
-        return Inapplicable(f"it has no kernel for {op}, which runs by its parts")
+        return Inapplicable(f"it has no kernel for {op}")
     if device.type != "cuda":  # torch calls AMD's GPUs cuda, too
         return Inapplicable(f"its kernels are for GPUs, not for {device.type}")
     if dtype not in _DTYPES:

@@ -25,14 +25,10 @@ _logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPUS = ("cuda", "xpu")  # torch calls AMD's GPUs cuda, too
 
-# Ops that have no kernels of their own, and what runs instead.
-_WITHOUT_KERNELS = {
-    "bidirectional_block": "which runs by its parts",
-    "embed_patches": "which runs by its parts",
-    "segmented_conv1d": "which runs on the reference",
-}
+# Ops that have no kernels of their own: the model runs their parts.
+_WITHOUT_KERNELS = ("bidirectional_block", "embed_patches")
 # Ops whose kernels are in the file of another op.
-_FILES = {"segmented_scan": "selective_scan"}
+_FILES = {"segmented_conv1d": "causal_conv1d", "segmented_scan": "selective_scan"}
 
 
 def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +61,7 @@ def _warn_once(name: str, dtype: str) -> None:
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if op in _WITHOUT_KERNELS:
-        return Inapplicable(f"it has no kernel for {op}, {_WITHOUT_KERNELS[op]}")
+        return Inapplicable(f"it has no kernel for {op}, which runs by its parts")
     if device.type == "meta":
         return Inapplicable("meta tensors have nothing to compute")
     if dtype not in _DTYPES:
