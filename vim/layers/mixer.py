@@ -341,6 +341,7 @@ class Mamba(nn.Module):
 def _check_state(name: str, state: Tensor, shape: tuple[int, ...], axes: str) -> None:
     if tuple(state.shape) != shape:
         raise ValueError(f"{name} must be {axes} = {shape}, got {tuple(state.shape)}")
+    check_memory(name, state)
 
 
 def _inner_weights(d: _Direction) -> InnerWeights:

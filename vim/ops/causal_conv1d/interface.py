@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vim.ops.backends.registry import resolve_backend
 from vim.ops.causal_conv1d import register as register
-from vim.ops.common.checks import check_activation, check_choice, check_length, check_operand, check_seq_idx
+from vim.ops.common.checks import (
+    check_activation,
+    check_choice,
+    check_length,
+    check_memory,
+    check_operand,
+    check_seq_idx,
+)
 from vim.ops.common.layout import accumulate_dtype, as_dtype, like_layout
 from vim.ops.common.segments import number_sequences
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+    backend: str | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: Literal[False] = False,
+    final_states_out: None = None,
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+    backend: str | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool,
+    final_states_out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def causal_conv1d(
@@ -70,6 +111,8 @@ def causal_conv1d(
         check_seq_idx(seq_idx, x, "x")
     if initial_states is not None:
         check_operand("initial_states", initial_states, state_shape, "(batch, dim, width - 1)", x, "x")
+        for name, tensor in (("x", x), ("initial_states", initial_states), ("seq_idx", seq_idx)):
+            check_memory(name, tensor)
         if seq_idx is not None:
             first = seq_idx[:, -1:] if reverse else seq_idx[:, :1]
             seq_idx = _join(first.expand(-1, history), seq_idx, reverse)
@@ -89,6 +132,8 @@ def causal_conv1d(
         out = like_layout(out[..., :seqlen] if reverse else out[..., history:], x)
     if not return_final_states:
         return out
+    for name, tensor in (("x", x), ("seq_idx", seq_idx), ("final_states_out", final_states_out)):
+        check_memory(name, tensor)
     final_states = _final_states(x, seq_idx, history, reverse)
     return out, final_states if final_states_out is None else final_states_out.copy_(final_states)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vim.ops.causal_conv1d.interface import causal_conv1d, check_filter
-from vim.ops.common.checks import check_activation, check_integers, check_length, check_operand
+from vim.ops.common.checks import check_activation, check_integers, check_length, check_memory, check_operand
 
 
 def causal_conv1d_update(
@@ -24,8 +24,8 @@ def causal_conv1d_update(
 
     Args:
         x: The new tokens, (batch, dim) for one or (batch, dim, len); float32, bfloat16, float16 or float64.
-        conv_state: The tokens before, (batch, dim, state_len) with state_len >= width - 1, the latest one last; zeros
-            at the start of a sequence. Any floating dtype.
+        conv_state: The tokens before, the latest one last, (batch, dim, state_len) with state_len >= width - 1 and
+            >= 1; zeros at the start of a sequence. Any floating dtype.
         weight: Filters, (dim, width).
         bias: Per channel, (dim,).
         activation: "silu" (or its other name "swish"), or `None`.
@@ -57,7 +57,9 @@ def causal_conv1d_update(
     _check_state(conv_state, x, history, conv_state_indices is not None)
     for name, value in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
         if value is not None:
-            check_integers(name, value, (x.shape[0],), "(batch,)", x, "x")
+            check_memory(name, check_integers(name, value, (x.shape[0],), "(batch,)", x, "x"))
+    for name, tensor in (("x", x), ("conv_state", conv_state)):
+        check_memory(name, tensor)
     states = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long().clamp_min(0)]
     before, after = _roll(states, x, history) if cache_seqlens is None else _turn(states, x, history, cache_seqlens)
     out = causal_conv1d(x, weight, bias, activation, initial_states=before, backend=backend)
@@ -75,8 +77,10 @@ def _check_state(conv_state: Tensor, x: Tensor, history: int, indexed: bool) -> 
     is_state = isinstance(conv_state, Tensor) and conv_state.dim() == 3
     rows, state_len = (conv_state.shape[0], conv_state.shape[2]) if is_state else (batch, history)
     check_operand("conv_state", conv_state, (rows if indexed else batch, dim, state_len), axes, x, "x")
-    if state_len < history:
-        raise ValueError(f"conv_state must have state_len >= width - 1 = {history}, got {tuple(conv_state.shape)}")
+    if state_len < max(history, 1):
+        raise ValueError(
+            f"conv_state must have state_len >= 1 and >= width - 1 = {history}, got {tuple(conv_state.shape)}"
+        )
 
 
 def _roll(states: Tensor, x: Tensor, history: int) -> tuple[Tensor, Tensor]:

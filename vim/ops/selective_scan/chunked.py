@@ -69,7 +69,8 @@ def segmented_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments
 
         g[l] = C[l] dy[l] + exp(delta[l+1] A) g[l+1]
 
-    where the last term is 0 if a sequence starts at l+1, and everything else is elementwise in g, h and the inputs. Complex tensors follow PyTorch's conjugate convention.
+    where the last term is 0 if a sequence starts at l+1, and everything else is elementwise in g, h and the inputs.
+    Complex tensors follow PyTorch's conjugate convention.
 
     Args:
         dout: Gradient of out.

@@ -31,8 +31,8 @@ def selective_scan(
 
         h[l] = exp(delta[l] A) h[l-1] + delta[l] B[l] u[l];    y[l] = (<C[l], h[l]> + D u[l]) silu(z[l])
 
-    Every floating input gets a gradient. States, A, softplus and sums are float32 (float64 for float64 input), under autocast
-    and for half inputs too.
+    Every input but `seq_idx` gets a gradient. States, A, softplus and sums are float32 (float64 for float64 input),
+    under autocast and for half inputs too.
 
     Args:
         u: Input, (batch, dim, len); float32, bfloat16, float16 or float64. Any strides.

@@ -6,9 +6,10 @@ For each batch element and channel, with a state h of d_state numbers (Gu and Da
     h[l]     = exp(delta[l] A) h[l-1] + delta[l] B[l] u[l]
     y[l]     = (<C[l], h[l]> + D u[l]) silu(z[l])              (2 Re<C, h> where A is complex)
 
-The state before the first token is `initial_state`, or 0. Where `seq_idx` changes from one token to the next, a sequence
-ends and the next one starts: h[l-1] is 0 there. `reverse` runs l from the last token to the first. Arithmetic is float32, or float64 for float64 input. Gradients come
-from autograd, which keeps every state; `chunked.py` computes the same in less memory.
+The state before the first token is `initial_state`, or 0. Where `seq_idx` changes from one token to the next, a
+sequence ends and the next one starts: h[l-1] is 0 there. `reverse` runs l from the last token to the first. Arithmetic
+is float32, or float64 for float64 input. Gradients come from autograd, which keeps every state; `chunked.py` computes
+the same in less memory.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from vim.ops.common.checks import check_floating, check_operand, check_tensor
+from vim.ops.common.checks import check_floating, check_memory, check_operand, check_tensor
 from vim.ops.common.eager import needs_grad
 from vim.ops.selective_scan.interface import selective_scan
 
@@ -73,6 +73,10 @@ def selective_state_update(
     if z is not None:
         check_operand("z", z, x.shape, f"(batch, {per_channel})", state, "state")
 
+    tensors = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    for name, tensor in tensors.items():
+        check_memory(name, tensor)
+
     # The scan takes its inputs in one dtype.
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in (dt, B, C, z) if t is not None), x.dtype)
 
@@ -81,7 +85,7 @@ def selective_state_update(
         return t.flatten(1)[..., None].to(dtype)
 
     before = state.flatten(1, -2)
-    if needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
+    if needs_grad(*tensors.values()):
         before = before.clone()  # a backward pass needs it, and `state` is overwritten
     out, last_state = selective_scan(
         token(x),
@@ -102,7 +106,7 @@ def selective_state_update(
 
 
 def _check_map(name: str, B: Tensor, state: Tensor) -> None:
-    """Raise unless B or C is (batch, d_state) or, with heads, (batch, ngroups, d_state) with groups that divide them."""
+    """Raise unless B or C is (batch, d_state), or with heads (batch, ngroups, d_state) where groups divide heads."""
     batch, d_state = state.shape[0], state.shape[-1]
     check_tensor(name, B, "(batch, d_state)")
     if state.dim() == 4 and B.dim() == 3:
