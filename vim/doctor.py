@@ -26,6 +26,8 @@ OPS = (
     "bidirectional_scan",
     "causal_conv1d",
     "embed_patches",
+    "segmented_conv1d",
+    "segmented_scan",
     "selective_scan",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -34,8 +34,9 @@ struct ScanDirection {
   const float* D = nullptr;          // (dim,)
   StateMap B, C;
   bool reverse = false;
-  float* checkpoints = nullptr;  // (batch, chunks, d_state, dim)
-  float* last_state = nullptr;   // (batch, dim, d_state)
+  const float* initial_state = nullptr;  // (batch, dim, d_state), or null for 0
+  float* checkpoints = nullptr;          // (batch, chunks, d_state, dim)
+  float* last_state = nullptr;           // (batch, dim, d_state)
 };
 
 // y = scale (sum of the directions) silu(z)
@@ -49,6 +50,10 @@ struct Scan {
   int directions = 1;
   ScanDirection direction[2];
   Activation z, y;
+  const int32_t* seq_idx = nullptr;  // (batch, length), or null; the state restarts from 0 where it changes
+
+  // Whether scans that begin at 0 and do not restart can take the place of this one.
+  bool is_plain() const { return direction[0].initial_state == nullptr && seq_idx == nullptr; }
 };
 
 struct ScanDirectionGrads {
@@ -63,6 +68,7 @@ struct ScanDirectionGrads {
   float* dA = nullptr;                 // (dim, d_state), of A_log with A_is_log
   float* dD = nullptr;                 // (dim,)
   const float* dlast_state = nullptr;  // (batch, dim, d_state) contiguous
+  float* dinitial_state = nullptr;     // (batch, dim, d_state)
 };
 
 struct ScanBackward {
@@ -90,6 +96,7 @@ struct Conv {
   int directions = 1;
   ConvDirection direction[2];
   Activation x, dx;
+  const int32_t* seq_idx = nullptr;  // (batch, length), or null; filters see zeros beyond where it changes
   int64_t batch_groups = 1;   // backward, as in ScanPartition
   float* partials = nullptr;  // backward: [batch group][block][taps and bias][kLanes]
 };

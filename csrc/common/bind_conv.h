@@ -1,6 +1,6 @@
-// vim::causal_conv1d and vim::bidirectional_conv1d, forward and backward, for any device: checks, outputs, and the
-// struct that kernels read. Float64 and mixed dtypes go to the reference, which is registered under a name of its own.
-// Included once per library.
+// vim::causal_conv1d, vim::segmented_conv1d and vim::bidirectional_conv1d, forward and backward, for any device: checks,
+// outputs, and the struct that kernels read. Float64 and mixed dtypes go to the reference, which is registered under a
+// name of its own. Included once per library.
 #pragma once
 
 #include <string>
@@ -48,51 +48,82 @@ struct Filter {
 void run_forward(const Conv& conv, const Tensor& like);
 void run_backward(Conv& conv, const Tensor& like);
 
-// ---- causal_conv1d: (batch, dim, len) ---------------------------------------------------------------------------
+// ---- causal_conv1d and segmented_conv1d: (batch, dim, len) ---------------------------------------------------------------------------
 
-Conv causal(const Tensor& x, const Filter& filter, bool silu, bool reverse) {
-  Conv conv;
-  conv.element = *element_of(x);
-  conv.batch = x.size(0);
-  conv.dim = x.size(1);
-  conv.length = x.size(2);
-  conv.silu = silu;
-  conv.x = input(x, 0, 2, 1);
-  conv.direction[0] = filter.direction(reverse);
-  return conv;
-}
+// What both passes of both ops check first.
+struct CausalInputs {
+  Tensor x;
+  Filter filter;
+  OptionalTensor seq_idx = std::nullopt;
 
-Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu, bool reverse) {
-  Filter filter{weight, bias};
-  if (!element_of(x).has_value() || !filter.supported()) {
-    return std::get<0>(call_op<Tensor>("vim::causal_conv1d_reference", x, weight, bias, silu, reverse));
+  bool supported() const {
+    return element_of(x).has_value() && filter.supported() &&
+           (!seq_idx.has_value() || seq_idx->scalar_type() == ScalarType::Int);
   }
-  STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
-  check_memory("x", x);
-  filter.check(x, x.size(1));
-  filter.make_dense();
-  Conv conv = causal(x, filter, silu, reverse);
-  const Tensor out = allocate_like_layout(x);
+
+  void check() const {
+    STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
+    check_memory("x", x);
+    filter.check(x, x.size(1));
+    check_device("seq_idx", seq_idx, x);
+    check_sizes("seq_idx", seq_idx, {x.size(0), x.size(2)});
+  }
+
+  void make_dense() {
+    filter.make_dense();
+    seq_idx = dense(seq_idx);
+  }
+
+  Conv conv(bool silu, bool reverse) const {
+    Conv conv;
+    conv.element = *element_of(x);
+    conv.batch = x.size(0);
+    conv.dim = x.size(1);
+    conv.length = x.size(2);
+    conv.silu = silu;
+    conv.x = input(x, 0, 2, 1);
+    conv.direction[0] = filter.direction(reverse);
+    if (seq_idx.has_value()) conv.seq_idx = static_cast<const int32_t*>(seq_idx->const_data_ptr());
+    return conv;
+  }
+};
+
+Tensor run_causal(CausalInputs inputs, bool silu, bool reverse) {
+  inputs.check();
+  inputs.make_dense();
+  Conv conv = inputs.conv(silu, reverse);
+  const Tensor out = allocate_like_layout(inputs.x);
   conv.direction[0].out = output(out, 0, 2, 1);
-  run_forward(conv, x);
+  run_forward(conv, inputs.x);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
-                                                          const OptionalTensor& bias, bool silu, bool reverse) {
-  Filter filter{weight, bias};
-  if (!element_of(x).has_value() || !filter.supported() || !same_type(dout, x)) {
-    return call_op<Tensor, Tensor, Tensor>("vim::causal_conv1d_backward_reference", dout, x, weight, bias, silu,
-                                           reverse);
+Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu, bool reverse) {
+  const CausalInputs inputs{x, {weight, bias}};
+  if (!inputs.supported()) {
+    return std::get<0>(call_op<Tensor>("vim::causal_conv1d_reference", x, weight, bias, silu, reverse));
   }
-  STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, dim, len)");
-  check_memory("x", x);
+  return run_causal(inputs, silu, reverse);
+}
+
+Tensor segmented_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& seq_idx,
+                        bool silu, bool reverse) {
+  const CausalInputs inputs{x, {weight, bias}, seq_idx};
+  if (!inputs.supported()) {
+    return std::get<0>(call_op<Tensor>("vim::segmented_conv1d_reference", x, weight, bias, seq_idx, silu, reverse));
+  }
+  return run_causal(inputs, silu, reverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_gradients(const Tensor& dout, CausalInputs inputs, bool silu, bool reverse) {
+  inputs.check();
+  inputs.make_dense();
+  const Tensor& x = inputs.x;
+  const OptionalTensor& bias = inputs.filter.bias;
   check_device("dout", dout, x);
   check_sizes("dout", dout, sizes_of(x));
-  filter.check(x, x.size(1));
-  filter.make_dense();
-  Conv conv = causal(x, filter, silu, reverse);
-  const Tensor dx = allocate_like_layout(x), dweight = allocate_like(weight);
+  Conv conv = inputs.conv(silu, reverse);
+  const Tensor dx = allocate_like_layout(x), dweight = allocate_like(inputs.filter.weight);
   const Tensor dbias = bias.has_value() ? allocate_like(*bias) : absent(x, ScalarType::Float);
   ConvDirection& side = conv.direction[0];
   conv.dx = output(dx, 0, 2, 1);
@@ -101,6 +132,27 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& dout, co
   if (bias.has_value()) side.dbias = mutable_floats(dbias);
   run_backward(conv, x);
   return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                                          const OptionalTensor& bias, bool silu, bool reverse) {
+  const CausalInputs inputs{x, {weight, bias}};
+  if (!inputs.supported() || !same_type(dout, x)) {
+    return call_op<Tensor, Tensor, Tensor>("vim::causal_conv1d_backward_reference", dout, x, weight, bias, silu,
+                                           reverse);
+  }
+  return causal_gradients(dout, inputs, silu, reverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> segmented_conv1d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                                             const OptionalTensor& bias, const Tensor& seq_idx,
+                                                             bool silu, bool reverse) {
+  const CausalInputs inputs{x, {weight, bias}, seq_idx};
+  if (!inputs.supported() || !same_type(dout, x)) {
+    return call_op<Tensor, Tensor, Tensor>("vim::segmented_conv1d_backward_reference", dout, x, weight, bias, seq_idx,
+                                           silu, reverse);
+  }
+  return causal_gradients(dout, inputs, silu, reverse);
 }
 
 // ---- bidirectional_conv1d: (batch, len, dim) --------------------------------------------------------------------
@@ -187,6 +239,8 @@ template <class Library>
 void implement_convolutions(Library& m, const std::string& suffix) {
   m.impl(("causal_conv1d" + suffix).c_str(), TORCH_BOX(&causal_conv1d));
   m.impl(("causal_conv1d_backward" + suffix).c_str(), TORCH_BOX(&causal_conv1d_backward));
+  m.impl(("segmented_conv1d" + suffix).c_str(), TORCH_BOX(&segmented_conv1d));
+  m.impl(("segmented_conv1d_backward" + suffix).c_str(), TORCH_BOX(&segmented_conv1d_backward));
   m.impl(("bidirectional_conv1d" + suffix).c_str(), TORCH_BOX(&bidirectional_conv1d));
   m.impl(("bidirectional_conv1d_backward" + suffix).c_str(), TORCH_BOX(&bidirectional_conv1d_backward));
 }

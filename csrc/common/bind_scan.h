@@ -1,6 +1,6 @@
-// vim::selective_scan and vim::bidirectional_scan, forward and backward, for any device: checks, outputs, and the
-// structs that kernels read. Float64, a complex A and mixed dtypes go to the reference, which is registered under a
-// name of its own. Included once per library.
+// vim::selective_scan, vim::segmented_scan and vim::bidirectional_scan, forward and backward, for any device: checks,
+// outputs, and the structs that kernels read. Float64, a complex A and mixed dtypes go to the reference, which is
+// registered under a name of its own. Included once per library.
 #pragma once
 
 #include <string>
@@ -44,11 +44,13 @@ StateMap state_map(const Tensor& x, void* data, int64_t dim) {
 struct SelectiveInputs {
   Tensor u, delta, A, B, C;
   OptionalTensor D, z, delta_bias;
+  OptionalTensor initial_state = std::nullopt, seq_idx = std::nullopt;
 
   bool supported() const {
     const auto map_fits = [&](const Tensor& x) { return x.dim() == 2 ? is_float(x) : same_type(x, u); };
     return element_of(u).has_value() && same_type(delta, u) && is_float(A) && map_fits(B) && map_fits(C) &&
-           is_float(D) && same_type(z, u) && is_float(delta_bias) && u.size(1) > 0 && A.size(1) > 0;
+           is_float(D) && same_type(z, u) && is_float(delta_bias) && is_float(initial_state) &&
+           (!seq_idx.has_value() || seq_idx->scalar_type() == ScalarType::Int) && u.size(1) > 0 && A.size(1) > 0;
   }
 
   void check() const {
@@ -58,6 +60,7 @@ struct SelectiveInputs {
     check_extent({batch, dim, length, d_state});
     for (const Tensor* x : {&delta, &A, &B, &C}) check_device("delta, A, B or C", *x, u);
     for (const OptionalTensor* x : {&D, &z, &delta_bias}) check_device("D, z or delta_bias", *x, u);
+    for (const OptionalTensor* x : {&initial_state, &seq_idx}) check_device("initial_state or seq_idx", *x, u);
     check_memory("u", u);
     check_sizes("delta", delta, sizes);
     check_sizes("A", A, {dim, d_state});
@@ -75,6 +78,8 @@ struct SelectiveInputs {
     check_sizes("D", D, {dim});
     check_sizes("z", z, sizes);
     check_sizes("delta_bias", delta_bias, {dim});
+    check_sizes("initial_state", initial_state, {batch, dim, d_state});
+    check_sizes("seq_idx", seq_idx, {batch, length});
   }
 
   void make_dense() {
@@ -83,6 +88,8 @@ struct SelectiveInputs {
     if (C.dim() == 2) C = dense(C);
     D = dense(D);
     delta_bias = dense(delta_bias);
+    initial_state = dense(initial_state);
+    seq_idx = dense(seq_idx);
   }
 
   Scan scan(bool softplus, bool reverse) const {
@@ -94,6 +101,7 @@ struct SelectiveInputs {
     scan.d_state = A.size(1);
     scan.softplus = softplus;
     if (z.has_value()) scan.z = input(*z, 0, 2, 1);
+    if (seq_idx.has_value()) scan.seq_idx = static_cast<const int32_t*>(seq_idx->const_data_ptr());
     ScanDirection& side = scan.direction[0];
     side.u = input(u, 0, 2, 1);
     side.delta = input(delta, 0, 2, 1);
@@ -108,27 +116,22 @@ struct SelectiveInputs {
     if (B.dim() == 2) side.B.constant = floats(B);
     if (C.dim() == 2) side.C.constant = floats(C);
     side.reverse = reverse;
+    side.initial_state = floats(initial_state);
     return scan;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
-                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
-                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
-                                                  bool delta_softplus, bool reverse, int64_t checkpoint_every) {
-  SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias};
-  if (!inputs.supported()) {
-    return call_op<Tensor, Tensor, Tensor>("vim::selective_scan_reference", u, delta, A, B, C, D, z, delta_bias,
-                                           delta_softplus, reverse, checkpoint_every);
-  }
+std::tuple<Tensor, Tensor, Tensor> run_selective(SelectiveInputs inputs, bool delta_softplus, bool reverse,
+                                                 int64_t checkpoint_every) {
   inputs.check();
   inputs.make_dense();
   Scan scan = inputs.scan(delta_softplus, reverse);
   scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, false);
   const int64_t chunks = chunks_of(scan.length, scan.checkpoint_every);
+  const Tensor& u = inputs.u;
   const Tensor out = allocate_like_layout(u);
-  const Tensor last_state = allocate(A, {scan.batch, scan.dim, scan.d_state});
-  const Tensor checkpoints = allocate(A, {scan.batch, chunks, scan.d_state, scan.dim});
+  const Tensor last_state = allocate(inputs.A, {scan.batch, scan.dim, scan.d_state});
+  const Tensor checkpoints = allocate(inputs.A, {scan.batch, chunks, scan.d_state, scan.dim});
   scan.y = output(out, 0, 2, 1);
   scan.direction[0].last_state = mutable_floats(last_state);
   if (scan.checkpoint_every > 0) scan.direction[0].checkpoints = mutable_floats(checkpoints);
@@ -136,25 +139,45 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   return {out, last_state, checkpoints};
 }
 
-using SelectiveGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor& dlast_state, const Tensor& u,
-                                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                                       const OptionalTensor& D, const OptionalTensor& z,
-                                       const OptionalTensor& delta_bias, const Tensor& checkpoints, bool delta_softplus,
-                                       bool reverse, int64_t checkpoint_every) {
-  SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias};
-  if (!inputs.supported() || !same_type(dout, u) || !is_float(dlast_state) || !is_float(checkpoints)) {
-    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-        "vim::selective_scan_backward_reference", dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, checkpoints,
-        delta_softplus, reverse, checkpoint_every);
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                                  bool delta_softplus, bool reverse, int64_t checkpoint_every) {
+  const SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias};
+  if (!inputs.supported()) {
+    return call_op<Tensor, Tensor, Tensor>("vim::selective_scan_reference", u, delta, A, B, C, D, z, delta_bias,
+                                           delta_softplus, reverse, checkpoint_every);
   }
+  return run_selective(inputs, delta_softplus, reverse, checkpoint_every);
+}
+
+std::tuple<Tensor, Tensor, Tensor> segmented_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                                  const OptionalTensor& initial_state, const OptionalTensor& seq_idx,
+                                                  bool delta_softplus, bool reverse, int64_t checkpoint_every) {
+  const SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx};
+  if (!inputs.supported()) {
+    return call_op<Tensor, Tensor, Tensor>("vim::segmented_scan_reference", u, delta, A, B, C, D, z, delta_bias,
+                                           initial_state, seq_idx, delta_softplus, reverse, checkpoint_every);
+  }
+  return run_selective(inputs, delta_softplus, reverse, checkpoint_every);
+}
+
+using SelectiveGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SegmentedGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SegmentedGrads selective_gradients(const Tensor& dout, const OptionalTensor& dlast_state, SelectiveInputs inputs,
+                                   const Tensor& checkpoints, bool delta_softplus, bool reverse,
+                                   int64_t checkpoint_every) {
   inputs.check();
   inputs.make_dense();
   ScanBackward k;
   k.scan = inputs.scan(delta_softplus, reverse);
   Scan& scan = k.scan;
   scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, true);
+  const Tensor &u = inputs.u, &A = inputs.A, &B = inputs.B, &C = inputs.C;
+  const OptionalTensor &D = inputs.D, &z = inputs.z, &delta_bias = inputs.delta_bias;
   check_device("dout", dout, u);
   check_device("dlast_state", dlast_state, u);
   check_device("checkpoints", checkpoints, u);
@@ -165,11 +188,13 @@ SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor&
   const Tensor states = dense(checkpoints);
   const OptionalTensor dlast = dense(dlast_state);
   scan.direction[0].checkpoints = const_cast<float*>(floats(states));
-  const Tensor du = allocate_like_layout(u), ddelta = allocate_like_layout(delta);
+  const Tensor du = allocate_like_layout(u), ddelta = allocate_like_layout(inputs.delta);
   const Tensor dA = allocate_like(A), dB = allocate_like(B), dC = allocate_like(C);
   const Tensor dD = D.has_value() ? allocate_like(*D) : absent(u, ScalarType::Float);
   const Tensor dz = z.has_value() ? allocate_like_layout(*z) : absent(u, u.scalar_type());
   const Tensor dbias = delta_bias.has_value() ? allocate_like(*delta_bias) : absent(u, ScalarType::Float);
+  const Tensor dinitial =
+      inputs.initial_state.has_value() ? allocate_like(*inputs.initial_state) : absent(u, ScalarType::Float);
   k.dy = input(dout, 0, 2, 1);
   if (z.has_value()) k.dz = output(dz, 0, 2, 1);
   ScanDirectionGrads& grads = k.grads[0];
@@ -183,8 +208,40 @@ SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor&
   if (D.has_value()) grads.dD = mutable_floats(dD);
   if (delta_bias.has_value()) grads.dbias = mutable_floats(dbias);
   grads.dlast_state = floats(dlast);
+  if (inputs.initial_state.has_value()) grads.dinitial_state = mutable_floats(dinitial);
   run_backward(k, u);
+  return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
+}
+
+SelectiveGrads selective_scan_backward(const Tensor& dout, const OptionalTensor& dlast_state, const Tensor& u,
+                                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                       const OptionalTensor& D, const OptionalTensor& z,
+                                       const OptionalTensor& delta_bias, const Tensor& checkpoints, bool delta_softplus,
+                                       bool reverse, int64_t checkpoint_every) {
+  const SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias};
+  if (!inputs.supported() || !same_type(dout, u) || !is_float(dlast_state) || !is_float(checkpoints)) {
+    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+        "vim::selective_scan_backward_reference", dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, checkpoints,
+        delta_softplus, reverse, checkpoint_every);
+  }
+  const auto [du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial] =
+      selective_gradients(dout, dlast_state, inputs, checkpoints, delta_softplus, reverse, checkpoint_every);
   return {du, ddelta, dA, dB, dC, dD, dz, dbias};
+}
+
+SegmentedGrads segmented_scan_backward(const Tensor& dout, const OptionalTensor& dlast_state, const Tensor& u,
+                                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                       const OptionalTensor& D, const OptionalTensor& z,
+                                       const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                       const OptionalTensor& seq_idx, const Tensor& checkpoints, bool delta_softplus,
+                                       bool reverse, int64_t checkpoint_every) {
+  const SelectiveInputs inputs{u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx};
+  if (!inputs.supported() || !same_type(dout, u) || !is_float(dlast_state) || !is_float(checkpoints)) {
+    return call_op<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+        "vim::segmented_scan_backward_reference", dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state,
+        seq_idx, checkpoints, delta_softplus, reverse, checkpoint_every);
+  }
+  return selective_gradients(dout, dlast_state, inputs, checkpoints, delta_softplus, reverse, checkpoint_every);
 }
 
 // ---- bidirectional_scan: activations are (batch, len, dim) ------------------------------------------------------
@@ -380,6 +437,8 @@ template <class Library>
 void implement_scans(Library& m, const std::string& suffix) {
   m.impl(("selective_scan" + suffix).c_str(), TORCH_BOX(&selective_scan));
   m.impl(("selective_scan_backward" + suffix).c_str(), TORCH_BOX(&selective_scan_backward));
+  m.impl(("segmented_scan" + suffix).c_str(), TORCH_BOX(&segmented_scan));
+  m.impl(("segmented_scan_backward" + suffix).c_str(), TORCH_BOX(&segmented_scan_backward));
   m.impl(("bidirectional_scan" + suffix).c_str(), TORCH_BOX(&bidirectional_scan));
   m.impl(("bidirectional_scan_backward" + suffix).c_str(), TORCH_BOX(&bidirectional_scan_backward));
 }

@@ -78,7 +78,50 @@ struct ConvBuffers {
 
 VIM_INLINE size_t row_bytes(int64_t rows) { return static_cast<size_t>(rows * kLanes) * sizeof(float); }
 
+// Calls function(part) for each sequence of a batch element, where `part` is the convolution of its tokens alone.
+template <class Function>
+void for_each_sequence(const Conv& conv, int64_t b, const Function& function) {
+  if (conv.seq_idx == nullptr) return function(conv);
+  const int64_t item = conv.element == Element::float32 ? 4 : 2;
+  const int32_t* row = conv.seq_idx + b * conv.length;
+  for (int64_t first = 0, end = 0; first < conv.length; first = end) {
+    while (end < conv.length && row[end] == row[first]) ++end;
+    Conv part = conv;
+    part.length = end - first;
+    Activation* const activations[] = {&part.x, &part.dx, &part.direction[0].out, &part.direction[0].dout};
+    for (Activation* x : activations) {
+      if (x->data != nullptr) x->data = static_cast<char*>(x->data) + first * x->token * item;
+    }
+    function(part);
+  }
+}
+
 // The result of a direction may take the place of x.
+inline void convolve_sequence(const Conv& conv, int64_t b, Block block, int64_t before, int64_t after,
+                              ConvBuffers& buffers) {
+  load_padded(conv, conv.x, b, -before, before, block, buffers.x);
+  for (int64_t first = 0; first < conv.length; first += kConvTokens) {
+    const int64_t count = smaller(kConvTokens, conv.length - first);
+    // A chunk keeps its left context from the previous chunk: a result may have overwritten x there.
+    float* own = buffers.x + before * kLanes;
+    if (first > 0) std::memmove(buffers.x, own + (kConvTokens - before) * kLanes, row_bytes(before));
+    load_padded(conv, conv.x, b, first, count + after, block, own);
+    for (int d = 0; d < conv.directions; ++d) {
+      const ConvDirection& side = conv.direction[d];
+      const float *x = own, *taps = buffers.taps[d];
+      const vec bias = load(taps + side.width * kLanes);
+      const int64_t step = side.reverse ? -1 : 1;
+      if (conv.element == Element::float32 && side.out.channel == 1 && block.lanes == kLanes) {
+        float* out = static_cast<float*>(side.out.data) + b * side.out.batch + first * side.out.token + block.channel;
+        convolve(x, taps, side.width, bias, step, conv.silu, count, out, side.out.token);
+      } else {
+        convolve(x, taps, side.width, bias, step, conv.silu, count, buffers.out, kLanes);
+        store_block(conv.element, side.out, b, first, count, block, buffers.out);
+      }
+    }
+  }
+}
+
 inline bool conv_forward(const Conv& conv, int64_t begin, int64_t end) {
   const Blocks blocks(conv.dim, conv.dim);
   const int64_t before = conv_reach(conv, false), after = conv_reach(conv, true);
@@ -91,27 +134,7 @@ inline bool conv_forward(const Conv& conv, int64_t begin, int64_t end) {
     const int64_t b = task / blocks.count();
     const Block block = blocks.at(task % blocks.count());
     for (int d = 0; d < conv.directions; ++d) buffers.pack(conv.direction[d], d, block);
-    load_padded(conv, conv.x, b, -before, before, block, buffers.x);
-    for (int64_t first = 0; first < conv.length; first += kConvTokens) {
-      const int64_t count = smaller(kConvTokens, conv.length - first);
-      // A chunk keeps its left context from the previous chunk: a result may have overwritten x there.
-      float* own = buffers.x + before * kLanes;
-      if (first > 0) std::memmove(buffers.x, own + (kConvTokens - before) * kLanes, row_bytes(before));
-      load_padded(conv, conv.x, b, first, count + after, block, own);
-      for (int d = 0; d < conv.directions; ++d) {
-        const ConvDirection& side = conv.direction[d];
-        const float *x = own, *taps = buffers.taps[d];
-        const vec bias = load(taps + side.width * kLanes);
-        const int64_t step = side.reverse ? -1 : 1;
-        if (conv.element == Element::float32 && side.out.channel == 1 && block.lanes == kLanes) {
-          float* out = static_cast<float*>(side.out.data) + b * side.out.batch + first * side.out.token + block.channel;
-          convolve(x, taps, side.width, bias, step, conv.silu, count, out, side.out.token);
-        } else {
-          convolve(x, taps, side.width, bias, step, conv.silu, count, buffers.out, kLanes);
-          store_block(conv.element, side.out, b, first, count, block, buffers.out);
-        }
-      }
-    }
+    for_each_sequence(conv, b, [&](const Conv& part) { convolve_sequence(part, b, block, before, after, buffers); });
   }
   return true;
 }
@@ -162,6 +185,22 @@ inline void backward_conv_chunk(const Conv& conv, int d, int64_t b, int64_t firs
   }
 }
 
+inline void backward_sequence(const Conv& conv, int64_t b, Block block, int64_t margin, ConvBuffers& buffers,
+                              float* partial) {
+  float* dx = buffers.gradient[1];
+  for (int64_t first = 0; first < conv.length; first += kConvTokens) {
+    const int64_t count = smaller(kConvTokens, conv.length - first);
+    load_padded(conv, conv.x, b, first - margin, count + 2 * margin, block, buffers.x);
+    fill_zero(dx, count * kLanes);
+    float* sums = partial;
+    for (int d = 0; d < conv.directions; ++d) {
+      backward_conv_chunk(conv, d, b, first, count, block, margin, buffers, dx, sums);
+      sums += (conv.direction[d].width + 1) * kLanes;
+    }
+    store_block(conv.element, conv.dx, b, first, count, block, dx);
+  }
+}
+
 inline bool conv_backward(const Conv& conv, int64_t begin, int64_t end) {
   const Blocks blocks(conv.dim, conv.dim);
   const int64_t margin = larger(conv_reach(conv, false), conv_reach(conv, true)), rows = conv_rows(conv);
@@ -170,7 +209,6 @@ inline bool conv_backward(const Conv& conv, int64_t begin, int64_t end) {
   buffers.take(scratch, conv, margin);
   if (!scratch.allocate()) return false;
   buffers.take(scratch, conv, margin);
-  float* dx = buffers.gradient[1];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / blocks.count(), i = task % blocks.count();
     const Block block = blocks.at(i);
@@ -179,17 +217,7 @@ inline bool conv_backward(const Conv& conv, int64_t begin, int64_t end) {
     for (int d = 0; d < conv.directions; ++d) buffers.pack(conv.direction[d], d, block);
     const int64_t last_b = conv.batch * (group + 1) / conv.batch_groups;
     for (int64_t b = conv.batch * group / conv.batch_groups; b < last_b; ++b) {
-      for (int64_t first = 0; first < conv.length; first += kConvTokens) {
-        const int64_t count = smaller(kConvTokens, conv.length - first);
-        load_padded(conv, conv.x, b, first - margin, count + 2 * margin, block, buffers.x);
-        fill_zero(dx, count * kLanes);
-        float* sums = partial;
-        for (int d = 0; d < conv.directions; ++d) {
-          backward_conv_chunk(conv, d, b, first, count, block, margin, buffers, dx, sums);
-          sums += (conv.direction[d].width + 1) * kLanes;
-        }
-        store_block(conv.element, conv.dx, b, first, count, block, dx);
-      }
+      for_each_sequence(conv, b, [&](const Conv& part) { backward_sequence(part, b, block, margin, buffers, partial); });
     }
   }
   return true;

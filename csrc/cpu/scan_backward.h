@@ -81,6 +81,7 @@ struct BackwardBuffers : BlockBuffers {
   float *states, *decays;  // of kSwept states of a chunk, in scan order; states start with the entry state
   float *carry, *entry;    // gradient of the state, and the states in which chunks are entered
   float* dt_weight_rows;   // (channel, rank), padded
+  float* zeros;            // the state in which a sequence starts
 
   void take(Scratch& scratch, const Scan& scan) {
     const int64_t tokens = chunk_tokens(scan), states_ = swept_states(scan);
@@ -93,6 +94,7 @@ struct BackwardBuffers : BlockBuffers {
     carry = scratch.take(states_ * kLanes);
     entry = scratch.take((blocks_in(scan.checkpoint_every, tokens) + 1) * states_ * kLanes);
     dt_weight_rows = scratch.take(kLanes * shared_dt(scan));
+    zeros = scratch.take(states_ * kLanes);
   }
 };
 
@@ -339,14 +341,21 @@ inline void backward_chunk(const ScanBackwardTasks& k, int d, const Chunk& chunk
                        : (C ? sweep_states<false, true> : sweep_states<false, false>);
   const Steps steps = in_scan_order(buffers, rows, y, count, side.reverse);
   const WeightRows weight_row(scan);
-  const int64_t last = side.reverse ? 0 : count - 1, row = k.partition.row;
+  const int64_t row = k.partition.row;
   float* shared = partials.shared + chunk.first * row;
   for (int64_t n0 = 0; n0 < states; n0 += kSwept) {
-    rebuild(steps, buffers, n0, entry, buffers.states, buffers.decays);
-    sweep(steps, buffers, n0, buffers.states, buffers.decays, buffers.dy + last * kLanes, buffers.dstep + last * kLanes,
-          buffers.drive_sum + last * kLanes, shared + last * row + shared_dt(scan) + 2 * n0, row, buffers.carry,
-          partials.weights + weight_row.A * kLanes, partials.weights + weight_row.B * kLanes,
-          partials.weights + weight_row.C * kLanes);
+    for (int64_t end = count; end > 0;) {
+      const Run run = run_before(scan, side.reverse, chunk, end);
+      const Steps own = part_of(steps, run);
+      const int64_t last = side.reverse ? count - end : end - 1;
+      rebuild(own, buffers, n0, run.restarts ? buffers.zeros : entry, buffers.states, buffers.decays);
+      sweep(own, buffers, n0, buffers.states, buffers.decays, buffers.dy + last * kLanes, buffers.dstep + last * kLanes,
+            buffers.drive_sum + last * kLanes, shared + last * row + shared_dt(scan) + 2 * n0, row, buffers.carry,
+            partials.weights + weight_row.A * kLanes, partials.weights + weight_row.B * kLanes,
+            partials.weights + weight_row.C * kLanes);
+      if (run.restarts) fill_zero(buffers.carry + n0 * kLanes, kSwept * kLanes);
+      end = run.first;
+    }
   }
   backward_step(scan, count, buffers, partials.weights);
   store_block(scan.element, grads.du, chunk.b, chunk.first, count, block, buffers.du);
@@ -381,7 +390,7 @@ inline void backward_saved_chunk(const ScanBackwardTasks& k, int d, int64_t b, i
     const bool near = step_sizes(scan, side, rows, chunk.count, buffers, false, buffers.du, nullptr);
     std::memcpy(state, state - states * kLanes, static_cast<size_t>(states * kLanes) * sizeof(float));
     const Steps steps = in_scan_order(buffers, rows, buffers.du, chunk.count, side.reverse);
-    run_all_states(steps, side, buffers, states, near, state);
+    run_sequences(scan, side, chunk, steps, buffers, states, near, state);
   }
   for (int64_t j = chunks - 1; j >= 0; --j) {
     backward_chunk(k, d, chunk_at(j), block, buffers.entry + j * states * kLanes, partials, buffers);
@@ -401,6 +410,7 @@ inline void backward_direction(const ScanBackwardTasks& k, int d, int64_t b, Blo
                   static_cast<size_t>(scan.dt_rank) * sizeof(float));
     }
   }
+  fill_zero(buffers.zeros, states * kLanes);
   fill_zero(buffers.carry, states * kLanes);
   if (k.grads[d].dlast_state != nullptr) {
     pack_weight(k.grads[d].dlast_state + b * scan.dim * scan.d_state, scan.d_state, states, block, buffers.carry);
@@ -408,6 +418,9 @@ inline void backward_direction(const ScanBackwardTasks& k, int d, int64_t b, Blo
   const int64_t saved = blocks_in(scan.length, scan.checkpoint_every);
   for (int64_t i = 0; i < saved; ++i) {
     backward_saved_chunk(k, d, b, side.reverse ? i : saved - 1 - i, block, partials, buffers);
+  }
+  if (k.grads[d].dinitial_state != nullptr) {
+    unpack_weight(buffers.carry, scan.d_state, block, k.grads[d].dinitial_state + b * scan.dim * scan.d_state);
   }
 }
 

@@ -255,5 +255,55 @@ inline void run_all_states(const Steps& steps, const ScanDirection& side, const 
   run(steps, side, buffers, states, state);
 }
 
+// Tokens of a chunk that belong to one sequence: `count` places in scan order, from `first` on. A run `restarts` if the
+// token before it belongs to another sequence, or else continues with the state so far.
+struct Run {
+  int64_t first, count;
+  bool restarts;
+};
+
+VIM_INLINE bool restarts_at(const Scan& scan, bool reverse, const Chunk& chunk, int64_t place) {
+  const int64_t token = chunk.first + (reverse ? chunk.count - 1 - place : place), before = token + (reverse ? 1 : -1);
+  if (scan.seq_idx == nullptr || before < 0 || before >= scan.length) return false;
+  const int32_t* row = scan.seq_idx + chunk.b * scan.length;
+  return row[token] != row[before];
+}
+
+// The run that begins at a place.
+inline Run run_from(const Scan& scan, bool reverse, const Chunk& chunk, int64_t first) {
+  int64_t end = scan.seq_idx == nullptr ? chunk.count : first + 1;
+  while (end < chunk.count && !restarts_at(scan, reverse, chunk, end)) ++end;
+  return {first, end - first, restarts_at(scan, reverse, chunk, first)};
+}
+
+// The run that ends before a place.
+inline Run run_before(const Scan& scan, bool reverse, const Chunk& chunk, int64_t end) {
+  int64_t first = scan.seq_idx == nullptr ? 0 : end - 1;
+  while (first > 0 && !restarts_at(scan, reverse, chunk, first)) --first;
+  return {first, end - first, restarts_at(scan, reverse, chunk, first)};
+}
+
+VIM_INLINE Steps part_of(const Steps& steps, Run run) {
+  const int64_t lanes = run.first * steps.step * kLanes;
+  return {run.count,
+          steps.step,
+          steps.delta + lanes,
+          steps.drive + lanes,
+          steps.y + lanes,
+          {steps.B.data + run.first * steps.B.stride, steps.B.stride},
+          {steps.C.data + run.first * steps.C.stride, steps.C.stride}};
+}
+
+// All states of a block through the sequences of a chunk.
+inline void run_sequences(const Scan& scan, const ScanDirection& side, const Chunk& chunk, const Steps& steps,
+                          const BlockBuffers& buffers, int64_t states, bool near, float* state) {
+  for (int64_t first = 0; first < chunk.count;) {
+    const Run run = run_from(scan, side.reverse, chunk, first);
+    if (run.restarts) fill_zero(state, states * kLanes);
+    run_all_states(part_of(steps, run), side, buffers, states, near, state);
+    first += run.count;
+  }
+}
+
 }  // namespace VIM_ISA
 }  // namespace vim

@@ -60,7 +60,11 @@ inline void forward_direction(const Scan& scan, int d, int64_t b, Block block, i
   const int64_t every = side.checkpoints == nullptr ? larger(1, scan.length) : scan.checkpoint_every;
   const int64_t saved = blocks_in(scan.length, every), size = smaller(chunk_tokens(scan), every);
   buffers.pack(scan, side, block, states);
-  fill_zero(buffers.state, states * kLanes);
+  if (side.initial_state != nullptr) {
+    pack_weight(side.initial_state + b * scan.dim * scan.d_state, scan.d_state, states, block, buffers.state);
+  } else {
+    fill_zero(buffers.state, states * kLanes);
+  }
   for (int64_t i = 0; i < saved; ++i) {
     const int64_t save = side.reverse ? saved - 1 - i : i;
     if (side.checkpoints != nullptr) {
@@ -77,7 +81,7 @@ inline void forward_direction(const Scan& scan, int d, int64_t b, Block block, i
       const ChunkRows rows = load_chunk(scan, side, chunk, block, states, next, buffers);
       const bool near = step_sizes(scan, side, rows, chunk.count, buffers, d > 0, y, nullptr);
       const Steps steps = in_scan_order(buffers, rows, y, chunk.count, side.reverse);
-      run_all_states(steps, side, buffers, states, near, buffers.state);
+      run_sequences(scan, side, chunk, steps, buffers, states, near, buffers.state);
       if (last) finish_chunk(scan, chunk, block, next, buffers.z, y);
     }
   }

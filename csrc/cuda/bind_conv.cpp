@@ -10,11 +10,13 @@ namespace {
 
 void run_forward(const Conv& conv, const Tensor& like) {
   const OnDeviceOf device(like);
-  cuda::conv_forward(conv, device.stream());
+  conv.seq_idx == nullptr ? cuda::conv_forward(conv, device.stream())
+                          : cuda::segmented_conv_forward(conv, device.stream());
 }
 
 void run_backward(Conv& conv, const Tensor& like) {
   const OnDeviceOf device(like);
+  if (conv.seq_idx != nullptr) return cuda::segmented_conv_backward(conv, device.stream());
   const Tensor partials = allocate(like, {cuda::conv_partial_floats(conv)}, ScalarType::Float);
   conv.partials = mutable_floats(partials);
   cuda::conv_backward(conv, device.stream());

@@ -93,6 +93,7 @@ struct GeneralBackward {
     const bool gated = scan.z.data != nullptr;
     const float z = gated ? read<T>(scan.z, b, token, channel) : 0.0f;
     const float dout = scan.scale * read<T>(passes.k.dy, b, token, channel), dy = gated ? dout * silu(z) : dout;
+    const bool restarts = restarts_at(scan, side, b, token);
     const bool first_group = states.n0 == 0, last_group = states.n0 + kGroup >= scan.d_state;
     float through_decay = first_group ? 0.0f : *sum(0, token), through_drive = first_group ? 0.0f : *sum(1, token);
     float y = first_group && d == 0 ? 0.0f : *sum(2, token);
@@ -102,8 +103,8 @@ struct GeneralBackward {
       add_maps(states, sums, token, n, dh * delta * u, dy * after);
       y = fmaf(after, c, y);
       through_drive = fmaf(dh, states.B(token, n), through_drive);
-      sums.g[n] = dh * held.decay(i, n);
-      const float dlog = sums.g[n] * held.state(i, n);
+      sums.g[n] = restarts ? 0.0f : dh * held.decay(i, n);
+      const float dlog = restarts ? 0.0f : sums.g[n] * held.state(i, n);
       through_decay = fmaf(dlog, states.A[n], through_decay);
       sums.dA[n] = fmaf(dlog, delta, sums.dA[n]);
     }
@@ -159,8 +160,10 @@ struct GeneralBackward {
   VIM_DEVICE void write_sums(const GroupSums& sums, int64_t n0) const {
     if (!thread.active) return;
     const WeightRows rows(scan);
+    float* dinitial = passes.k.grads[d].dinitial_state;
 #pragma unroll
     for (int n = 0; n < kGroup && n0 + n < scan.d_state; ++n) {
+      if (dinitial != nullptr) dinitial[(thread.b * scan.dim + thread.channel) * scan.d_state + n0 + n] = sums.g[n];
       weight_row(passes, d, thread.b, rows.A + n0 + n)[thread.channel] = sums.dA[n];
       if (side.B.constant != nullptr) weight_row(passes, d, thread.b, rows.B + n0 + n)[thread.channel] = sums.dB[n];
       if (side.C.constant != nullptr) weight_row(passes, d, thread.b, rows.C + n0 + n)[thread.channel] = sums.dC[n];

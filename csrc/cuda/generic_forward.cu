@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kWarp)
     const float D = side.D == nullptr ? 0.0f : side.D[channel];
     for (int64_t n0 = 0; n0 < scan.d_state; n0 += kGroup) {
       GeneralStates<T> states(scan, side, b, channel, n0);
+      states.begin();
       const bool first = d == 0 && n0 == 0;
       const bool last = d + 1 == scan.directions && n0 + kGroup >= scan.d_state;
       for (int64_t place = 0; place < scan.length; ++place) {

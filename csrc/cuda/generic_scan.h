@@ -25,6 +25,13 @@ struct GeneralThread {
   }
 };
 
+// Whether a sequence starts at a token and the token before it in scan order belongs to another one.
+VIM_DEVICE bool restarts_at(const Scan& scan, const ScanDirection& side, int64_t b, int64_t token) {
+  const int64_t before = side.reverse ? token + 1 : token - 1;
+  if (scan.seq_idx == nullptr || before < 0 || before >= scan.length) return false;
+  return scan.seq_idx[b * scan.length + token] != scan.seq_idx[b * scan.length + before];
+}
+
 // One channel's share of a scan: sixteen states from n0 on.
 template <class T>
 struct GeneralStates {
@@ -42,6 +49,15 @@ struct GeneralStates {
     }
   }
 
+  // The state before the first token.
+  VIM_DEVICE void begin() {
+    if (side.initial_state == nullptr) return;
+#pragma unroll
+    for (int n = 0; n < kGroup && n0 + n < scan.d_state; ++n) {
+      h[n] = side.initial_state[(b * scan.dim + channel) * scan.d_state + n0 + n];
+    }
+  }
+
   VIM_DEVICE float B(int64_t token, int n) const {
     return n0 + n < scan.d_state ? read<T>(scan, side.B, b, token, channel, n0 + n) : 0.0f;
   }
@@ -56,8 +72,10 @@ struct GeneralStates {
   }
 
   VIM_DEVICE void advance(int64_t token, float delta, float u) {
+    const bool restarts = restarts_at(scan, side, b, token);
 #pragma unroll
     for (int n = 0; n < kGroup; ++n) {
+      if (restarts) h[n] = 0.0f;
       h[n] = fmaf(exp2_approx(delta * (A[n] * kLog2e)), h[n], delta * u * B(token, n));
     }
   }

@@ -85,6 +85,7 @@ class Target:
         axes: By op, choices that replace those of `AXES`.
         device: Where it runs.
         on_gpu: Compare with the tolerances of a GPU.
+        missing: Ops that the backend does not have.
     """
 
     name: str
@@ -92,10 +93,11 @@ class Target:
     axes: Mapping[str, Axes]
     device: str = "cpu"
     on_gpu: bool = False
+    missing: Sequence[str] = ()
 
     def cases(self, op: str) -> list[dict[str, Any]]:
-        """Return the cases of an op."""
-        return pairwise({**AXES[op], **self.axes.get(op, {})})
+        """Return the cases of an op; none where the backend has no such op."""
+        return pairwise({**AXES[op], **self.axes.get(op, {})}) if op not in self.missing else []
 
     def check(self, op: str, *args: object) -> tuple[Tensor, ...]:
         """Compare an op's results with the reference's, and return the latter, on the CPU."""
@@ -219,6 +221,34 @@ def one_scan(
             check("selective_scan_backward", noise(*out.shape, dtype=dtype), dlast, *tensors, entry, *settings)
 
 
+def sequence_indices(length: int, mean: int) -> Tensor:
+    """Return indices (2, length) of sequences whose lengths are random, `mean` tokens on average."""
+    starts = torch.rand(2, length, generator=torch.Generator().manual_seed(length)) < 1 / mean
+    return (starts.cumsum(1) % 3 - 1).int()
+
+
+def segmented_scan(
+    check: Check,
+    length: int,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    every: int,
+    kind: str,
+    mean: int | None,
+    initial: bool,
+    reverse: bool,
+) -> None:
+    """Compare one scan that begins from a state, over sequences of `mean` tokens; `None` is one sequence."""
+    tensors = selective_scan_inputs(kind, length, widths, dtype)
+    tensors += [noise(2, *widths[::-1], seed=4).mT if initial else None]
+    tensors += [None if mean is None else sequence_indices(length, mean)]
+    settings = (kind != "no softplus", reverse, every)
+    out, state, entry = check("segmented_scan", *tensors, *settings)
+    if every > 0:
+        for dlast in (None, noise(*state.shape)):
+            check("segmented_scan_backward", noise(*out.shape, dtype=dtype), dlast, *tensors, entry, *settings)
+
+
 def convolution_inputs(length: int, dim: int, start: int | None, dtype: torch.dtype) -> Tensor:
     """Return (2, length, dim) numbers: contiguous, or channels of a wider tensor from `start` on."""
     wide = noise(2, length, 2 * dim + 8, dtype=dtype)
@@ -267,6 +297,28 @@ def one_convolution(
     check("causal_conv1d_backward", dout, x, weight, b, silu, reverse)
 
 
+def segmented_convolution(
+    check: Check,
+    length: int,
+    dim: int,
+    width: int,
+    bias: bool,
+    dtype: torch.dtype,
+    start: int | None,
+    channel_last: bool,
+    silu: bool,
+    reverse: bool,
+    mean: int,
+) -> None:
+    """Compare one convolution over sequences of `mean` tokens."""
+    x = convolution_inputs(length, dim, start, dtype).mT
+    x = x if channel_last else x.contiguous()
+    arguments = (noise(dim, width), noise(dim) if bias else None, sequence_indices(length, mean), silu, reverse)
+    out = check("segmented_conv1d", x, *arguments)[0]
+    dout = torch.empty_like(out).copy_(noise(*out.shape, dtype=dtype, seed=1))
+    check("segmented_conv1d_backward", dout, x, *arguments)
+
+
 def norm(
     check: Check,
     shape: tuple[int, ...],
@@ -298,8 +350,10 @@ def norm(
 OPS: dict[str, Callable[..., None]] = {
     "bidirectional_scan": bidirectional_scan,
     "selective_scan": one_scan,
+    "segmented_scan": segmented_scan,
     "bidirectional_conv1d": both_convolutions,
     "causal_conv1d": one_convolution,
+    "segmented_conv1d": segmented_convolution,
     "add_rms_norm": norm,
 }
 _BOTH = (False, True)
@@ -321,6 +375,16 @@ AXES: dict[str, Axes] = {
         "channel_last": _BOTH,
         "reverse": _BOTH,
     },
+    "segmented_scan": {
+        "length": (1, 64, 67, 150),
+        "widths": ((6, 5), (36, 6), (24, 19)),
+        "dtype": FLOATS,
+        "every": (32, 1, 3, 1000, 0),
+        "kind": ("plain", "bare", "no softplus", "grouped", "constant", "constant B", "mixed groups"),
+        "mean": (20, 1, 3, None),
+        "initial": _BOTH,
+        "reverse": _BOTH,
+    },
     "bidirectional_conv1d": {
         "length": (1, 2, 5, 64, 131),
         "dim": (4, 5, 33, 68),
@@ -340,6 +404,18 @@ AXES: dict[str, Axes] = {
         "channel_last": _BOTH,
         "silu": _BOTH,
         "reverse": _BOTH,
+    },
+    "segmented_conv1d": {
+        "length": (1, 2, 5, 64, 131),
+        "dim": (4, 5, 33),
+        "width": (4, 1, 3, 7),
+        "bias": _BOTH,
+        "dtype": FLOATS,
+        "start": (None, 4, 5),
+        "channel_last": _BOTH,
+        "silu": _BOTH,
+        "reverse": _BOTH,
+        "mean": (70, 1, 3),
     },
     "add_rms_norm": {
         "shape": ((1,), (1, 1), (3, 7), (2, 5, 48), (33, 192), (40, 33), (2, 768)),
@@ -374,9 +450,14 @@ def check_empty(target: Target, sizes: Sequence[tuple[int, int]] = ((0, 5), (2, 
         tensors = detached(make_scan_inputs(batch, 6, length, 4).values())
         out, state, entry = target.check("selective_scan", *tensors, True, True, 64)
         target.check("selective_scan_backward", out, state, *tensors, entry, True, True, 64)
+        tensors += [noise(batch, 6, 4), torch.zeros(batch, length, dtype=torch.int32)]
+        out, state, entry = target.check("segmented_scan", *tensors, True, True, 64)
+        target.check("segmented_scan_backward", out, state, *tensors, entry, True, True, 64)
         x, weight = noise(batch, length, 6), noise(6, 4)
         target.check("bidirectional_conv1d", x, weight, None, weight, None)
         target.check("bidirectional_conv1d_backward", x, x, x, weight, None, weight, None)
+        target.check("segmented_conv1d", x.mT, weight, None, tensors[-1], True, False)
+        target.check("segmented_conv1d_backward", x.mT, x.mT, weight, None, tensors[-1], True, False)
         target.check("add_rms_norm", x, None, noise(6), 1e-5)
         target.check("add_rms_norm_backward", x, None, x, noise(6), 1e-5)
 
@@ -418,7 +499,13 @@ def everything(
     out, state, entry = run("selective_scan", *inputs, True, True, every)
     results += [out, state, entry, *run("selective_scan_backward", out, state, *inputs, entry, True, True, every)]
     results += run("causal_conv1d", x.mT, *weights[:2], True, False)
-    return [*results, *run("causal_conv1d_backward", x.mT, x.mT, *weights[:2], True, False)]
+    results += run("causal_conv1d_backward", x.mT, x.mT, *weights[:2], True, False)
+    seq_idx = (torch.arange(length) // 3).int().expand(batch, -1)
+    inputs += [noise(batch, dim, d_state), seq_idx]
+    out, state, entry = run("segmented_scan", *inputs, True, False, every)
+    results += [out, state, entry, *run("segmented_scan_backward", out, state, *inputs, entry, True, False, every)]
+    results += run("segmented_conv1d", x.mT, *weights[:2], seq_idx, True, True)
+    return [*results, *run("segmented_conv1d_backward", x.mT, x.mT, *weights[:2], seq_idx, True, True)]
 
 
 def by_threads(run: Callable[[], Any], counts: Sequence[int] = (1, 2, 5)) -> list[Any]:

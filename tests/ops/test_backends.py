@@ -17,7 +17,7 @@ from vim.ops.backends.registry import Backend, isolated_registry, pin_to_referen
 
 OPS = [
     *("add_rms_norm", "bidirectional_block", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d"),
-    *("embed_patches", "selective_scan"),
+    *("embed_patches", "segmented_conv1d", "segmented_scan", "selective_scan"),
 ]
 
 

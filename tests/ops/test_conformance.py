@@ -33,6 +33,8 @@ EMULATED = Target(
             "widths": ((1, 1, 1), (5, 3, 12), (64, 16, 12), (24, 17, 5), (40, 16, 24), (8, 33, 48)),
         },
         "selective_scan": {"length": (1, 37, 65)},
+        "segmented_scan": {"length": (1, 37, 65)},
+        "segmented_conv1d": {"length": (1, 7, 9, 19), "dim": (5, 8, 34)},
         "bidirectional_conv1d": {"length": (1, 7, 9, 37), "dim": (4, 5, 12, 68, 130)},
         "causal_conv1d": {"length": (1, 7, 9, 19), "dim": (5, 8, 68)},
         "add_rms_norm": {
@@ -51,6 +53,8 @@ TRITON = Target(
             "every": (5, 1, 64, 0),
         },
         "selective_scan": {"length": (1, 6), "widths": ((12, 3),), "every": (4, 1, 64, 0)},
+        "segmented_scan": {"length": (1, 6), "widths": ((12, 3),), "every": (4, 1, 64, 0), "mean": (3, 1, None)},
+        "segmented_conv1d": {"length": (1, 5, 19), "dim": (5, 33), "width": (4, 1, 3), "start": (None, 5)},
         "bidirectional_conv1d": {
             "length": (1, 5, 19),
             "dim": (5, 33),
@@ -72,6 +76,7 @@ MAMBA_SSM = PlainTarget(
         "causal_conv1d": {"length": (1, 19), "dim": (6,), "width": (2, 3, 4), "start": (None, 5)},
         "add_rms_norm": {"shape": ((3, 7), (2, 5, 48)), "half_weight": (False,), "grads": ((True, True),)},
     },
+    missing=("segmented_scan", "segmented_conv1d"),
 )
 
 if not interpreted.INTERPRETED:
@@ -209,9 +214,22 @@ def test_registration(op, target):
     def leaf(*shape: int) -> torch.Tensor:
         return noise(*shape).requires_grad_()
 
+    indices = torch.tensor([[0, 0, 1, 1, 0], [3, 2, 2, 2, 2]], dtype=torch.int32)
     calls = {
         "bidirectional_scan": [(*make_bidirectional_inputs(1, 3, 3, 2, 2), 0.5, every) for every in (0, 2)],
         "selective_scan": [(*make_scan_inputs(1, 4, 3, 2).values(), True, False, every) for every in (0, 2)],
+        "segmented_scan": [
+            (*make_scan_inputs(1, 4, 3, 2).values(), initial, seq_idx, True, True, every)
+            for initial, seq_idx, every in (
+                (leaf(1, 4, 2), None, 2),
+                (None, indices[:1, :3], 2),
+                (leaf(1, 4, 2), None, 0),
+            )
+        ],
+        "segmented_conv1d": [
+            (leaf(2, 3, 5), leaf(3, 4), None, indices, True, True),
+            (noise(2, 5, 3).mT.requires_grad_(), leaf(3, 4), leaf(3), indices, False, False),
+        ],
         "bidirectional_conv1d": [(leaf(2, 5, 3), leaf(3, 4), leaf(3), leaf(3, 4), None)],
         "causal_conv1d": [
             (leaf(2, 3, 5), leaf(3, 4), None, True, True),

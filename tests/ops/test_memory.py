@@ -33,12 +33,17 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     x, weights = noise(2, 9, 5), (noise(5, 4), noise(5), noise(5, 4), noise(5))
     channel_first = x.mT.contiguous()
     _, last_state, entry = torch.ops.vim.selective_scan(*selective, True, True, 4)
+    segments = (noise(2, 5, 3), (torch.arange(18) // 4).int().view(2, 9))
     entries = torch.ops.vim.bidirectional_scan(*scan, 0.5, 4)[1]
     return {
         "bidirectional_scan": (*scan, 0.5, 4),
         "bidirectional_scan_backward": (x, *scan, entries, 0.5, 4),
         "selective_scan": (*selective, True, True, 4),
         "selective_scan_backward": (channel_first, last_state, *selective, entry, True, True, 4),
+        "segmented_scan": (*selective, *segments, True, True, 4),
+        "segmented_scan_backward": (channel_first, last_state, *selective, *segments, entry, True, True, 4),
+        "segmented_conv1d": (channel_first, *weights[:2], segments[1], True, False),
+        "segmented_conv1d_backward": (channel_first, channel_first + 1, *weights[:2], segments[1], True, False),
         "bidirectional_conv1d": (x, *weights),
         "bidirectional_conv1d_backward": (x.clone(), x + 1, x, *weights),
         "causal_conv1d": (channel_first, *weights[:2], True, False),

@@ -33,7 +33,10 @@ def _wide_blocks(monkeypatch):
 
 
 def test_the_backend_is_there():
-    for op in ("selective_scan", "bidirectional_scan", "causal_conv1d", "bidirectional_conv1d", "add_rms_norm"):
+    for op in (
+        *("selective_scan", "segmented_scan", "bidirectional_scan", "add_rms_norm"),
+        *("causal_conv1d", "segmented_conv1d", "bidirectional_conv1d"),
+    ):
         for dtype in FLOATS:
             assert "triton" in available_backends(op, "cpu", dtype)
 

@@ -13,7 +13,7 @@ from vim.layers.checks import check_counts, check_kind
 from vim.layers.init import init_bias, init_dt_proj, init_out_proj
 from vim.layers.traced import fx_leaf
 from vim.layers.watched import is_causal_convolution, is_projection
-from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, selective_scan
+from vim.ops import InnerWeights, bidirectional_mixer, causal_conv1d, causal_conv1d_update, selective_scan
 from vim.ops.common.checks import check_memory
 
 Directions = Literal["none", "v1", "v2"]
@@ -163,15 +163,87 @@ class Mamba(nn.Module):
     @fx_leaf
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix the tokens, (batch, len, d_model) -> (batch, len, d_model)."""
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
-            shape = tuple(hidden_states.shape)
-            raise ValueError(f"hidden_states must be (batch, len, d_model) with d_model = {self.d_model}, got {shape}")
+        self._check_tokens(hidden_states)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         directions = self._directions()
         if self.directions == "v2" and all(map(self._can_fuse, directions)):
             y = self._scan_fused(x, z, directions)
         else:
             y = self._scan_separately(x, z, directions)
+        return self._project(y)
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix the next token of each sequence, and update the states in place.
+
+        Steps over a sequence give what `forward` gives over the whole. Several tokens may come at once, such as a
+        prompt. Generate under `torch.no_grad()`; otherwise the states keep the graph of all steps.
+
+        Args:
+            hidden_states: (batch, len, d_model); len is 1 for one token.
+            conv_state, ssm_state: From `allocate_inference_cache`, or as the step before left them.
+
+        Returns:
+            The mixed tokens, (batch, len, d_model), and both states.
+
+        Raises:
+            ValueError: The mixer is bidirectional, or a shape does not fit.
+
+        Source: arguments of mamba-ssm's `Mamba.step`.
+        """
+        self._check_unidirectional("step")
+        self._check_tokens(hidden_states)
+        batch = hidden_states.shape[0]
+        _check_state("conv_state", conv_state, (batch, self.d_inner, self.d_conv), "(batch, d_inner, d_conv)")
+        _check_state("ssm_state", ssm_state, (batch, self.d_inner, self.d_state), "(batch, d_inner, d_state)")
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        (direction,) = self._directions()
+        u = self._convolve_next(x, direction, conv_state)
+        inputs = self._inputs_of_scan(u, direction.x_proj(u).to(u.dtype), z, direction)
+        # A backward pass needs the state that is overwritten.
+        before = ssm_state.clone() if torch.is_grad_enabled() else ssm_state
+        y, last_state = selective_scan(**inputs, return_last_state=True, initial_state=before)
+        ssm_state.copy_(last_state)
+        return self._project(y.mT), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states that `step` starts with: zeros on the device of the weights.
+
+        Args:
+            batch_size: Number of sequences.
+            max_seqlen: Not used, because the states do not grow with the sequence; mamba-ssm has this argument.
+            dtype: Of both states. `None` gives the convolution's state the dtype of its weight, and the scan's state
+                the dtype of its arithmetic: float32, or float64 for float64 weights.
+
+        Returns:
+            conv_state, (batch, d_inner, d_conv): the last tokens before the convolution. ssm_state, (batch, d_inner,
+            d_state): the state of the scan.
+
+        Raises:
+            ValueError: The mixer is bidirectional, or `batch_size` is not positive.
+        """
+        self._check_unidirectional("allocate_inference_cache")
+        check_counts(1, batch_size=batch_size)
+        weight, device = self.in_proj.weight, self.A_log.device
+        conv_dtype, ssm_dtype = dtype or weight.dtype, dtype or torch.promote_types(torch.float32, self.A_log.dtype)
+        conv_state = torch.zeros(batch_size, self.d_inner, self.d_conv, dtype=conv_dtype, device=device)
+        return conv_state, torch.zeros(batch_size, self.d_inner, self.d_state, dtype=ssm_dtype, device=device)
+
+    def _check_tokens(self, hidden_states: Tensor) -> None:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
+            shape = tuple(hidden_states.shape)
+            raise ValueError(f"hidden_states must be (batch, len, d_model) with d_model = {self.d_model}, got {shape}")
+
+    def _check_unidirectional(self, method: str) -> None:
+        if self.directions != "none":
+            raise ValueError(
+                f"{method} needs a mixer with directions='none', got {self.directions!r}: a backward scan begins at "
+                "the last token, so each new token changes the results of all others"
+            )
+
+    def _project(self, y: Tensor) -> Tensor:
+        """Project the scanned tokens to (batch, len, d_model), and scale them."""
         out = self.out_proj(y)
         if self.gamma is None:
             return out
@@ -235,6 +307,14 @@ class Mamba(nn.Module):
         u = self.act(d.conv1d(x.mT)[..., : x.shape[1]]).mT
         return u.flip(1) if d.reverse else u
 
+    def _convolve_next(self, x: Tensor, d: _Direction, conv_state: Tensor) -> Tensor:
+        """Convolve the next tokens, and put them into the state; (batch, len, d_inner)."""
+        if is_causal_convolution(d.conv1d, self.act):
+            return causal_conv1d_update(x.mT, conv_state, d.conv1d.weight.flatten(1), d.conv1d.bias, "silu").mT
+        joined = torch.cat([conv_state.to(x.dtype), x.mT], dim=-1)
+        conv_state.copy_(joined[..., x.shape[1] :])
+        return self.act(d.conv1d(joined)[..., self.d_conv : joined.shape[-1]]).mT
+
     def _inputs_of_scan(self, u: Tensor, x_dbl: Tensor, z: Tensor, d: _Direction) -> dict[str, Any]:
         """Return the arguments of the gated scan of one direction, whose output is (batch, d_inner, len)."""
         dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -256,6 +336,12 @@ class Mamba(nn.Module):
             "delta_softplus": True,
             "reverse": d.reverse,
         }
+
+
+def _check_state(name: str, state: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{name} must be {axes} = {shape}, got {tuple(state.shape)}")
+    check_memory(name, state)
 
 
 def _inner_weights(d: _Direction) -> InnerWeights:

@@ -11,8 +11,10 @@ from vim.ops.bidirectional_conv1d.interface import bidirectional_conv1d
 from vim.ops.bidirectional_mixer import InnerWeights, bidirectional_mixer
 from vim.ops.bidirectional_scan.interface import ScanOperands, bidirectional_scan
 from vim.ops.causal_conv1d.interface import causal_conv1d
+from vim.ops.causal_conv1d.update import causal_conv1d_update
 from vim.ops.embed_patches.interface import embed_patches
 from vim.ops.selective_scan.interface import selective_scan
+from vim.ops.selective_scan.update import selective_state_update
 
 __all__ = [
     "BlockWeights",
@@ -25,9 +27,11 @@ __all__ = [
     "bidirectional_mixer",
     "bidirectional_scan",
     "causal_conv1d",
+    "causal_conv1d_update",
     "default_backend",
     "embed_patches",
     "exportable_ops",
     "selective_scan",
+    "selective_state_update",
     "unavailable_backends",
 ]

@@ -20,14 +20,22 @@ from vim.ops.add_rms_norm.reference import add_rms_norm
 from vim.ops.backends.registry import register_exportable
 from vim.ops.bidirectional_block import reference as bidirectional_block
 from vim.ops.bidirectional_scan import reference as bidirectional_scan
+from vim.ops.causal_conv1d.reference import segmented_conv1d
 from vim.ops.common.layout import accumulate_dtype
+from vim.ops.common.segments import find_restarts
 from vim.ops.embed_patches.reference import embed_patches
-from vim.ops.selective_scan.inputs import ScanInputs, is_constant
+from vim.ops.selective_scan.inputs import ScanInputs, is_constant, segmented
 
 
 def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Run one scan, (batch, dim, len); no entry states are saved."""
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, _ = ScanInputs(*arguments)
+    return segmented_scan(*segmented(arguments))
+
+
+def segmented_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one scan from an initial state, over several sequences in a row; no entry states are saved."""
+    inputs = ScanInputs(*arguments)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, reverse, _ = inputs
     if A.is_complex():
         raise ValueError(f"A must be real to be exported, got {A.dtype}")
     if torch.jit.is_tracing():
@@ -38,16 +46,20 @@ def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     step = F.softplus(step) if delta_softplus else step
 
     def advance(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        u, step, B, C = token
+        u, step, B, C, *restart = token
         # The view makes the batch size an input of the loop; without it torch 2.14 cannot compile a dynamic batch.
         u = u.view(batch, dim)
+        if restart:
+            state = torch.where(restart[0].view(batch, 1, 1), 0.0, state)
         state = torch.exp(step[..., None] * A) * state + (step * u)[..., None] * B
         return state, (state * C).sum(-1)
 
     tokens: tuple[Tensor, ...] = (wide.permute(2, 0, 1), step.permute(2, 0, 1), _over_time(B, u), _over_time(C, u))
+    if seq_idx is not None:
+        tokens = (*tokens, find_restarts(seq_idx, reverse).T)
     if reverse:
         tokens = tuple(t.flip(0) for t in tokens)
-    start = torch.zeros(u.shape[0], *A.shape, dtype=acc, device=u.device)
+    start = torch.zeros(u.shape[0], *A.shape, dtype=acc, device=u.device) if initial_state is None else initial_state
     last_state, y = scan(advance, start, tokens, dim=0)
     y = (y.flip(0) if reverse else y).permute(1, 2, 0)
     y = y if D is None else y + D[:, None] * wide
@@ -83,8 +95,10 @@ def bidirectional_conv1d(
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "selective_scan": selective_scan,
+    "segmented_scan": segmented_scan,
     "bidirectional_scan": functools.partial(bidirectional_scan.compose, selective_scan),
     "causal_conv1d": causal_conv1d,
+    "segmented_conv1d": segmented_conv1d,
     "bidirectional_conv1d": bidirectional_conv1d,
     "add_rms_norm": add_rms_norm,
     "embed_patches": embed_patches,

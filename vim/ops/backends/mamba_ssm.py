@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vim.ops.backends.registry import Backend, Inapplicable, register_backend
 from vim.ops.bidirectional_scan.operands import split_directions
-from vim.ops.selective_scan.inputs import ScanInputs, is_constant
+from vim.ops.selective_scan.inputs import ScanInputs, is_constant, segmented
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The first versions with the argument order and the module names that are used here.
@@ -44,7 +44,8 @@ def _functions() -> _Functions:
 
 def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Run one scan, (batch, dim, len); the last state has no gradient, because the package gives it none."""
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, _ = ScanInputs(*arguments)
+    inputs = ScanInputs(*segmented(arguments))
+    u, delta, A, B, C, D, z, delta_bias, _, _, delta_softplus, reverse, _ = inputs
     if reverse:
         u, delta = u.flip(-1), delta.flip(-1)
         z = None if z is None else z.flip(-1)
@@ -97,7 +98,7 @@ def _flip_tokens(B: Tensor, A: Tensor) -> Tensor:
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if op not in _FUNCTIONS:
-        return Inapplicable(f"it has no kernel for {op}, which runs by its parts")
+        return Inapplicable(f"it has no kernel for {op}")
     if device.type != "cuda":  # torch calls AMD's GPUs cuda, too
         return Inapplicable(f"its kernels are for GPUs, not for {device.type}")
     if dtype not in _DTYPES:

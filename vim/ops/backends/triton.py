@@ -26,26 +26,29 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPUS = ("cuda", "xpu")  # torch calls AMD's GPUs cuda, too
 
 # Ops that have no kernels of their own: the model runs their parts.
-_WITHOUT_KERNELS = {name + end for name in ("bidirectional_block", "embed_patches") for end in ("", "_backward")}
+_WITHOUT_KERNELS = ("bidirectional_block", "embed_patches")
+# Ops whose kernels are in the file of another op.
+_FILES = {"segmented_conv1d": "causal_conv1d", "segmented_scan": "selective_scan"}
 
 
 def _implement(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """Return the implementation of `vim::<name>_triton`: Triton's kernel, or the reference where it cannot compute.
 
     Args:
-        name: Name of the op, "<folder>" or "<folder>_backward"; the kernel is the function of that name in
-            `vim.ops.<folder>.triton`.
+        name: Name of the op, "<op>" or "<op>_backward"; the kernel is the function of that name in
+            `vim.ops.<op>.triton`, or in the file that `_FILES` names.
         reference: The implementation that computes in any dtype.
     """
-    if name in _WITHOUT_KERNELS:
+    op = name.removesuffix("_backward")
+    if op in _WITHOUT_KERNELS:
         return by_reference(name, reference)
 
     def run(*args: Any) -> Any:
         for argument in args:
-            if isinstance(argument, Tensor) and argument.dtype not in _DTYPES:
+            if isinstance(argument, Tensor) and argument.dtype not in (*_DTYPES, torch.int32):  # of sequence indices
                 _warn_once(name, str(argument.dtype).removeprefix("torch."))
                 return by_reference(name, reference)(*args)
-        module = importlib.import_module(f"vim.ops.{name.removesuffix('_backward')}.triton")
+        module = importlib.import_module(f"vim.ops.{_FILES.get(op, op)}.triton")
         return getattr(module, name)(*args)
 
     return run

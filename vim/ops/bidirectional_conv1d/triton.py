@@ -25,8 +25,8 @@ def bidirectional_conv1d_fwd_kernel(
 ):  # fmt: skip
     """Write both convolutions with SiLU."""
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
-    total = convolve(x, weight, bias, batch, tokens, channels, seqlen, dim, WIDTH, False)
-    total_b = convolve(x, weight_b, bias_b, batch, tokens, channels, seqlen, dim, WIDTH_B, True)
+    total = convolve(x, weight, bias, None, batch, tokens, channels, seqlen, dim, WIDTH, False)
+    total_b = convolve(x, weight_b, bias_b, None, batch, tokens, channels, seqlen, dim, WIDTH_B, True)
     store_tile(out, batch, tokens, channels, total * tl.sigmoid(total), inside)
     store_tile(out_b, batch, tokens, channels, total_b * tl.sigmoid(total_b), inside)
 
@@ -40,12 +40,12 @@ def bidirectional_conv1d_bwd_kernel(
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
     tile = tl.program_id(0)
     convolve_backward(
-        dout, x, weight, bias, before, dweight, dbias, batch, tokens, channels, inside, tile, seqlen, dim,
+        dout, x, weight, bias, None, before, dweight, dbias, batch, tokens, channels, inside, tile, seqlen, dim,
         WIDTH, False, True,
     )  # fmt: skip
     convolve_backward(
-        dout_b, x, weight_b, bias_b, before_b, dweight_b, dbias_b, batch, tokens, channels, inside, tile, seqlen, dim,
-        WIDTH_B, True, True,
+        dout_b, x, weight_b, bias_b, None, before_b, dweight_b, dbias_b, batch, tokens, channels, inside, tile,
+        seqlen, dim, WIDTH_B, True, True,
     )  # fmt: skip
 
 
@@ -56,8 +56,8 @@ def bidirectional_conv1d_dx_kernel(
 ):  # fmt: skip
     """Write the gradient of x: both gradients before SiLU, convolved in the other direction."""
     batch, tokens, channels, inside = place_tile(seqlen, dim, TOKENS, CHANNELS)
-    total = convolve(before, weight, None, batch, tokens, channels, seqlen, dim, WIDTH, True)
-    total += convolve(before_b, weight_b, None, batch, tokens, channels, seqlen, dim, WIDTH_B, False)
+    total = convolve(before, weight, None, None, batch, tokens, channels, seqlen, dim, WIDTH, True)
+    total += convolve(before_b, weight_b, None, None, batch, tokens, channels, seqlen, dim, WIDTH_B, False)
     store_tile(dx, batch, tokens, channels, total, inside)
 
 

@@ -80,13 +80,13 @@ def bidirectional_scan_fwd_kernel(
     batch, _, first, channels, inside = place_program(blocks, dim, BLOCK)
     if tl.program_id(1) == 0:
         scan_forward(
-            u, x_dbl, dt_weight, dt_bias, A_log, x_dbl, x_dbl, D, None, y, entry, None,
+            u, x_dbl, dt_weight, dt_bias, A_log, x_dbl, x_dbl, D, None, y, entry, None, None, None,
             batch, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, False, True, False, False, ALIGN,
         )  # fmt: skip
     else:
         scan_forward(
-            u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, x_dbl_b, x_dbl_b, D_b, None, y_b, entry_b, None,
+            u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, x_dbl_b, x_dbl_b, D_b, None, y_b, entry_b, None, None, None,
             batch, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, True, True, False, False, ALIGN,
         )  # fmt: skip
@@ -106,15 +106,15 @@ def bidirectional_scan_bwd_kernel(
     batch, block, first, channels, inside = place_program(blocks, dim, BLOCK)
     if tl.program_id(1) == 0:
         scan_backward(
-            dy, None, u, x_dbl, dt_weight, dt_bias, A_log, x_dbl, x_dbl, D, z, entry, scratch,
-            du, ddelta, None, y, dA, dB, dC, dD, ddt_bias, scale,
+            dy, None, u, x_dbl, dt_weight, dt_bias, A_log, x_dbl, x_dbl, D, z, None, entry, scratch,
+            du, ddelta, None, y, dA, dB, dC, dD, ddt_bias, None, scale,
             batch, block, blocks, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, False, True, False, False, ALIGN, SUB,
         )  # fmt: skip
     else:
         scan_backward(
-            dy, None, u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, x_dbl_b, x_dbl_b, D_b, z, entry_b, scratch_b,
-            du_b, ddelta_b, None, y_b, dA_b, dB_b, dC_b, dD_b, ddt_bias_b, scale,
+            dy, None, u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_log_b, x_dbl_b, x_dbl_b, D_b, z, None, entry_b, scratch_b,
+            du_b, ddelta_b, None, y_b, dA_b, dB_b, dC_b, dD_b, ddt_bias_b, None, scale,
             batch, block, blocks, first, channels, inside, seqlen, dim,
             STATES, RANK, EVERY, True, True, False, False, ALIGN, SUB,
         )  # fmt: skip

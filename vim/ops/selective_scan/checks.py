@@ -12,6 +12,7 @@ from vim.ops.common.checks import (
     check_length,
     check_like,
     check_operand,
+    check_seq_idx,
     check_tensor,
 )
 from vim.ops.common.layout import accumulate_dtype
@@ -41,6 +42,26 @@ def check_scan_inputs(
         check_like("z", z, u.shape, "(batch, dim, len)", u, "u")
     if delta_bias is not None:
         check_operand("delta_bias", delta_bias, (dim,), "(dim,)", u, "u")
+
+
+def check_segments(A: Tensor, u: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless initial state and sequence indices fit the inputs."""
+    if initial_state is not None:
+        check_state("initial_state", initial_state, A, u, "u")
+    if seq_idx is not None:
+        check_seq_idx(seq_idx, u, "u")
+
+
+def check_state(name: str, state: Tensor, A: Tensor, like: Tensor, like_name: str) -> None:
+    """Raise unless `state` is (batch, dim, d_state), real or complex as A is, on the device of `like`."""
+    check_tensor(name, state, "(batch, dim, d_state)")
+    shape = (like.shape[0], *A.shape)
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{name} must be (batch, dim, d_state) = {shape}, got {tuple(state.shape)}")
+    if state.is_complex() != A.is_complex() or not (state.is_complex() or state.dtype in FLOATING):
+        kind = "complex" if A.is_complex() else "floating"
+        raise TypeError(f"{name} must be {kind} as A is {A.dtype}, got {state.dtype}")
+    check_device(name, state, like, like_name)
 
 
 def _check_decay(A: Tensor, u: Tensor) -> None:

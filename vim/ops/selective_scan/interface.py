@@ -7,7 +7,7 @@ from torch import Tensor
 from vim.ops.backends.registry import resolve_backend
 from vim.ops.common.layout import accumulate_dtype, checkpoint_interval, to_dtype
 from vim.ops.selective_scan import register as register
-from vim.ops.selective_scan.checks import check_scan_inputs, decay_dtype
+from vim.ops.selective_scan.checks import check_scan_inputs, check_segments, decay_dtype
 
 
 def selective_scan(
@@ -24,13 +24,15 @@ def selective_scan(
     *,
     reverse: bool = False,
     backend: str | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run Mamba's selective recurrence along the last axis.
 
         h[l] = exp(delta[l] A) h[l-1] + delta[l] B[l] u[l];    y[l] = (<C[l], h[l]> + D u[l]) silu(z[l])
 
-    Every input gets a gradient. States, A, softplus and sums are float32 (float64 for float64 input), under autocast
-    and for half inputs too.
+    Every input but `seq_idx` gets a gradient. States, A, softplus and sums are float32 (float64 for float64 input),
+    under autocast and for half inputs too.
 
     Args:
         u: Input, (batch, dim, len); float32, bfloat16, float16 or float64. Any strides.
@@ -47,6 +49,11 @@ def selective_scan(
         return_last_state: Also return the state after the last step of the scan.
         reverse: Scan from the last token to the first, without a flipped copy.
         backend: Name of a backend (see `available_backends`), or `None` for the fastest that applies.
+        initial_state: The state before the first step of the scan, (batch, dim, d_state), such as the last state of
+            an earlier part of the sequence; `None` is 0. With a complex A it is complex.
+        seq_idx: Index of the sequence of each token, (batch, len), int32, for several sequences in one row.
+            The state restarts from 0 where the index changes: each sequence gets the result that it has alone.
+            `initial_state` belongs to the first sequence of a scan, and the last state to the last one.
 
     Returns:
         Same shape and dtype as `u`; with `return_last_state` also the last state, (batch, dim, d_state), in the
@@ -60,13 +67,20 @@ def selective_scan(
     Source: Gu and Dao 2023, arXiv:2312.00752, Algorithm 2; argument order of mamba-ssm's `selective_scan_fn`.
     """
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias)
+    check_segments(A, u, initial_state, seq_idx)
     acc, decay = accumulate_dtype(u.dtype), decay_dtype(A, u)
     A = to_dtype("A", A, decay)
     B = to_dtype("B", B, decay) if B.dim() == 2 else B
     C = to_dtype("C", C, decay) if C.dim() == 2 else C
     D = None if D is None else to_dtype("D", D, acc)
     delta_bias = None if delta_bias is None else to_dtype("delta_bias", delta_bias, acc)
-    op = resolve_backend("selective_scan", backend, u)
-    every = checkpoint_interval(u, delta, A, B, C, D, z, delta_bias)
-    out, last_state, _ = op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, every)
+    initial_state = None if initial_state is None else to_dtype("initial_state", initial_state, decay)
+    tensors: tuple[Tensor | None, ...] = (u, delta, A, B, C, D, z, delta_bias)
+    every = checkpoint_interval(*tensors, initial_state)
+    if initial_state is None and seq_idx is None:
+        op = resolve_backend("selective_scan", backend, u)
+    else:
+        op = resolve_backend("segmented_scan", backend, u)
+        tensors = (*tensors, initial_state, seq_idx)
+    out, last_state, _ = op(*tensors, delta_softplus, reverse, every)
     return (out, last_state) if return_last_state else out

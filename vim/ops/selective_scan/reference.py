@@ -6,8 +6,10 @@ For each batch element and channel, with a state h of d_state numbers (Gu and Da
     h[l]     = exp(delta[l] A) h[l-1] + delta[l] B[l] u[l]
     y[l]     = (<C[l], h[l]> + D u[l]) silu(z[l])              (2 Re<C, h> where A is complex)
 
-`reverse` runs l from the last token to the first. Arithmetic is float32, or float64 for float64 input. Gradients come
-from autograd, which keeps every state; `chunked.py` computes the same in less memory.
+The state before the first token is `initial_state`, or 0. Where `seq_idx` changes from one token to the next, a
+sequence ends and the next one starts: h[l-1] is 0 there. `reverse` runs l from the last token to the first. Arithmetic
+is float32, or float64 for float64 input. Gradients come from autograd, which keeps every state; `chunked.py` computes
+the same in less memory.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vim.ops.common.layout import accumulate_dtype
+from vim.ops.common.segments import find_restarts
 
 
 def selective_scan(
@@ -30,6 +33,8 @@ def selective_scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (batch, dim, len) in the dtype of `u`, and the last state (batch, dim, d_state)."""
     acc = accumulate_dtype(u.dtype)
@@ -40,10 +45,13 @@ def selective_scan(
     if delta_softplus:
         delta = F.softplus(delta, threshold=40)  # from 40 on, softplus(x) is x in float64
     B, C = _per_channel(B, A, seqlen), _per_channel(C, A, seqlen)
-    h = A.new_zeros(batch, dim, A.shape[1])
+    h = A.new_zeros(batch, dim, A.shape[1]) if initial_state is None else initial_state
+    restarts = None if seq_idx is None else find_restarts(seq_idx, reverse)
     outputs = [x[..., 0]] * seqlen
     for token in reversed(range(seqlen)) if reverse else range(seqlen):
         step = delta[..., token, None]  # (batch, dim, 1)
+        if restarts is not None:
+            h = h.masked_fill(restarts[:, token, None, None], 0)
         h = torch.exp(step * A) * h + step * B[..., token] * x[..., token, None]
         y = (C[..., token] * h).sum(-1)
         outputs[token] = 2 * y.real if A.is_complex() else y

@@ -33,7 +33,7 @@ from vim.ops.common.triton_tensors import (
     store_rows,
     store_states,
 )
-from vim.ops.selective_scan.inputs import ScanInputs, is_constant, split_backward
+from vim.ops.selective_scan.inputs import PLAIN_TENSORS, ScanInputs, is_constant, segmented, split_backward
 
 # Tokens whose states the backward pass holds in registers at a time.
 SUBCHUNK = 4
@@ -100,8 +100,17 @@ def load_weight(weight, channels, inside, RANK: tl.constexpr):
 
 
 @triton.jit
+def continues(seq_idx, batch, token, seqlen, REVERSE: tl.constexpr):
+    """Return True if the token before in scan order is of the same sequence, or there is none."""
+    row = seq_idx + batch.to(tl.int64) * seqlen
+    before = tl.minimum(token + 1, seqlen - 1) if REVERSE else tl.maximum(token - 1, 0)
+    return tl.load(row + token) == tl.load(row + before)
+
+
+@triton.jit
 def scan_forward(
-    u, delta, weight, bias, A, B, C, D, z, out, entry, last_state, batch, first, channels, inside, seqlen, dim,
+    u, delta, weight, bias, A, B, C, D, z, out, entry, initial_state, last_state, seq_idx,
+    batch, first, channels, inside, seqlen, dim,
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -114,6 +123,9 @@ def scan_forward(
     weight = load_weight(weight, channels, inside, RANK)
     bias, skip = load_channels(bias, channels, inside), load_channels(D, channels, inside)
     state = tl.zeros_like(decay)
+    if initial_state is not None:
+        at = initial_state + batch.to(tl.int64) * dim * STATES
+        state = load_states(at, STATES, 1, channels, inside, STATES)
     chunks = tl.cdiv(seqlen, EVERY) if EVERY > 0 else 0
     token = seqlen - 1 if REVERSE else 0
     u_next = load_rows(u, batch, channels, token, inside)
@@ -135,6 +147,8 @@ def scan_forward(
             if enters:
                 at = entry + (batch.to(tl.int64) * chunks + token // EVERY) * STATES * dim
                 store_states(at, 1, dim, state, channels, inside, STATES)
+        if seq_idx is not None:
+            state = tl.where(continues(seq_idx, batch, token, seqlen, REVERSE), state, 0.0)
         x = step_before_softplus(step, weight, bias, RANK)
         x = softplus(x) if SOFTPLUS else x
         u_now = u_now.to(tl.float32)
@@ -165,7 +179,7 @@ def load_drive(
 
 @triton.jit
 def rebuild_states(
-    state, scratch, u, delta, weight, bias, B, decay, batch, first, channels, inside, start, pieces,
+    state, scratch, u, delta, weight, bias, B, decay, seq_idx, batch, first, channels, inside, seqlen, start, pieces,
     STATES: tl.constexpr, RANK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, ALIGN: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
@@ -180,6 +194,8 @@ def rebuild_states(
                 u, delta, weight, bias, B, batch, first, channels, inside, token, STATES, RANK, CONSTANT_B, ALIGN
             )
             x = softplus(x) if SOFTPLUS else x
+            if seq_idx is not None:
+                state = tl.where(continues(seq_idx, batch, token, seqlen, REVERSE), state, 0.0)
             state = tl.exp2(x[None, :] * decay) * state + (x * u_now)[None, :] * B_now
     store_states(scratch + (pieces - 1) * SIZE, 1, state.shape[1], state, lane, lane >= 0, STATES)
 
@@ -202,8 +218,8 @@ def sweep_token(
 
 @triton.jit
 def sweep_piece(
-    state, sums, dout, z, u, delta, weight, bias, A, decay, B, C, skip, du, ddelta, dz, y_sum, dB, dC, scale,
-    batch, first, channels, inside, start, begin, end,
+    state, sums, dout, z, u, delta, weight, bias, A, decay, B, C, skip, seq_idx, du, ddelta, dz, y_sum, dB, dC, scale,
+    batch, first, channels, inside, seqlen, start, begin, end,
     STATES: tl.constexpr, RANK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
@@ -225,6 +241,9 @@ def sweep_piece(
             slopes = slopes + (tl.sigmoid(x),)
             x = softplus(x)
         x = tl.where(valid, x, 0.0)  # a token past the end changes neither the state nor its gradient
+        if seq_idx is not None:
+            same = continues(seq_idx, batch, token, seqlen, REVERSE) | (valid == 0)
+            state = tl.where(same, state, 0.0)
         states, inputs, steps = states + (state,), inputs + (u_now,), steps + (x,)
         state = tl.exp2(x[None, :] * decay) * state + (x * u_now)[None, :] * B_now
     index = tl.arange(0, A.shape[0])
@@ -235,6 +254,8 @@ def sweep_piece(
         B_now = load_B(B, batch, first, channels, inside, token, STATES, RANK, CONSTANT_B, ALIGN).to(tl.float32)
         C_now = load_B(C, batch, first, channels, inside, token, STATES, C_START, CONSTANT_C, ALIGN).to(tl.float32)
         kept = tl.exp2(steps[i][None, :] * decay)
+        if seq_idx is not None:
+            kept = tl.where(continues(seq_idx, batch, token, seqlen, REVERSE) | (valid == 0), kept, 0.0)
         before = kept * states[i]
         drive = (steps[i] * inputs[i])[None, :]
         after = before + drive * B_now
@@ -270,8 +291,8 @@ def sweep_piece(
 
 @triton.jit
 def scan_backward(
-    dout, dlast_state, u, delta, weight, bias, A, B, C, D, z, entry, scratch,
-    du, ddelta, dz, y_sum, dA, dB, dC, dD, dbias, scale,
+    dout, dlast_state, u, delta, weight, bias, A, B, C, D, z, seq_idx, entry, scratch,
+    du, ddelta, dz, y_sum, dA, dB, dC, dD, dbias, dinitial_state, scale,
     batch, block, blocks, first, channels, inside, seqlen, dim,
     STATES: tl.constexpr, RANK: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, SUB: tl.constexpr,
@@ -305,16 +326,17 @@ def scan_backward(
         pieces = tl.cdiv(end - begin, SUB)
         at = entry + (batch.to(tl.int64) * chunks + chunk) * STATES * dim
         rebuild_states(
-            load_states(at, 1, dim, channels, inside, STATES), scratch, u, delta, weight, bias, B, decay,
-            batch, first, channels, inside, start, pieces, STATES, RANK, REVERSE, SOFTPLUS, CONSTANT_B, ALIGN, SUB,
+            load_states(at, 1, dim, channels, inside, STATES), scratch, u, delta, weight, bias, B, decay, seq_idx,
+            batch, first, channels, inside, seqlen, start, pieces,
+            STATES, RANK, REVERSE, SOFTPLUS, CONSTANT_B, ALIGN, SUB,
         )  # fmt: skip
         tl.debug_barrier()  # a thread may read what another thread wrote
         for p in range(pieces):
             piece = pieces - 1 - p
             state = load_states(scratch + piece * SIZE, 1, A.shape[1], lane, lane >= 0, STATES)
             sums = sweep_piece(
-                state, sums, dout, z, u, delta, weight, bias, A, decay, B, C, skip,
-                du, ddelta, dz, y_sum, dB, dC, scale, batch, first, channels, inside,
+                state, sums, dout, z, u, delta, weight, bias, A, decay, B, C, skip, seq_idx,
+                du, ddelta, dz, y_sum, dB, dC, scale, batch, first, channels, inside, seqlen,
                 start - piece * SUB if REVERSE else start + piece * SUB, begin, end,
                 STATES, RANK, REVERSE, SOFTPLUS, CONSTANT_B, CONSTANT_C, ALIGN, SUB,
             )  # fmt: skip
@@ -322,6 +344,8 @@ def scan_backward(
     carry, A_grad, B_grad, C_grad, skip_grad, bias_grad = sums
     at = batch.to(tl.int64) * dim
     store_states(dA + at * STATES, 1, dim, A_grad, channels, inside, STATES)
+    if dinitial_state is not None:
+        store_states(dinitial_state + at * STATES, STATES, 1, carry, channels, inside, STATES)
     if CONSTANT_B:
         store_states(dB, 1, dim, B_grad, channels, inside, STATES)
     if CONSTANT_C:
@@ -346,14 +370,14 @@ def place_program(blocks, segment, BLOCK: tl.constexpr):
 
 @triton.jit
 def selective_scan_fwd_kernel(
-    u, delta, A, B, C, D, z, delta_bias, out, last_state, entry, seqlen, dim, blocks, segment,
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, out, last_state, entry, seqlen, dim, blocks, segment,
     STATES: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scan one direction; programs are batch elements times blocks of channels."""
     batch, _, first, channels, inside = place_program(blocks, segment, BLOCK)
     scan_forward(
-        u, delta, None, delta_bias, A, B, C, D, z, out, entry, last_state,
+        u, delta, None, delta_bias, A, B, C, D, z, out, entry, initial_state, last_state, seq_idx,
         batch, first, channels, inside, seqlen, dim,
         STATES, 0, EVERY, REVERSE, SOFTPLUS, CONSTANT_B, CONSTANT_C, ALIGN,
     )  # fmt: skip
@@ -361,16 +385,16 @@ def selective_scan_fwd_kernel(
 
 @triton.jit
 def selective_scan_bwd_kernel(
-    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, entry, scratch,
-    du, ddelta, dz, dA, dB, dC, dD, dbias, seqlen, dim, blocks, segment,
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, seq_idx, entry, scratch,
+    du, ddelta, dz, dA, dB, dC, dD, dbias, dinitial_state, seqlen, dim, blocks, segment,
     STATES: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """Differentiate one direction; programs are batch elements times blocks of channels."""
     batch, block, first, channels, inside = place_program(blocks, segment, BLOCK)
     scan_backward(
-        dout, dlast_state, u, delta, None, delta_bias, A, B, C, D, z, entry, scratch,
-        du, ddelta, dz, None, dA, dB, dC, dD, dbias, 1.0,
+        dout, dlast_state, u, delta, None, delta_bias, A, B, C, D, z, seq_idx, entry, scratch,
+        du, ddelta, dz, None, dA, dB, dC, dD, dbias, dinitial_state, 1.0,
         batch, block, blocks, first, channels, inside, seqlen, dim,
         STATES, 0, EVERY, REVERSE, SOFTPLUS, CONSTANT_B, CONSTANT_C, ALIGN, SUB,
     )  # fmt: skip
@@ -378,7 +402,18 @@ def selective_scan_bwd_kernel(
 
 def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Implement `vim::selective_scan_triton`; arguments and results are the reference's."""
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = ScanInputs(*arguments)
+    return segmented_scan(*segmented(arguments))
+
+
+def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Implement `vim::selective_scan_backward_triton`; arguments and results are the reference's."""
+    return segmented_scan_backward(dout, dlast_state, *segmented(arguments))[:PLAIN_TENSORS]
+
+
+def segmented_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement `vim::segmented_scan_triton`; arguments and results are the reference's."""
+    inputs = ScanInputs(*arguments)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, reverse, checkpoint_every = inputs
     batch, dim, seqlen = u.shape
     d_state = A.shape[1]
     out, last_state = empty_like_layout(u), A.new_empty(batch, dim, d_state)
@@ -387,34 +422,37 @@ def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(u):
         selective_scan_fwd_kernel[(batch * cut.blocks,)](
             rows(u), rows(delta), channels_last(A), cut.map(B), cut.map(C), contiguous(D), optional_rows(z),
-            contiguous(delta_bias), rows(out), last_state, entry, seqlen, dim, cut.blocks, cut.segment,
+            contiguous(delta_bias), contiguous(initial_state), contiguous(seq_idx), rows(out), last_state, entry,
+            seqlen, dim, cut.blocks, cut.segment,
             EVERY=checkpoint_every, **cut.settings(d_state, reverse, delta_softplus),
         )  # fmt: skip
     return out, last_state, entry
 
 
-def selective_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """Implement `vim::selective_scan_backward_triton`; arguments and results are the reference's."""
+def segmented_scan_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Implement `vim::segmented_scan_backward_triton`; arguments and results are the reference's."""
     inputs, checkpoints = split_backward(arguments)
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, checkpoint_every = inputs
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, reverse, checkpoint_every = inputs
     batch, dim, seqlen = u.shape
     d_state = A.shape[1]
     cut = _Cut(u, B, C)
     du, ddelta, dz = empty_like_layout(u), empty_like_layout(delta), None if z is None else empty_like_layout(z)
     dA, dB, dC = (cut.partials(t, d_state) for t in (A, B, C))
     dD, dbias = A.new_empty(2, batch, dim)
+    dinitial_state = None if initial_state is None else A.new_empty(batch, dim, d_state)
     with on_device(u):
         selective_scan_bwd_kernel[(batch * cut.blocks,)](
             rows(dout), contiguous(dlast_state), rows(u), rows(delta), channels_last(A), cut.map(B), cut.map(C),
-            contiguous(D), optional_rows(z), contiguous(delta_bias), contiguous(checkpoints),
+            contiguous(D), optional_rows(z), contiguous(delta_bias), contiguous(seq_idx), contiguous(checkpoints),
             cut.scratch(d_state, checkpoint_every), rows(du), rows(ddelta), optional_rows(dz), dA, dB, dC, dD, dbias,
-            seqlen, dim, cut.blocks, cut.segment,
+            dinitial_state, seqlen, dim, cut.blocks, cut.segment,
             EVERY=checkpoint_every, SUB=SUBCHUNK, **cut.settings(d_state, reverse, delta_softplus),
         )  # fmt: skip
     absent = A.new_empty(0)
     return (
         du, ddelta, cut.total(dA, A), cut.total(dB, B), cut.total(dC, C), absent if D is None else dD.sum(0),
         u.new_empty(0) if dz is None else dz, absent.clone() if delta_bias is None else dbias.sum(0),
+        A.new_empty(0) if dinitial_state is None else dinitial_state,
     )  # fmt: skip
 
 
