@@ -1,7 +1,10 @@
 """Compilation of the kernels in `csrc/` into a library, and the recipe of the CPU's library.
 
-The path of a library is `<cache>/<hash of sources, flags, torch and architecture>/<hash of compilers>/<name>`. A
-library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
+A wheel may bring a library, at `vim/_lib/<key>/<name>`. The path of a library that is built on this machine is
+`<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources, the flags and the architecture, so a library
+of other sources is not found. It does not depend on the version of torch: the bindings use torch's stable ABI.
+
+A library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
 builds at a time. The others wait for a lock, which the operating system releases when its holder ends in any way.
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -28,6 +32,9 @@ import torch
 from vim.ops.build.private_folders import check_private_file, private_folder
 
 LIBRARY = "libvimamba.so"
+_PACKAGE = Path(__file__).resolve().parents[2]
+# The libraries that a wheel brings (setup.py).
+PACKAGED = _PACKAGE / "_lib"
 # A library ends with this seal and the hash of everything before it. Loading a library that a full disk, a crash or a
 # bad block damaged would end the process.
 _SEAL = b"\0vimamba: sha256 "
@@ -92,8 +99,7 @@ class Recipe:
 
 def find_sources() -> Path | None:
     """Return the folder `csrc`: inside the package in a wheel, next to it in a repository; `None` if there is none."""
-    package = Path(__file__).resolve().parents[2]
-    for folder in (package / "csrc", package.parent / "csrc"):
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "cpu" / "kernels.cpp").is_file():
             return folder
     return None
@@ -157,8 +163,7 @@ def source_key(sources: Path, recipe: Recipe) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for folder in recipe.folders for p in (sources / folder).iterdir() if p.is_file()):
         digest.update(f"{path.relative_to(sources)}\0".encode() + path.read_bytes() + b"\0")
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    for part in (repr(recipe.units), repr(recipe.link), version, platform.machine(), sys.platform):
+    for part in (repr(recipe.units), repr(recipe.link), platform.machine(), sys.platform):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -190,12 +195,12 @@ def cache_folders() -> list[Path]:
 
 
 def find_library(recipe: Recipe) -> Path | None:
-    """Return a library that is already built, by the present compilers or, without a compiler, by any."""
+    """Return the wheel's library, or one built here by the present compilers or, without a compiler, by any."""
     return next(find_libraries(recipe, recipe.library), None)
 
 
 def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
-    """Yield the libraries of this recipe's sources whose file names match.
+    """Yield the libraries of this recipe's sources whose file names match, the wheel's first.
 
     The search ends at the first folder that can be written, because builds never go to the folders after it.
     """
@@ -203,6 +208,7 @@ def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
     if sources is None:
         return
     key = source_key(sources, recipe)
+    yield from filter(is_complete, sorted((PACKAGED / key).glob(pattern)))
     name = compiler_key(recipe.compilers) if recipe.compilers else "*"
     for folder in cache_folders():
         with contextlib.suppress(OSError):
@@ -214,6 +220,17 @@ def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
                         yield library
         if _can_be_made(folder):
             return
+
+
+def why_none(recipe: Recipe) -> str:
+    """Return in words why no library was found."""
+    packaged = sorted(PACKAGED.glob(f"*/{recipe.library}"))
+    sources = find_sources()
+    if not packaged or sources is None:
+        return "this installation came without a library for them"
+    if packaged[0].parent.name == source_key(sources, recipe):
+        return f"{packaged[0]} is damaged"
+    return f"{packaged[0]} was built from other sources than {sources}"
 
 
 def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
@@ -249,6 +266,7 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
         BuildError: A compiler failed; the message has the first lines of its errors.
     """
     torch_folder = Path(torch.__file__).parent
+    finished = itertools.count(1)
 
     def compile_unit(unit: Unit) -> str:
         suffix, target = Path(unit.source).suffix, str(folder / f"{unit.name}.o")
@@ -257,7 +275,7 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
             [*recipe.compilers[suffix], *unit.flags, *flags, "-c", str(sources / unit.source), "-o", target],
             folder,
         )
-        report(f"compiled {unit.name}")
+        report(f"compiled {unit.name}, {next(finished)} of {len(recipe.units)} files")
         return target
 
     with ThreadPoolExecutor(_COMPILERS) as pool:
