@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vim
+from vim.ops.build import compilation
 
 ROOT = Path(__file__).parents[1]
 if sys.version_info >= (3, 11):
@@ -104,19 +105,55 @@ def source_distribution(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_source_distribution_has_the_kernels_and_the_recipes(source_distribution, tmp_path):
-    """And a wheel is built from it, here by a compiler that writes empty files."""
+def test_a_source_distribution_has_the_kernels_and_the_recipes(source_distribution):
     for name in ("csrc", "configs"):
         wanted = {p.relative_to(ROOT) for p in (ROOT / name).rglob("*") if p.is_file()}
         assert wanted
         assert {p.relative_to(source_distribution) for p in (source_distribution / name).rglob("*.*")} == wanted
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nfor word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done\n: > "$out"\n')
-    compiler.chmod(0o755)
-    environment = {"CXX": str(compiler), "VIM_CACHE_DIR": str(tmp_path / "cache")}
-    with zipfile.ZipFile(_build("wheel", source_distribution, tmp_path / "wheel", **environment)) as wheel:
+
+
+_WRITE_AN_EMPTY_FILE = 'for word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done\n: > "$out"'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choice", "compiler", "tag", "libraries"),
+    [
+        ("", _WRITE_AN_EMPTY_FILE, "py3-none-linux", 1),
+        ("1", _WRITE_AN_EMPTY_FILE, "py3-none-linux", 1),
+        ("0", _WRITE_AN_EMPTY_FILE, "py3-none-any", 0),
+        ("auto", "echo error: boom; exit 1", "py3-none-any", 0),
+    ],
+)
+def test_a_wheel_has_a_library_or_is_for_every_platform(
+    choice, compiler, tag, libraries, source_distribution, tmp_path
+):
+    environment = _compiler(tmp_path, compiler) | {"VIM_BUILD_NATIVE": choice}
+    built = _build("wheel", source_distribution, tmp_path / "wheel", **environment)
+    assert f"-{tag}" in built.name
+    with zipfile.ZipFile(built) as wheel:
         names = set(wheel.namelist())
-    assert {"vim/csrc/cpu/kernels.cpp", "vim/_lib/libvimamba.so", "vim/__init__.py"} <= names
+    assert {"vim/csrc/cpu/kernels.cpp", "vim/__init__.py"} <= names
+    key = compilation.source_key(ROOT / "csrc", compilation.cpu_recipe())
+    assert {name for name in names if "_lib/" in name} == set([f"vim/_lib/{key}/libvimamba.so"] * libraries)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choice", "message"), [("1", "VIM_BUILD_NATIVE=1: .*boom"), ("yes", "must be one of auto, 0, 1, cuda, got 'yes'")]
+)
+def test_a_wheel_that_was_asked_for_and_cannot_be_built(choice, message, source_distribution, tmp_path):
+    environment = _compiler(tmp_path, "echo error: boom; exit 1") | {"VIM_BUILD_NATIVE": choice}
+    with pytest.raises(AssertionError, match=message):
+        _build("wheel", source_distribution, tmp_path / "wheel", **environment)
+
+
+def _compiler(folder: Path, body: str) -> dict[str, str]:
+    """Return an environment with a false compiler."""
+    compiler = folder / "c++"
+    compiler.write_text(f"#!/bin/sh\n{body}\n")
+    compiler.chmod(0o755)
+    return {"CXX": str(compiler), "VIM_CACHE_DIR": str(folder / "cache")}
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -317,8 +318,8 @@ def test_settings_that_make_no_sense(environment, reason, cache, compiler, fresh
             monkeypatch.setenv(name, value)
     with caplog.at_level(logging.WARNING):
         vim.ops.causal_conv1d(torch.ones(1, 2, 9), torch.ones(2, 4))
-    (record,) = caplog.records
-    assert re.search(f"backend 'native' is not used on cpu: .*{reason or 'boom'}", record.getMessage())
+    (message,) = (r.getMessage() for r in caplog.records if not r.getMessage().startswith("compiling"))
+    assert re.search(f"backend 'native' is not used on cpu: .*{reason or 'boom'}", message)
 
 
 def _no_user(uid: int) -> None:
@@ -464,8 +465,11 @@ def test_a_failure_is_one_warning_and_the_reference_path(what, cache, compiler, 
             y = vim.ops.causal_conv1d(x, weight)
             vim.ops.add_rms_norm(torch.ones(1, 3), None, torch.ones(3))
     torch.testing.assert_close(y, vim.ops.causal_conv1d(x, weight, backend="reference"))
-    assert len(caplog.records) == 1, caplog.text
-    assert caplog.records[0].getMessage().startswith("backend 'native' is not used on cpu: ")
+    *compiling, warning = [r.getMessage() for r in caplog.records]
+    assert [line.split(":")[0] for line in compiling] == (
+        [] if what == "no compiler" else ["compiling the CPU kernels, once, in 10 to 60 seconds"]
+    )
+    assert warning.startswith("backend 'native' is not used on cpu: ")
     with pytest.raises(RuntimeError, match="backend 'native' cannot run causal_conv1d"):
         vim.ops.causal_conv1d(x, weight, backend="native")
 
@@ -509,8 +513,69 @@ def test_a_damaged_library_is_built_again(damage, real_library, cache, compiler)
     )
     assert find_library() is None
     out, err = _python(CALL).communicate()
-    assert (out.strip(), "LOG" in err) == ("native", False), err
+    assert out.strip() == "native", err
+    assert "LOG WARNING compiling the CPU kernels" in err
     assert find_library() == path
+
+
+@pytest.fixture
+def packaged(cache, compiler, fresh, tmp_path, monkeypatch):
+    """A library where a wheel has it; nothing is loaded, since a process can load the real one only once."""
+    compiler()
+    monkeypatch.setattr(compilation, "PACKAGED", tmp_path / "_lib")
+    path = compilation.PACKAGED / compilation.source_key(compilation.find_sources(), cpu_recipe()) / LIBRARY
+    path.parent.mkdir(parents=True)
+    shutil.copy(build(_quiet), path)
+    shutil.rmtree(cache)
+    monkeypatch.setattr(torch.ops, "load_library", lambda library: None)
+    return path
+
+
+def test_the_library_of_a_wheel_needs_no_compiler_and_no_cache(packaged, cache, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        assert native.load() is None
+    assert native.cpu.path == packaged
+    assert not cache.exists()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("problem", ["other sources", "damaged", "another system"])
+def test_a_library_of_a_wheel_that_does_not_fit_is_compiled_again(problem, packaged, cache, monkeypatch, caplog):
+    """And a line says why."""
+    words = {
+        "other sources": f"{packaged} was built from other sources than {compilation.find_sources()}",
+        "damaged": f"{packaged} is damaged",
+        "another system": f"{packaged} cannot be loaded: GLIBC_2.99 not found",
+    }
+    if problem == "other sources":
+        monkeypatch.setattr(compilation, "source_key", lambda sources, recipe: "other")
+    elif problem == "damaged":
+        packaged.write_bytes(packaged.read_bytes()[:-1])
+    else:
+        monkeypatch.setattr(torch.ops, "load_library", lambda library: _refuse(library, packaged))
+    with caplog.at_level(logging.WARNING):
+        assert native.load() is None
+    (record,) = caplog.records
+    assert record.getMessage() == f"compiling the CPU kernels, once, in 10 to 60 seconds: {words[problem]}"
+    assert native.cpu.path.is_relative_to(cache)
+
+
+def _refuse(library: Path, refused: Path) -> None:
+    """Fail for one library, as one that was linked with a newer C library does."""
+    if library == refused:
+        raise OSError("GLIBC_2.99 not found")
+
+
+def test_a_build_of_more_than_a_few_seconds_shows_progress(packaged, monkeypatch, caplog):
+    packaged.unlink()
+    monkeypatch.setattr(native, "_PROGRESS_INTERVAL", 0.0)
+    with caplog.at_level(logging.WARNING):
+        assert native.load() is None
+    files = len(cpu_recipe().units)
+    lines = [r.getMessage() for r in caplog.records[1:]]
+    assert [line.rpartition(", ")[2] for line in lines[:-1]] == [f"{i} of {files} files" for i in range(1, files + 1)]
+    assert lines[-1].startswith("built ")
 
 
 def test_interrupted_by_the_user(cache, compiler):

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OFF = ("0", "off", "false", "no")
+_PROGRESS_INTERVAL = 5.0  # seconds between two lines about a build
 
 
 class SwitchedOff(RuntimeError):
@@ -37,6 +39,7 @@ class NativeLibrary:
     """
 
     dispatch_key = "CPU"
+    duration = "10 to 60 seconds"  # of a build
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -55,33 +58,38 @@ class NativeLibrary:
                     self.reason = str(error)
             return self.reason
 
+    def recipe(self) -> compilation.Recipe:
+        """Return the recipe of the library for this machine."""
+        return compilation.cpu_recipe()
+
     def found(self) -> Iterator[Path]:
         """Yield the libraries that exist without building, the preferred one first."""
-        packaged = Path(__file__).parents[2] / "_lib" / compilation.LIBRARY  # in wheels built with torch
-        if compilation.is_complete(packaged):
-            yield packaged
-        yield from compilation.find_libraries(compilation.cpu_recipe(), compilation.LIBRARY)
+        recipe = self.recipe()
+        yield from compilation.find_libraries(recipe, recipe.library)
 
-    def build(self, force: bool) -> Path:
-        """Build the library and return its path."""
-        _logger.info("building the CPU kernels, once; this takes about ten seconds")
-        return compilation.build(compilation.cpu_recipe(), _logger.debug, force)
+    def build(self, why: str | None) -> Path:
+        """Build the library, with lines for the user who waits for it, and return its path.
+
+        Args:
+            why: Why a library that exists does not do; `None` if there is none.
+        """
+        recipe = self.recipe()
+        if recipe.compilers:
+            reason = why or compilation.why_none(recipe)
+            _logger.warning("compiling the %s kernels, once, in %s: %s", self.dispatch_key, self.duration, reason)
+        return compilation.build(recipe, _progress(), force=why is not None)
 
     def _load(self) -> Path:
         if os.environ.get("VIM_NATIVE", "").lower() in _OFF:
             raise SwitchedOff("switched off by VIM_NATIVE")
         self.check_settings()
-        failed = False
+        why = None
         for path in self.found():
             try:
                 return self._attach(path)
             except OSError as error:  # made for another torch or C library: build one that fits
-                _logger.info("cannot load %s: %s; building it again", path, error)
-                failed = True
-        prebuilt = compilation.prebuilt_folder()
-        if prebuilt is not None:
-            _logger.warning("VIM_PREBUILT=%s holds no library of these kernels that loads here: building one", prebuilt)
-        return self._attach(self.build(force=failed))
+                why = f"{path} cannot be loaded: {error}"
+        return self._attach(self.build(why))
 
     def check_settings(self) -> None:
         """Raise BuildError if $VIM_CPU_CAPABILITY is unknown; the library would use the slowest kernels."""
@@ -105,17 +113,15 @@ class CUDALibrary(NativeLibrary):
     """The library of kernels for the GPUs that torch sees."""
 
     dispatch_key = "CUDA"
+    duration = "one to three minutes"
+
+    def recipe(self) -> compilation.Recipe:
+        """Return the recipe for all these GPUs."""
+        return cuda_recipe.recipe(cuda_recipe.visible_architectures())
 
     def found(self) -> Iterator[Path]:
-        """Yield the libraries for all these GPUs that were built before."""
+        """Yield the libraries for all these GPUs that exist."""
         yield from cuda_recipe.serving_libraries(cuda_recipe.visible_architectures())
-
-    def build(self, force: bool) -> Path:
-        """Build a library for all these GPUs and return its path."""
-        recipe = cuda_recipe.recipe(cuda_recipe.visible_architectures())
-        if recipe.compilers:
-            _logger.warning("building the CUDA kernels, once; this takes a minute or two")
-        return compilation.build(recipe, _logger.info, force)
 
     def check_settings(self) -> None:
         """Check nothing: the settings are for the CPU."""
@@ -149,6 +155,20 @@ def capability() -> str:
     name = ctypes.CDLL(str(cpu.path)).vim_cpu_capability
     name.restype = ctypes.c_char_p
     return name().decode()
+
+
+def _progress() -> compilation.Report:
+    """Return a report that logs a line of a build every few seconds."""
+    last = time.monotonic()
+
+    def report(line: str) -> None:
+        nonlocal last
+        due = time.monotonic() - last >= _PROGRESS_INTERVAL
+        if due:
+            last = time.monotonic()
+        _logger.log(logging.WARNING if due else logging.DEBUG, line)
+
+    return report
 
 
 def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,16 +1,19 @@
 """Compilation of the kernels in `csrc/` into a library, and the recipe of the CPU's library.
 
-The path of a library is `<cache>/<hash of sources, flags, torch and architecture>/<hash of compilers>/<name>`. A
-library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
-builds at a time. The others wait for a lock, which the operating system releases when its holder ends in any way.
+A library that was built elsewhere is at `<key>/<name>` in $VIM_PREBUILT, or in `vim/_lib/` where a wheel brought it. A
+library that is built on this machine is at `<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources,
+the flags and the architecture, so a library of other sources is not found. The version of torch is not part of it: the
+bindings use torch's stable ABI.
 
-Libraries that were built elsewhere are found in $VIM_PREBUILT, at `<hash of sources, flags and architecture>/<name>`.
+A library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
+builds at a time. The others wait for a lock, which the operating system releases when its holder ends in any way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -30,6 +33,9 @@ import torch
 from vim.ops.build.private_folders import check_private_file, private_folder
 
 LIBRARY = "libvimamba.so"
+_PACKAGE = Path(__file__).resolve().parents[2]
+# The libraries that a wheel brings (setup.py).
+PACKAGED = _PACKAGE / "_lib"
 # A library ends with this seal and the hash of everything before it. Loading a library that a full disk, a crash or a
 # bad block damaged would end the process.
 _SEAL = b"\0vimamba: sha256 "
@@ -96,8 +102,7 @@ class Recipe:
 
 def find_sources() -> Path | None:
     """Return the folder `csrc`: inside the package in a wheel, next to it in a repository; `None` if there is none."""
-    package = Path(__file__).resolve().parents[2]
-    for folder in (package / "csrc", package.parent / "csrc"):
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "cpu" / "kernels.cpp").is_file():
             return folder
     return None
@@ -158,19 +163,10 @@ def no_compiler() -> str:
 
 def source_key(sources: Path, recipe: Recipe) -> str:
     """Return the hash of everything the library depends on, except the compilers and what is in its name."""
-    return _key(sources, recipe, ".".join(torch.__version__.split("+")[0].split(".")[:2]))
-
-
-def prebuilt_key(sources: Path, recipe: Recipe) -> str:
-    """Return the hash of the sources, the flags and the architecture; the stable ABI fits every supported PyTorch."""
-    return _key(sources, recipe, "any PyTorch")
-
-
-def _key(sources: Path, recipe: Recipe, version: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for folder in recipe.folders for p in (sources / folder).iterdir() if p.is_file()):
         digest.update(f"{path.relative_to(sources)}\0".encode() + path.read_bytes() + b"\0")
-    for part in (repr(recipe.units), repr(recipe.link), version, platform.machine(), sys.platform):
+    for part in (repr(recipe.units), repr(recipe.link), platform.machine(), sys.platform):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -202,22 +198,23 @@ def cache_folders() -> list[Path]:
 
 
 def find_library(recipe: Recipe) -> Path | None:
-    """Return a library that is already built, by the present compilers or, without a compiler, by any."""
+    """Return the wheel's library, or one built here by the present compilers or, without a compiler, by any."""
     return next(find_libraries(recipe, recipe.library), None)
 
 
 def find_libraries(recipe: Recipe, pattern: str) -> Iterator[Path]:
-    """Yield the libraries of this recipe's sources whose file names match: those in $VIM_PREBUILT, then the cache's.
+    """Yield the libraries of this recipe's sources whose file names match: in $VIM_PREBUILT, the wheel, the cache.
 
     The search ends at the first folder that can be written, because builds never go to the folders after it.
     """
     sources = find_sources()
     if sources is None:
         return
+    key = source_key(sources, recipe)
     prebuilt = prebuilt_folder()
     if prebuilt is not None:
-        yield from _usable(prebuilt / prebuilt_key(sources, recipe), pattern)
-    key = source_key(sources, recipe)
+        yield from _usable(prebuilt / key, pattern)
+    yield from filter(is_complete, sorted((PACKAGED / key).glob(pattern)))
     name = compiler_key(recipe.compilers) if recipe.compilers else "*"
     for folder in cache_folders():
         yield from _usable(folder / key, f"{name}/{pattern}")
@@ -240,7 +237,7 @@ def keep_prebuilt(library: Path, recipe: Recipe, folder: Path) -> Path:
     sources = find_sources()
     if sources is None:
         raise BuildError(_NO_SOURCES)
-    target = folder / prebuilt_key(sources, recipe) / library.name
+    target = folder / source_key(sources, recipe) / library.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(library, target)
@@ -259,6 +256,20 @@ def _usable(folder: Path, pattern: str) -> Iterator[Path]:
                 check_private_file(library)
                 if is_complete(library):
                     yield library
+
+
+def why_none(recipe: Recipe) -> str:
+    """Return in words why no library was found."""
+    packaged = sorted(PACKAGED.glob(f"*/{recipe.library}"))
+    sources = find_sources()
+    prebuilt = prebuilt_folder()
+    if prebuilt is not None:
+        return f"VIM_PREBUILT={prebuilt} holds no library of these sources that only you can change"
+    if not packaged or sources is None:
+        return "this installation came without a library for them"
+    if packaged[0].parent.name == source_key(sources, recipe):
+        return f"{packaged[0]} is damaged"
+    return f"{packaged[0]} was built from other sources than {sources}"
 
 
 def build(recipe: Recipe, report: Report, force: bool = False) -> Path:
@@ -294,6 +305,7 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
         BuildError: A compiler failed; the message has the first lines of its errors.
     """
     torch_folder = Path(torch.__file__).parent
+    finished = itertools.count(1)
 
     def compile_unit(unit: Unit) -> str:
         suffix, target = Path(unit.source).suffix, str(folder / f"{unit.name}.o")
@@ -302,7 +314,7 @@ def compile_library(sources: Path, recipe: Recipe, folder: Path, report: Report)
             [*recipe.compilers[suffix], *unit.flags, *flags, "-c", str(sources / unit.source), "-o", target],
             folder,
         )
-        report(f"compiled {unit.name}")
+        report(f"compiled {unit.name}, {next(finished)} of {len(recipe.units)} files")
         return target
 
     with ThreadPoolExecutor(_COMPILERS) as pool:
