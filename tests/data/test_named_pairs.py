@@ -69,7 +69,9 @@ def test_voc_is_read_with_its_names_and_its_border_is_no_class(tmp_path):
 
 
 def test_voc_is_fetched_only_when_it_is_asked_for_and_missing(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"'voc' .* cannot be opened: .*; vim.train downloads it with --data.download true"):
+    with pytest.raises(
+        ValueError, match=r"'voc' .* cannot be opened: .*; vim.train downloads it with --data.download true"
+    ):
         open_pair_sets(config_of("voc", tmp_path))
     fetched = []
 
