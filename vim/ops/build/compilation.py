@@ -1,9 +1,9 @@
 """Compilation of the kernels in `csrc/` into a library, and the recipe of the CPU's library.
 
-A library that was built elsewhere is at `<key>/<name>` in $VIM_PREBUILT, or in `vim/_lib/` where a wheel brought it. One
-that is built on this machine is at `<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources, the flags
-and the architecture, so a library of other sources is not found. The version of torch is not part of it: the bindings use
-torch's stable ABI.
+A library that was built elsewhere is at `<key>/<name>` in $VIM_PREBUILT, or in `vim/_lib/` where a wheel brought it.
+One that is built on this machine is at `<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources, the
+flags and the architecture, so a library of other sources is not found. The version of torch is not part of it: the
+bindings use torch's stable ABI.
 
 A library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
 builds at a time. The others wait for a lock, which the operating system releases when its holder ends in any way.
