@@ -87,8 +87,8 @@ class SplitContents:
             for found, words in ((new - old, "new"), (old - new, "gone")):
                 if found:
                     yield f"{found.total():,} {words} ({_some(sorted(found))})"
-            sizes, others = self.sizes or {}, before.sizes or {}
-            changed = [key for key in sizes if sizes[key] != others.get(key, sizes[key])]
+            sizes, sizes_before = self.sizes or {}, before.sizes or {}
+            changed = [key for key in sizes if sizes[key] != sizes_before.get(key, sizes[key])]
             if changed:
                 yield f"{len(changed):,} of {len(sizes):,} sampled files have another size ({_some(changed)})"
             return

@@ -94,11 +94,12 @@ class DenseExplainer:
             self._find, self._answer = ObjectFinder(trained, device), self._boxes
         assert trained.class_names is not None
         self._names = trained.class_names
-        self._model: Any = trained.model
+        model: Any = trained.model
+        self._model = model
         self._methods, self._topk = tuple(methods), topk
         self._target = None if target is None else class_number(target, self._names)
         if {"attention", "rollout"} & set(methods):
-            check_vision_mamba(self._model.backbone.model)
+            check_vision_mamba(model.backbone.model)
 
     def draw(self, image: Image.Image, output: Path) -> list[tuple[str, float]]:
         """Explain an image in a PNG file.
