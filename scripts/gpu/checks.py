@@ -17,10 +17,10 @@ _START = 20.0
 
 
 def build(section: Section) -> None:
-    """Load the CPU library and, on a GPU, the CUDA library; build what was not taken along."""
+    """Build what was not taken along, and load the CPU library and, on a GPU, the CUDA library."""
     section.run("build", 6.0, lambda: _build(cuda=True), lambda: _build(cuda=False))
     section.run("doctor", 4.0, _doctor, _doctor)
-    section.run("machine", 3.0, _machine, _machine)
+    section.run("libraries", 5.0, lambda: _machine(cuda=True), lambda: _machine(cuda=False))
 
 
 def parity(section: Section) -> None:
@@ -47,10 +47,15 @@ def _doctor() -> Iterator[Row]:
     yield {"step": "doctor", "ok": done.returncode == 0, "said": done.stdout.splitlines()}
 
 
-def _machine() -> Iterator[Row]:
+def _machine(cuda: bool) -> Iterator[Row]:
+    from vim.ops.backends import native
     from vim.runtime.machine import describe_machine
 
     yield {"step": "machine", **describe_machine()}
+    libraries = {"cpu": native.cpu} | ({"cuda": native.cuda} if cuda else {})
+    for name, library in libraries.items():
+        why = library.load()
+        yield {"step": f"load {name}", "ok": why is None, "said": why or str(library.path)}
 
 
 def _tests(section: Section, which: str, at_a_time: int) -> Iterator[Row]:
