@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from scripts.gpu.record import Row, Section
+from scripts.gpu.record import Row, Section, Unavailable
 
 # Seconds in which pytest starts and collects.
 _START = 20.0
@@ -61,7 +61,7 @@ def _machine(cuda: bool) -> Iterator[Row]:
 def _tests(section: Section, which: str, at_a_time: int) -> Iterator[Row]:
     """Run the tests whose names match; the plugin records failures as they come, and counts."""
     if importlib.util.find_spec("pytest") is None:
-        raise RuntimeError("pytest is not installed")
+        raise Unavailable("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider"]
     command += ["-p", "scripts.gpu.recorder", "-k", which, "tests/gpu"]
     if section.gpu and importlib.util.find_spec("xdist") is not None:

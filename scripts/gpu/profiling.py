@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from scripts.gpu.record import Row, Section
+from scripts.gpu.record import Row, Section, Unavailable
 from scripts.gpu.smoke import find_tool, sanitized
 
 OPS = ("bidirectional_scan", "bidirectional_scan backward", "bidirectional_conv1d", "bidirectional_conv1d backward")
@@ -57,7 +57,7 @@ def racecheck(section: Section) -> None:
 def _profile(op: str) -> Iterator[Row]:
     program = find_tool("ncu")
     if program is None:
-        raise FileNotFoundError("ncu is not installed")
+        raise Unavailable("ncu is not installed")
     # The clocks are the machine's business, and other programs may be running.
     command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
     command += [word for name in _SECTIONS for word in ("--section", name)]

@@ -13,6 +13,10 @@ Row = dict[str, Any]
 NO_GPU, NO_TIME = "no GPU", "the time was over"
 
 
+class Unavailable(Exception):
+    """Error of a step for a tool or package that is not installed; nothing is wrong."""
+
+
 def append(path: Path, **line: Any) -> None:
     """Append a line; whole lines, also from several processes."""
     data = (json.dumps(line) + "\n").encode()
@@ -101,8 +105,11 @@ class Section:
             try:
                 for row in chosen():
                     self.row(**row)
+            except Unavailable as error:
+                self.not_run(what, str(error))
             except Exception as error:  # whatever a compiler, a driver or a library raises: the next step still runs
-                self.not_run(what, reason(error))
+                append(self.path, section=self.name, failed=f"{what}: {reason(error)}")
+                _say(f"{self.name}: failed: {what}: {reason(error)}")
                 self._stop_if_broken()
         append(self.path, section=self.name, ended=what)
 

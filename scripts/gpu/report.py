@@ -26,16 +26,24 @@ def assemble(found: list[Row]) -> dict[str, Any]:
             run.update({key: value for key, value in line.items() if key in run})
             continue
         section = run["sections"].setdefault(
-            name, {"facts": {}, "rows": [], "not_run": [], "unfinished": [], "seconds": None, "died": ""}
+            name, {"facts": {}, "rows": [], "not_run": [], "failed": [], "unfinished": [], "seconds": None, "died": ""}
         )
         section["facts"].update(line.get("facts", {}))
         section["rows"] += [line["row"]] if "row" in line else []
         section["not_run"] += [line["not_run"]] if "not_run" in line else []
+        section["failed"] += [line["failed"]] if "failed" in line else []
         section["unfinished"] += [line["begun"]] if "begun" in line else []
         if "ended" in line:
             section["unfinished"].remove(line["ended"])
         section.update({key: line[key] for key in ("seconds", "died") if key in line})
     return run
+
+
+def is_right(run: dict[str, Any]) -> bool:
+    """Return True if everything that ran is right. A skip, or a step that was not run, is not wrong."""
+    sections = run["sections"].values()
+    wrong = any(section["died"] or section["failed"] or section["unfinished"] for section in sections)
+    return not wrong and all(row.get("ok", True) for section in sections for row in section["rows"])
 
 
 def _markdown(run: dict[str, Any]) -> str:
@@ -56,9 +64,11 @@ def _markdown(run: dict[str, Any]) -> str:
         models = [row for row in section["rows"] if "seconds_median" in row and run["gpu"]]
         out += _models(models) if models else []
         out += _tables([row for row in section["rows"] if row not in models])
-        missing = section["not_run"] + [f"{what}: begun, not ended" for what in section["unfinished"]]
-        if missing:
-            out += ["", "Not run:", "", *(f"- {what}" for what in missing)]
+        failed = section["failed"] + [f"{what}: begun, not ended" for what in section["unfinished"]]
+        if failed:
+            out += ["", "**Failed:**", "", *(f"- {what}" for what in failed)]
+        if section["not_run"]:
+            out += ["", "Not run:", "", *(f"- {what}" for what in section["not_run"])]
     return "\n".join(out) + "\n"
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu.record import Row, Section
+from scripts.gpu.record import Row, Section, Unavailable
 
 OPS = (
     "add_rms_norm",
@@ -51,7 +51,7 @@ def sanitized(case: tuple[str, str, str], tool: str, limit: float) -> Iterator[R
     """Run a case under a tool of compute-sanitizer and yield what it says."""
     program = find_tool("compute-sanitizer")
     if program is None:
-        raise FileNotFoundError("compute-sanitizer is not installed")
+        raise Unavailable("compute-sanitizer is not installed")
     command = [program, "--tool", tool, "--print-limit", "3", *_command(case)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from scripts.gpu.record import Section, append, lines
-from scripts.gpu.report import write_report
+from scripts.gpu.report import assemble, is_right, write_report
 
 ROOT = Path(__file__).parents[2]
 # Sections of a plan in their order, with their shares of the time, in seconds of a run of the plan's usual length.
@@ -122,7 +122,7 @@ class Suite:
             share = max(left * shares.get(name, 30) / later, AT_LEAST.get(name, 0.0) / (self.options.pretend or 1.0))
             self._section(name, min(time.time() + share, self.deadline))
             write_report(self.record)
-        ok = _right(self.record)
+        ok = is_right(assemble(lines(self.record)))
         print(f"{self.output}.md, .json, .jsonl: {'everything that ran is right' if ok else 'something went wrong'}")
         return 0 if ok else 1
 
@@ -177,12 +177,6 @@ class Suite:
 
 
 _TOO_LONG = "took too long and was ended"
-
-
-def _right(record: Path) -> bool:
-    """Return True if no row says that something is wrong and no section died. What was not run is not wrong."""
-    found = lines(record)
-    return all(line.get("row", {}).get("ok", True) and not line.get("died") for line in found)
 
 
 def _end_with(parent: int) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from scripts.gpu import kernels, ops, profiling, smoke, suite, tuning
-from scripts.gpu.record import Section, append, lines
-from scripts.gpu.report import assemble, write_report
+from scripts.gpu.record import Section, Unavailable, append, lines
+from scripts.gpu.report import assemble, is_right, write_report
 from tests.processes import ROOT, run_command
 from vim.benchmarking.models import measure_case
 
@@ -138,8 +138,19 @@ def test_an_error_of_a_step_is_recorded_and_the_next_step_runs(tmp_path):
     section.run("first", 0.0, tuple, fails)
     section.run("second", 0.0, tuple, lambda: [{"x": 1}])
     run = assemble(lines(section.path))["sections"]["here"]
-    assert run["not_run"] == ["first: CompilationError: at 31:4"]
+    assert run["failed"] == ["first: CompilationError: at 31:4"]
     assert run["rows"] == [{"x": 1}]
+
+
+def test_a_tool_that_is_not_installed_is_no_failure(tmp_path):
+    def fails() -> list[dict[str, object]]:
+        raise Unavailable("ncu is not installed")
+
+    section = section_of(tmp_path / "r.jsonl", gpu=False)
+    section.run("profile", 0.0, tuple, fails)
+    run = assemble(lines(section.path))
+    assert run["sections"]["here"]["not_run"] == ["profile: ncu is not installed"]
+    assert is_right(run)
 
 
 def test_a_step_that_does_not_fit_is_not_begun(tmp_path):
@@ -163,12 +174,14 @@ def test_a_line_that_was_cut_off_is_passed_over(tmp_path):
         ({"not_run": "mamba_ssm: not installed"}, True),
         ({"facts": {"skipped": 3}}, True),
         ({"row": {"ok": False}}, False),
+        ({"failed": "Ti 224 b128: RuntimeError: CUDA error"}, False),
+        ({"begun": "Ti 224 b128"}, False),
         ({"seconds": 1.0, "died": "took too long and was ended"}, False),
     ],
 )
 def test_what_is_skipped_is_not_wrong(line, right, tmp_path):
     append(tmp_path / "r.jsonl", section="here", **line)
-    assert suite._right(tmp_path / "r.jsonl") is right
+    assert is_right(assemble(lines(tmp_path / "r.jsonl"))) is right
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------
