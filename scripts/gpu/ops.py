@@ -1,7 +1,13 @@
-"""Measure each op alone: time, bandwidth, and their share of the GPU's limits."""
+"""Measure each op alone: time, bandwidth, and their share of the GPU's limits.
+
+python -m scripts.gpu.ops --profile "bidirectional_scan backward"     # one call, for ncu
+python -m scripts.gpu.ops --table                                     # rows of JSON, for a library's variants
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scripts.gpu.record import Row, reason
 from vim.ops import (
     ScanOperands,
     add_rms_norm,
@@ -18,13 +25,11 @@ from vim.ops import (
     bidirectional_conv1d,
     bidirectional_scan,
 )
-from vim.runtime.gpu import captured, time_calls
+from vim.runtime.gpu import captured, describe_gpu, probe_gpu, time_calls
 
 # Calls rotate through several sets of inputs, together larger than any cache, so that every call reads from memory.
 _BEYOND_CACHES = 256 * 2**20
 _MAX_SETS = 16
-# The reference launches kernels for every token: longer sequences would take longer than everything else.
-_LONGEST_FOR_REFERENCE = 256
 # Special functions (exponentials, reciprocals) of a multiprocessor per clock.
 _SPECIAL_PER_CLOCK = 16
 
@@ -55,6 +60,23 @@ class Shape:
         return self.batch * self.len
 
 
+# Layers of the models, by name.
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(name="Ti 224 b128", batch=128, len=197, d_model=192),
+        Shape(name="S 224 b128", batch=128, len=197, d_model=384),
+        Shape(name="B 224 b64", batch=64, len=197, d_model=768),
+        Shape(name="Ti 1248 b4", batch=4, len=6085, d_model=192),
+        Shape(name="Ti 1248 b32", batch=32, len=6085, d_model=192),
+        Shape(name="Ti 224 b1", batch=1, len=197, d_model=192),
+        Shape(name="Ti 224 b16", batch=16, len=197, d_model=192),
+        Shape(name="Ti 1248 b1", batch=1, len=6085, d_model=192),
+    )
+}
+REHEARSAL = Shape(name="rehearsal", batch=1, len=5, d_model=16)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
     """The work that a call cannot avoid: bytes read and written, and special functions."""
@@ -65,31 +87,36 @@ class Kernel:
     make: Callable[[str | None], Callable[[], object]]
 
 
-def kernel_rows(
-    shapes: list[Shape], dtypes: list[torch.dtype], probe: dict[str, Any], gpu: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Measure every op, forward and backward, on every available backend.
+def limits_of_card() -> dict[str, float]:
+    """Return what this card can do: copies and products as measured, memory and special functions by its clocks."""
+    card, told = torch.cuda.get_device_properties(torch.cuda.current_device()), describe_gpu()
+    limits = {key: value for key, value in probe_gpu().items() if isinstance(value, int | float)}
+    # Two transfers a clock (kHz), of the bus's width in bits.
+    limits["memory_gb_per_s"] = round(2 * card.memory_clock_rate * card.memory_bus_width / 8 / 1e6)
+    if isinstance(told["clock_limit_mhz"], float):
+        limits["special_per_s"] = card.multi_processor_count * _SPECIAL_PER_CLOCK * told["clock_limit_mhz"] * 1e6
+    return limits
+
+
+def kernel_rows(shape: Shape, dtype: torch.dtype, backend: str, limits: dict[str, float]) -> Iterator[Row]:
+    """Measure every op, forward and backward; an op that fails has a row that says why.
 
     Args:
-        shapes: Sizes of layers.
-        dtypes: Of the activations.
-        probe: `probe_gpu()` of the same run: bytes a second are compared with its copy.
-        gpu: `describe_gpu()`.
+        shape: Sizes of a layer.
+        dtype: Dtype of the activations.
+        backend: Name of the backend.
+        limits: `limits_of_card()` of the same process; empty: times alone.
     """
-    for shape in shapes:
-        for dtype in dtypes:
-            for kernel in kernels_of(shape, dtype):
-                forward_op = kernel.op.removesuffix(" backward")
-                for backend in available_backends(forward_op, "cuda", dtype):
-                    if backend == "reference" and shape.len > _LONGEST_FOR_REFERENCE:
-                        continue
-                    yield {
-                        "shape": shape.name,
-                        "op": kernel.op,
-                        "backend": backend,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        **_measure(kernel, backend, probe, gpu),
-                    }
+    for kernel in kernels_of(shape, dtype):
+        row = {"shape": shape.name, "op": kernel.op, "backend": backend, "dtype": str(dtype).removeprefix("torch.")}
+        if backend not in available_backends(kernel.op.removesuffix(" backward"), "cuda", dtype):
+            yield {**row, "ok": False, "why": "the backend is not there"}
+            continue
+        try:
+            yield row | _measure(kernel, backend, limits)
+        except Exception as error:  # whatever a compiler or a driver raises
+            yield {**row, "ok": False, "why": reason(error)}
+            torch.cuda.synchronize()  # raises where the GPU takes no more work from this process
 
 
 def kernels_of(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Iterator[Kernel]:
@@ -118,26 +145,19 @@ def kernels_of(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Iterat
         yield Kernel(op=f"{op} backward", bytes=bytes_, special=special, make=make)
 
 
-def _measure(kernel: Kernel, backend: str, probe: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
-    sets = max(1, min(_MAX_SETS, math.ceil(_BEYOND_CACHES / kernel.bytes))) if backend != "reference" else 1
+def _measure(kernel: Kernel, backend: str, limits: dict[str, float]) -> Row:
+    sets = max(1, min(_MAX_SETS, math.ceil(_BEYOND_CACHES / kernel.bytes)))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls = [kernel.make(backend) for _ in range(sets)]
-    if backend == "reference":
-        seconds, how = time_calls(calls, repeats=1), "as called"
-    else:
-        try:
-            seconds, how = time_calls([captured(calls, stream)]) / sets, "CUDA graph"
-        except RuntimeError as error:  # a backend that synchronises with the host
-            torch.cuda.synchronize()
-            seconds, how = time_calls(calls), f"as called; no CUDA graph: {str(error).splitlines()[0][:120]}"
+    seconds = time_calls([captured(calls, stream)], repeats=10) / sets
     rate = kernel.bytes / seconds / 1e9
-    row: dict[str, Any] = {"microseconds": round(1e6 * seconds, 2), "gb_per_s": round(rate), "timed": how}
-    row["of_copy"] = round(rate / probe["copy_gb_per_s"], 3)
-    clock = gpu["clock_limit_mhz"]
-    if kernel.special and isinstance(clock, float):
-        limit = gpu["multiprocessors"] * _SPECIAL_PER_CLOCK * clock * 1e6
-        row["of_special_functions"] = round(kernel.special / limit / seconds, 3)
+    row: Row = {"microseconds": round(1e6 * seconds, 2), "gb_per_s": round(rate)}
+    if limits:
+        row["of_copy"] = round(rate / limits["copy_gb_per_s"], 3)
+        row["of_memory"] = round(rate / limits["memory_gb_per_s"], 3)
+        special = limits.get("special_per_s")
+        row["of_special_functions"] = round(kernel.special / special / seconds, 3) if special else None
     return row
 
 
@@ -197,3 +217,30 @@ def _scan(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Callable[..., 
     xz = torch.randn(shape.batch, shape.len, 2 * shape.dim, dtype=dtype, device=device)
     z = xz[..., shape.dim :]
     return lambda backend: (bidirectional_scan(forward, backward, z, backend=backend),), [*leaves, z]
+
+
+def main() -> None:
+    """Run one call of an op for a profiler, or print the rows of the scans and convolutions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", metavar="OP", help="run one call between cudaProfilerStart and cudaProfilerStop")
+    parser.add_argument("--table", action="store_true", help="print a row of JSON for each shape and op")
+    parser.add_argument("--shape", default="Ti 224 b128", choices=list(SHAPES))
+    options = parser.parse_args()
+    if options.profile:
+        call = next(k for k in kernels_of(SHAPES[options.shape], torch.bfloat16) if k.op == options.profile).make(
+            "native"
+        )
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+    if options.table:
+        for shape in list(SHAPES.values())[:4]:
+            for row in kernel_rows(shape, torch.bfloat16, "native", {}):
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
