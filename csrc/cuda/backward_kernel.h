@@ -33,8 +33,8 @@ namespace VIM_ISA {
 constexpr int kStates = 16, kOwn = 4;  // states of a channel, and of a lane
 constexpr int kLanes = kStates / kOwn;
 constexpr int kChunk = 64, kEight = 8;
-// What the kernels are compiled for: kGiven where delta is an operand, otherwise the rank from which it is projected. For
-// kMostRanks it is that or less. Other ranks need operands that are loaded in vectors (see BackwardPlan::whole).
+// What the kernels are compiled for: kGiven where delta is an operand, otherwise the rank from which it is projected.
+// For kMostRanks it is that or less. Other ranks need operands that are loaded in vectors (see BackwardPlan::whole).
 constexpr int kGiven = -1, kMostRanks = 64;
 
 // For an element type and a rank: how many threads a block has, and where its shared memory is, in floats. Tokens are
@@ -50,11 +50,11 @@ struct BackwardShape {
   static constexpr int kEntries = kChunk / kEight * kWarps * kOfWarp;
   static constexpr int kProjection = (kChunk + kChannels) * kRanks;
 
-  static constexpr int kDelta = 0;                           // (kChunk, kRow); becomes ddelta
-  static constexpr int kDy = kDelta + kChunk * kRow;         // (kChunk, kChannels)
-  static constexpr int kB = kDy + kChunk * kChannels;        // (kChunk, kStates)
-  static constexpr int kC = kB + kChunk * kStates;           // likewise
-  static constexpr int kShared = kC + kChunk * kStates;      // entries, then sums; or dt and weights
+  static constexpr int kDelta = 0;                       // (kChunk, kRow); becomes ddelta
+  static constexpr int kDy = kDelta + kChunk * kRow;     // (kChunk, kChannels)
+  static constexpr int kB = kDy + kChunk * kChannels;    // (kChunk, kStates)
+  static constexpr int kC = kB + kChunk * kStates;       // likewise
+  static constexpr int kShared = kC + kChunk * kStates;  // entries, then sums; or dt and weights
   static constexpr int kU = kShared + (kEntries > kProjection ? kEntries : kProjection);  // (kChunk, kChannels) of T
   static constexpr size_t kBytes = kU * sizeof(float) + kChunk * kChannels * sizeof(T);
 };
@@ -121,7 +121,8 @@ VIM_DEVICE void load_run(const float* at, float (&to)[kCount]) {
   }
 }
 
-// One of two numbers, plus the same one of the lane whose index differs in `bit`: that of `upper` for lanes with the bit.
+// One of two numbers, plus the same one of the lane whose index differs in `bit`: that of `upper` for lanes with the
+// bit.
 VIM_DEVICE float halve(float lower, float upper, int bit, int lane) {
   const bool up = (lane & bit) != 0;
   return (up ? upper : lower) + __shfl_xor_sync(kFullWarp, up ? lower : upper, bit);
@@ -171,11 +172,11 @@ struct Backward {
   T* u;
   int warp, lane;
   // As a lane of two channels
-  int local, lane_state;  // the first channel within the block, first state of the lane
+  int local, lane_state;                           // the first channel within the block, first state of the lane
   float A[2][kOwn], g[2][kOwn], dA[2][kOwn] = {};  // A in units that make a decay 2^(delta A)
   float D[2], dbias[2] = {}, dD[2] = {};
-  float time[2] = {};              // the sum of step sizes, if that is asked for
-  float ddt_weight[kHalf] = {};    // of channel threadIdx.x % kChannels
+  float time[2] = {};            // the sum of step sizes, if that is asked for
+  float ddt_weight[kHalf] = {};  // of channel threadIdx.x % kChannels
 
   VIM_DEVICE static int direction_of(const BackwardPlan& plan) {
     return static_cast<int>(blockIdx.x) / plan.blocks / plan.batch % plan.passes.k.scan.directions;
@@ -252,7 +253,8 @@ struct Backward {
   // ---- into shared memory
 
   VIM_DEVICE void load_map(const Chunk& chunk, const StateMap& map, float* target) const {
-    const T* base = static_cast<const T*>(map.data) + b * map.batch + first_channel / map.channels_per_group * map.group;
+    const T* base =
+        static_cast<const T*>(map.data) + b * map.batch + first_channel / map.channels_per_group * map.group;
     for (int i = static_cast<int>(threadIdx.x); i < kChunk * kStates / 4; i += kThreads) {
       const int place = i / (kStates / 4), n = i % (kStates / 4) * 4;
       load_items<kStates>(base, chunk, place, n, map.token, map.state, static_cast<int>(scan.d_state),
@@ -506,8 +508,8 @@ struct Backward {
       float sum[4] = {};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const Four v = load_four(shared + (place / kEight * kWarps + w) * Shape::kOfWarp +
-                                 place % kEight * 2 * kStates + item);
+        const Four v =
+            load_four(shared + (place / kEight * kWarps + w) * Shape::kOfWarp + place % kEight * 2 * kStates + item);
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum[k] += v.x[k];
       }
@@ -591,7 +593,8 @@ struct Backward {
       *at(rows.D, local + c) = skip;
     }
     if constexpr (kProjects) {
-      const int c = static_cast<int>(threadIdx.x) % kChannels, first = static_cast<int>(threadIdx.x) / kChannels * kHalf;
+      const int c = static_cast<int>(threadIdx.x) % kChannels,
+                first = static_cast<int>(threadIdx.x) / kChannels * kHalf;
 #pragma unroll
       for (int r = 0; r < kHalf; ++r) {
         if (exists(c) && first + r < scan.dt_rank) *at(rows.dt + first + r, c) = ddt_weight[r];
@@ -650,8 +653,8 @@ struct Backward {
     }
   }
 
-  // Calls function(chunk, saved) for the chunks of the segment, whose step sizes and so on are in shared memory; `saved`
-  // is the state in which the chunk is entered.
+  // Calls function(chunk, saved) for the chunks of the segment, whose step sizes and so on are in shared memory;
+  // `saved` is the state in which the chunk is entered.
   template <class Function>
   VIM_DEVICE void for_chunks(const Function& function) {
     const int every = static_cast<int>(scan.checkpoint_every), length = static_cast<int>(scan.length);

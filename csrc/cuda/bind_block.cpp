@@ -174,10 +174,9 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& gi
   const Tensor dy = allocate(xz, shape.rows(inner), type), dxz = allocate(xz, shape.rows(2 * inner), type);
   multiply(rows_of_dout, weights.out_proj, dense_rows(dy, inner));
   const Tensor dz = activation(dxz, shape, inner, 2 * inner, inner), dx_dbls = allocate_x_dbl(xz, shape, type);
-  const std::vector<Tensor> scans = on_cuda::scan_gradients(dy, scan_side(forward, u, direction(x_dbl, shape, 0)),
-                                                            scan_side(backward, u_b, direction(x_dbl, shape, 1)), z,
-                                                            checkpoints, scale, shape.checkpoint_every, dz,
-                                                            {direction(dx_dbls, shape, 0), direction(dx_dbls, shape, 1)});
+  const std::vector<Tensor> scans = on_cuda::scan_gradients(
+      dy, scan_side(forward, u, direction(x_dbl, shape, 0)), scan_side(backward, u_b, direction(x_dbl, shape, 1)), z,
+      checkpoints, scale, shape.checkpoint_every, dz, {direction(dx_dbls, shape, 0), direction(dx_dbls, shape, 1)});
   const Tensor dout_proj = weight_gradient(rows_of_dout, dense_rows(dy, inner), given.out_proj);
   const Tensor dout_bias = bias_gradient(rows_of_dout, given.out_bias);
   const Tensor inputs[2] = {dense_rows(u, inner), dense_rows(u_b, inner)};

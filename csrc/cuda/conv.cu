@@ -20,6 +20,10 @@ constexpr int64_t kLongest = 64;
 // Pieces of a sequence: `segments` in all batch elements together, each of up to `tokens` tokens.
 struct Pieces {
   int64_t tokens, of_sequence, segments;
+
+  // The piece's tokens, from the first to before the last; a sequence has fewer than 2^30.
+  VIM_DEVICE int first(int64_t segment) const { return static_cast<int>(segment % of_sequence * tokens); }
+  VIM_DEVICE int last(int first_, int length) const { return static_cast<int>(smaller(first_ + tokens, length)); }
 };
 
 Pieces cut(const Conv& conv, int64_t threads_of_token) {
@@ -36,16 +40,32 @@ VIM_DEVICE T* at(const Activation& x, int64_t b, int64_t token, int64_t channel)
   return static_cast<T*>(x.data) + b * x.batch + token * x.token + channel * x.channel;
 }
 
+// Tokens of a channel, near one that moves on. Distances are counted in 32 bits: see kLongestStride.
+template <class T>
+struct Rows {
+  T* here;
+  int stride;
+
+  VIM_DEVICE Rows(const Activation& x, int64_t b, int64_t token, int64_t channel)
+      : here(vim::VIM_ISA::at<T>(x, b, token, channel)), stride(static_cast<int>(x.token)) {}
+  VIM_DEVICE T* at(int t) const { return here + t * stride; }
+  VIM_DEVICE void move(int tokens) { here += tokens * stride; }
+};
+constexpr int64_t kLongestStride = int64_t{1} << 26;
+
 // The taps of kVector channels, and their biases.
 template <int kVector>
 struct Taps {
   Floats<kVector> weight[kTaps], bias;
 
   VIM_DEVICE Taps(const ConvDirection& side, int64_t channel) {
+    const bool vectors = reinterpret_cast<uintptr_t>(side.weight) % (kTaps * sizeof(float)) == 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
+      float row[kTaps];
+      load_row(side.weight + (channel + i) * kTaps, kTaps, vectors, row);
 #pragma unroll
-      for (int k = 0; k < kTaps; ++k) weight[k][i] = side.weight[(channel + i) * kTaps + k];
+      for (int k = 0; k < kTaps; ++k) weight[k][i] = row[k];
       bias[i] = side.bias == nullptr ? 0 : side.bias[channel + i];
     }
   }
@@ -79,58 +99,55 @@ constexpr int kForwardVector = 4;
 template <class T>
 constexpr int kAhead = 16 / static_cast<int>(sizeof(T));
 
-template <class T, int kVector, bool kSilu>
-VIM_DEVICE void write(const ConvDirection& side, int64_t b, int64_t token, int64_t channel, Floats<kVector> sum) {
+template <bool kSilu, int kVector, class T>
+VIM_DEVICE void write(Floats<kVector> sum, T* to) {
   if (kSilu) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sum[i] = silu(sum[i]);
   }
-  store_floats(sum, at<T>(side.out, b, token, channel));
+  store_floats(sum, to);
 }
 
 // kBefore and kAfter say which directions there are: one that looks back, one that looks ahead. The one that looks
 // ahead is the second where there are both.
 template <class T, bool kBefore, bool kAfter, bool kSilu>
-__global__ void __launch_bounds__(kThreads) conv_fwd_kernel(Conv conv, Pieces pieces) {
+__global__ void __launch_bounds__(kThreads, 4) conv_fwd_kernel(Conv conv, Pieces pieces) {
   constexpr int kVector = kForwardVector, kLookBack = kBefore ? kReach : 0, kLookAhead = kAfter ? kReach : 0;
   constexpr int kBatch = kAhead<T>;
   const int64_t vectors = conv.dim / kVector;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t channel = index % vectors * kVector, segment = index / vectors;
   if (segment >= pieces.segments) return;
-  const int64_t b = segment / pieces.of_sequence, first = segment % pieces.of_sequence * pieces.tokens;
-  const int64_t last = smaller(first + pieces.tokens, conv.length);
+  const int64_t b = segment / pieces.of_sequence;
+  const int length = static_cast<int>(conv.length), first = pieces.first(segment), last = pieces.last(first, length);
   const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore && kAfter ? 1 : 0];
   const Taps<kVector> taps(before, channel), taps_after(after, channel);
-  const T* x = at<T>(conv.x, b, 0, channel);
-  const auto load = [&](int64_t token) {
-    if (token < 0 || token >= conv.length) return Vector<T, kVector>{};
-    return load_vector<kVector>(x + token * conv.x.token);
+  Rows<const T> x(conv.x, b, first, channel);
+  Rows<T> out(before.out, b, first, channel), out_after(after.out, b, first, channel);
+  const auto load = [&](int tile, int t) {  // a token near the tile that rows are at
+    if (static_cast<unsigned>(tile + t) >= static_cast<unsigned>(length)) return Vector<T, kVector>{};
+    return load_vector<kVector>(x.at(t));
   };
 
   Floats<kVector> window[kLookBack + 1 + kLookAhead];
 #pragma unroll
-  for (int t = 0; t < kLookBack + kLookAhead; ++t) window[t + 1] = widen<kVector>(load(first - kLookBack + t));
+  for (int t = 0; t < kLookBack + kLookAhead; ++t) window[t + 1] = widen<kVector>(load(first, t - kLookBack));
   Vector<T, kVector> next[kBatch];
 #pragma unroll
-  for (int t = 0; t < kBatch; ++t) next[t] = load(first + kLookAhead + t);
-  for (int64_t tile = first; tile < last; tile += kBatch) {
-    Vector<T, kVector> now[kBatch];
+  for (int t = 0; t < kBatch; ++t) next[t] = load(first, kLookAhead + t);
+  for (int tile = first; tile < last; tile += kBatch) {
 #pragma unroll
     for (int t = 0; t < kBatch; ++t) {
-      now[t] = next[t];
-      next[t] = load(tile + kBatch + kLookAhead + t);
-    }
-#pragma unroll
-    for (int t = 0; t < kBatch; ++t) {
-      push(window, widen<kVector>(now[t]));
+      push(window, widen<kVector>(next[t]));
+      // Nothing beyond what the piece needs
+      if (tile + kBatch + t < last) next[t] = load(tile, kBatch + kLookAhead + t);
       if (tile + t >= last) continue;
-      if (kBefore) write<T, kVector, kSilu>(before, b, tile + t, channel, taps.template convolve<false>(window));
-      if (kAfter) {
-        const Floats<kVector> sum = taps_after.template convolve<true>(window + kLookBack);
-        write<T, kVector, kSilu>(after, b, tile + t, channel, sum);
-      }
+      if (kBefore) write<kSilu>(taps.template convolve<false>(window), out.at(t));
+      if (kAfter) write<kSilu>(taps_after.template convolve<true>(window + kLookBack), out_after.at(t));
     }
+    x.move(kBatch);
+    out.move(kBatch);
+    out_after.move(kBatch);
   }
 }
 
@@ -161,6 +178,9 @@ __global__ void __launch_bounds__(kThreads) conv_fwd_general_kernel(Conv conv, b
 constexpr int kBackwardVector = 2;
 constexpr int kBackwardChannels = kWarp * kBackwardVector;  // of a block; its warps have different pieces
 constexpr int kBackwardWarps = 8;
+// Tokens whose loads are on their way, of x and both gradients: as many as 128 registers allow.
+template <class T>
+constexpr int kBackwardAhead = sizeof(T) == 4 ? 2 : 3;
 constexpr int kRows = kTaps + 1;  // of a direction's partials: the taps and the bias
 
 template <int kVector>
@@ -210,7 +230,7 @@ VIM_DEVICE void write_sums(const Floats<kVector> (&sums)[kRows], int64_t channel
 // At token l the window of x holds l to l + 3: what g of the direction that looks back needs at l + 3, and g of the one
 // that looks ahead at l. dx[l] takes the former from l to l + 3 and the latter from l - 3 to l.
 template <class T, bool kBefore, bool kAfter>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_bwd_kernel(Conv conv, Pieces pieces) {
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, 2) conv_bwd_kernel(Conv conv, Pieces pieces) {
   constexpr int kVector = kBackwardVector;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t channel = static_cast<int64_t>(blockIdx.y) * kBackwardChannels + lane * kVector;
@@ -221,50 +241,66 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_bwd_kernel(Conv co
   for (int k = 0; k < kRows; ++k) sums[k] = sums_after[k] = filled<kVector>(0);
 
   if (segment < pieces.segments && channel < conv.dim) {
-    const int64_t b = segment / pieces.of_sequence, first = segment % pieces.of_sequence * pieces.tokens;
-    const int64_t last = smaller(first + pieces.tokens, conv.length);
+    const int64_t b = segment / pieces.of_sequence;
+    const int length = static_cast<int>(conv.length), first = pieces.first(segment), last = pieces.last(first, length);
     const Taps<kVector> taps(before, channel), taps_after(after, channel);
-    const auto load = [&](const Activation& from, int64_t token) {
-      if (token < 0 || token >= conv.length) return Vector<T, kVector>{};
-      return load_vector<kVector>(at<T>(from, b, token, channel));
+    constexpr int kBatch = kBackwardAhead<T>;
+    using Numbers = Vector<T, kVector>;
+    const int start = first - kReach;
+    Rows<const T> x_rows(conv.x, b, start, channel), rows_before(before.dout, b, start, channel),
+        rows_after(after.dout, b, start, channel);
+    Rows<T> dx_rows(conv.dx, b, start, channel);
+    const auto load = [&](const Rows<const T>& rows, int tile, int t) {  // a token near the tile that rows are at
+      if (static_cast<unsigned>(tile + t) >= static_cast<unsigned>(length)) return Numbers{};
+      return load_vector<kVector>(rows.at(t));
     };
-    const int64_t start = first - kReach;
     Floats<kVector> x[kTaps], g[kTaps], g_after[kTaps];
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
       g[t] = g_after[t] = filled<kVector>(0);
-      if (t > 0) x[t] = widen<kVector>(load(conv.x, start + t - 1));
+      if (t > 0) x[t] = widen<kVector>(load(x_rows, start, t - 1));
     }
-    Vector<T, kVector> next_x = load(conv.x, start + kReach), next = {}, next_after = {};
-    if (kBefore) next = load(before.dout, start + kReach);
-    if (kAfter) next_after = load(after.dout, start);
-#pragma unroll 4
-    for (int64_t token = start; token < last; ++token) {
-      push(x, widen<kVector>(next_x));
-      const Floats<kVector> dout = widen<kVector>(next), dout_after = widen<kVector>(next_after);
-      next_x = load(conv.x, token + 1 + kReach);
-      if (kBefore) next = load(before.dout, token + 1 + kReach);
-      if (kAfter) next_after = load(after.dout, token + 1);
-      if (kBefore) {
-        push(g, before_silu(dout, taps.template convolve<false>(x), conv.silu));
-        // Other threads sum the tokens before and after this piece.
-        if (token + kReach < last) accumulate<kVector, false>(sums, g[kReach], x);
-      }
-      if (kAfter) {
-        push(g_after, before_silu(dout_after, taps_after.template convolve<true>(x), conv.silu));
-        if (token >= first) accumulate<kVector, true>(sums_after, g_after[kReach], x);
-      }
-      if (token < first) continue;
-      Floats<kVector> dx = filled<kVector>(0);
+    Numbers next_x[kBatch], next[kBatch] = {}, next_after[kBatch] = {};
+    const auto load_ahead = [&](int tile, int place, int t) {
+      next_x[place] = load(x_rows, tile, t + kReach);
+      if (kBefore) next[place] = load(rows_before, tile, t + kReach);
+      if (kAfter) next_after[place] = load(rows_after, tile, t);
+    };
 #pragma unroll
-      for (int k = 0; k < kTaps; ++k) {
+    for (int t = 0; t < kBatch; ++t) load_ahead(start, t, t);
+    for (int tile = start; tile < last; tile += kBatch) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          if (kBefore) dx[i] += taps.weight[kReach - k][i] * g[k][i];
-          if (kAfter) dx[i] += taps_after.weight[k][i] * g_after[k][i];
+      for (int t = 0; t < kBatch; ++t) {
+        const int token = tile + t;
+        push(x, widen<kVector>(next_x[t]));
+        const Floats<kVector> dout = widen<kVector>(next[t]), dout_after = widen<kVector>(next_after[t]);
+        if (token + kBatch < last) load_ahead(tile, t, kBatch + t);
+        if (token >= last) continue;
+        if (kBefore) {
+          push(g, before_silu(dout, taps.template convolve<false>(x), conv.silu));
+          // Other threads sum the tokens before and after this piece.
+          if (token + kReach < last) accumulate<kVector, false>(sums, g[kReach], x);
         }
+        if (kAfter) {
+          push(g_after, before_silu(dout_after, taps_after.template convolve<true>(x), conv.silu));
+          if (token >= first) accumulate<kVector, true>(sums_after, g_after[kReach], x);
+        }
+        if (token < first) continue;
+        Floats<kVector> dx = filled<kVector>(0);
+#pragma unroll
+        for (int k = 0; k < kTaps; ++k) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            if (kBefore) dx[i] += taps.weight[kReach - k][i] * g[k][i];
+            if (kAfter) dx[i] += taps_after.weight[k][i] * g_after[k][i];
+          }
+        }
+        store_floats(dx, dx_rows.at(t));
       }
-      store_floats(dx, at<T>(conv.dx, b, token, channel));
+      x_rows.move(kBatch);
+      rows_before.move(kBatch);
+      rows_after.move(kBatch);
+      dx_rows.move(kBatch);
     }
   }
 
@@ -363,14 +399,15 @@ bool has_vectors(Element element, const Activation& x) {
   bool aligned = false;
   with_element(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    aligned = x.channel == 1 && is_aligned<kVector, T>(x.data, x.batch) && x.token % kVector == 0;
+    aligned = x.channel == 1 && is_aligned<kVector, T>(x.data, x.batch) && x.token % kVector == 0 && x.token >= 0 &&
+              x.token < kLongestStride;
   });
   return aligned;
 }
 
 template <int kVector>
 bool is_fast(const Conv& conv, bool backward) {
-  bool fast = conv.dim % kVector == 0 && has_vectors<kVector>(conv.element, conv.x);
+  bool fast = conv.dim % kVector == 0 && conv.length < (1 << 30) && has_vectors<kVector>(conv.element, conv.x);
   if (backward) fast = fast && has_vectors<kVector>(conv.element, conv.dx);
   for (int d = 0; d < conv.directions; ++d) {
     const ConvDirection& side = conv.direction[d];

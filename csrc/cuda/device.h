@@ -143,6 +143,27 @@ using emulation::wait_copies;
 
 #endif
 
+// ---- stores at once ---------------------------------------------------------------------------------------------
+
+// Stores 8 or 16 bytes, which the address is a multiple of, by one instruction. The compiler splits a vector of 16-bit
+// numbers into its numbers.
+VIM_DEVICE void store_at_once(void* to, uint2 words) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words.x), "r"(words.y) : "memory");
+#else
+  *static_cast<uint2*>(to) = words;
+#endif
+}
+
+VIM_DEVICE void store_at_once(void* to, uint4 words) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = words;
+#endif
+}
+
 // ---- special functions -----------------------------------------------------------------------------------------
 
 // 2^x to 2 units in the last place; results below the normal numbers are 0.

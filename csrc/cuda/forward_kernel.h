@@ -28,8 +28,8 @@ namespace VIM_ISA {
 #define VIM_POLYNOMIAL_DECAYS 0
 #endif
 
-// Threads of a multiprocessor whose registers suffice for all of them. 384 leave 168 registers to a thread: six blocks of
-// 64 threads, with a few numbers in local memory between tiles, none in the loops over tokens. A variant for
+// Threads of a multiprocessor whose registers suffice for all of them. 384 leave 168 registers to a thread: six blocks
+// of 64 threads, with a few numbers in local memory between tiles, none in the loops over tokens. A variant for
 // measurements is 256: no local memory, but four blocks.
 #if !defined(VIM_FORWARD_THREADS)
 #define VIM_FORWARD_THREADS 384
@@ -38,8 +38,9 @@ static_assert(VIM_FORWARD_THREADS >= kMaxThreads, "a block must fit");
 
 VIM_DEVICE float decay_of(float x, int n) { return n < VIM_POLYNOMIAL_DECAYS ? exp2_polynomial(x) : exp2_approx(x); }
 
-// What the kernels are compiled for: kGiven where delta is an operand, otherwise the rank from which it is projected. 0 is
-// any rank; other ranks have kernels of their own, which need operands that are loaded in vectors (see `in_vectors`).
+// What the kernels are compiled for: kGiven where delta is an operand, otherwise the rank from which it is projected. 0
+// is any rank; other ranks have kernels of their own, which need operands that are loaded in vectors (see
+// `in_vectors`).
 constexpr int kGiven = -1;
 
 VIM_INLINE int weight_stride(const RowLayout& layout) { return (layout.padded / 4 | 1) * 4; }
@@ -84,8 +85,8 @@ struct Walk {
   const RowLayout layout;
   const int columns;
   int chunk, channel;  // of the sequence; of this thread, the first one
-  int live;         // of its channels: all or none
-  int own;          // offset of its values in a row of a tile
+  int live;            // of its channels: all or none
+  int own;             // offset of its values in a row of a tile
   T *u, *z, *delta, *raw;
   float *partial, *rows, *weights;
   T* y_at;  // its channels of the next token in the walk
@@ -470,8 +471,7 @@ Geometry geometry_of(const ForwardPlan& plan, int threads) {
   const RowLayout layout(kRank == kGiven ? 0 : scan.dt_rank);
   return {static_cast<unsigned>(scan.batch * plan.chunks * plan.blocks),
           dim3(static_cast<unsigned>(threads), static_cast<unsigned>(scan.directions)),
-          static_cast<size_t>(scan.directions *
-                              SharedLayout<T>(scan, threads * kChannels, layout, kRank == 0).total)};
+          static_cast<size_t>(scan.directions * SharedLayout<T>(scan, threads * kChannels, layout, kRank == 0).total)};
 }
 
 // The plan for blocks of so many channels.

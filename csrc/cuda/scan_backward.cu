@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t channel = threadIdx.x * kWidth; channel < scan.dim; channel += kThreads * kWidth) {
     const float* sums = passes.sums + row * scan.dim + channel;
     Floats<kWidth> y = load_floats<kWidth>(sums);
-    const Floats<kWidth> other = scan.directions == 2
-                                     ? load_floats<kWidth>(sums + scan.batch * scan.length * scan.dim)
-                                     : filled<kWidth>(0);
+    const Floats<kWidth> other =
+        scan.directions == 2 ? load_floats<kWidth>(sums + scan.batch * scan.length * scan.dim) : filled<kWidth>(0);
     const Floats<kWidth> dout = load_floats<kWidth>(at(passes.k.dy, channel)),
                          z = load_floats<kWidth>(at(scan.z, channel));
     Floats<kWidth> dz;
@@ -67,9 +66,7 @@ Activation as_activation(const StateMap& map) { return {map.data, map.batch, map
 bool in_vectors(const ScanBackward& k, int64_t count) {
   const Scan& scan = k.scan;
   const int64_t element = scan.element == Element::float32 ? 4 : 2;
-  const auto fits = [&](const Activation& x) {
-    return x.data == nullptr || aligned(x, element, count * element);
-  };
+  const auto fits = [&](const Activation& x) { return x.data == nullptr || aligned(x, element, count * element); };
   bool all = ChannelBlocks(scan, 1).segment % count == 0 && fits(scan.z) && fits(k.dy) && fits(k.dz) && fits(k.y);
   for (int d = 0; d < scan.directions; ++d) {
     const ScanDirection& side = scan.direction[d];
@@ -108,9 +105,8 @@ BackwardPlan plan_of(const ScanBackwardPasses& passes) {
 
 int backward_channels(Element element) {
   int channels = 0;
-  with_element(element, [&](auto* type) {
-    channels = BackwardShape<std::remove_pointer_t<decltype(type)>, kGiven>::kChannels;
-  });
+  with_element(element,
+               [&](auto* type) { channels = BackwardShape<std::remove_pointer_t<decltype(type)>, kGiven>::kChannels; });
   return channels;
 }
 

@@ -54,8 +54,8 @@ bool partial_in_y(const Scan& scan) { return scan.element == Element::float32 &&
 bool scan_forward_is_fast(const Scan& scan) {
   const bool projected = scan.direction[0].delta.data == nullptr;
   bool fast = scan.length > 0 && scan.scale != 0 && scan.d_state <= kStates && scan.checkpoint_every % kUnit == 0 &&
-              scan.length < (1 << 30) && scan.dim < (1 << 30) && projected == (scan.directions == 2) && (!projected || scan.softplus) &&
-              scan.dt_rank <= kMostRanks;
+              scan.length < (1 << 30) && scan.dim < (1 << 30) && projected == (scan.directions == 2) &&
+              (!projected || scan.softplus) && scan.dt_rank <= kMostRanks;
   for (int d = 0; d < scan.directions; ++d) {
     fast = fast && scan.direction[d].B.constant == nullptr && scan.direction[d].C.constant == nullptr;
   }

@@ -189,7 +189,8 @@ void scan_sum_maps(const ScanBackwardPasses& passes, Stream stream) {
   with_element(scan.element, [&](auto* type) {
     if (has_rows(passes)) {
       const int64_t quads = scan.directions * scan.batch * scan.length * passes.sizes.row / 4;
-      return launch(scan_sum_rows_kernel<std::remove_pointer_t<decltype(type)>>, one_thread_each(quads), stream, passes);
+      return launch(scan_sum_rows_kernel<std::remove_pointer_t<decltype(type)>>, one_thread_each(quads), stream,
+                    passes);
     }
     launch(scan_sum_maps_kernel<std::remove_pointer_t<decltype(type)>>,
            one_thread_each(scan.directions * scan.batch * scan.length * items), stream, passes);

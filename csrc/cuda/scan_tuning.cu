@@ -1,9 +1,8 @@
 // The table behind scan_tuning.h. A row holds from its number of channels per multiprocessor on, a channel being one of
 // one batch element in one direction. The figures follow from the counts in docs/kernel_figures.md; scripts that
 // measure on a GPU try others through vim_cuda_tune_scan.
-#include "scan_tuning.h"
-
 #include "scan_math.h"
+#include "scan_tuning.h"
 
 namespace vim {
 namespace VIM_ISA {
@@ -16,8 +15,8 @@ struct Row {
   bool chunks;  // whether a sequence may be cut
 };
 
-// Two channels a thread halve the reads of B and C, but leave half the threads. Chunks cost every exponential twice, which
-// two of them do not win back.
+// Two channels a thread halve the reads of B and C, but leave half the threads. Chunks cost every exponential twice,
+// which two of them do not win back.
 constexpr Row kTable[] = {
     {0, 1, 1, true},
     {300, 1, 1, false},

@@ -16,8 +16,8 @@ struct ScanTuning {
 // The choice for a shape on the current device, unless one was set with vim_cuda_tune_scan.
 ScanTuning scan_tuning(const Scan& scan);
 
-// Chunks between saved states that a block of the fast backward pass goes through, of which a segment of the sequence is
-// made; all of them unless `blocks` blocks of channels leave half the GPU idle, or vim_cuda_tune_backward chose.
+// Chunks between saved states that a block of the fast backward pass goes through, of which a segment of the sequence
+// is made; all of them unless `blocks` blocks of channels leave half the GPU idle, or vim_cuda_tune_backward chose.
 int64_t backward_chunks_of_segment(const Scan& scan, int64_t blocks);
 
 }  // namespace VIM_ISA

@@ -107,8 +107,8 @@ struct RowLayout {
   VIM_INLINE int size() const { return padded + 2 * kStates; }
 };
 
-// Copies rows of tiles whose dt, B and C lie side by side in memory, four values at a time: for a rank that the compiler
-// knows. A thread stays in one row of the tiles.
+// Copies rows of tiles whose dt, B and C lie side by side in memory, four values at a time: for a rank that the
+// compiler knows. A thread stays in one row of the tiles.
 template <class T, int kRank>
 class WholeRowStream {
  public:

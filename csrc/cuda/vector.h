@@ -42,7 +42,13 @@ VIM_DEVICE void store_floats(const Floats<kWidth>& from, T* to) {
   Vector<T, kWidth> vector;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) from_float(from[i], vector.items + i);
-  *reinterpret_cast<Vector<T, kWidth>*>(to) = vector;
+  if constexpr (sizeof(vector) == 16) {
+    store_at_once(to, bits<uint4>(vector));
+  } else if constexpr (sizeof(vector) == 8) {
+    store_at_once(to, bits<uint2>(vector));
+  } else {
+    *reinterpret_cast<Vector<T, kWidth>*>(to) = vector;
+  }
 }
 
 template <int kWidth>
