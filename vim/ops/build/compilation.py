@@ -1,7 +1,7 @@
 """Compilation of the kernels in `csrc/` into a library, and the recipe of the CPU's library.
 
 A library that was built elsewhere is at `<key>/<name>` in $VIM_PREBUILT, or in `vim/_lib/` where a wheel brought it.
-One that is built on this machine is at `<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources, the
+One built on this machine is at `<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources, the
 flags and the architecture, so a library of other sources is not found. The version of torch is not part of it: the
 bindings use torch's stable ABI.
 
