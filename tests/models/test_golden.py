@@ -55,8 +55,8 @@ def _drawn(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict:
 
 def golden_logits(model: vim.VisionMamba, x: torch.Tensor, metadata: dict[str, str], drawn: dict) -> torch.Tensor:
     features = json.loads(metadata["forward"]).get("return_features", False)
-    if not drawn and not features:
-        return model(x)
+    if not drawn:
+        return model(x, return_features=features)
     return model.forward_head(model.forward_features(x, **drawn), pre_logits=features)
 
 

@@ -513,6 +513,12 @@ class VisionMamba(nn.Module):
         x = classify(self.head, x)
         return x.max(dim=1).values if self.global_pool == "max" else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, (batch, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        """Return the logits, (batch, num_classes), or with `return_features` the input of the head.
+
+        Args:
+            x: Images, (batch, in_chans, height, width).
+            return_features: The original's name for `pre_logits` of `forward_head`.
+        """
+        # By identity: while torch.fx traces, the flag is a proxy that has no truth value.
+        return self.forward_head(self.forward_features(x), pre_logits=return_features is True)
