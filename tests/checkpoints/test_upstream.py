@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import vim
 from vim.checkpoints.upstream import translate_mixer_args, translate_model_args
@@ -70,9 +71,11 @@ def test_model_arguments(upstream, ours):
         ({"final_pool_type": "max"}, ValueError, "final_pool_type='max' with if_cls_token=True is refused"),
         ({"final_pool_type": "token"}, ValueError, "final_pool_type must be one of.*'token'"),
         ({"bimamba_type": "v3"}, ValueError, "bimamba_type must be.*'v3'"),
-        ({"initializer_cfg": {}}, ValueError, "initializer_cfg must be None"),
+        ({"initializer_cfg": {"n_residuals_per_layer": 2}}, ValueError, "scale the weight of `out_proj`"),
+        ({"initializer_cfg": {"std": 1}}, TypeError, "has no argument 'std' .in initializer_cfg"),
+        ({"ssm_cfg": {"device": "meta"}}, ValueError, r"ssm_cfg\['device'\] must be None in a model, got 'meta'"),
         ({"ssm_cfg": {"d_con": 3}}, TypeError, "no argument 'd_con'"),
-        ({"ssm_cfg": {"dt_min": 0.01}}, ValueError, r"ssm_cfg\['dt_min'\] must be 0.001 in a model, got 0.01"),
+        ({"ssm_cfg": {"dt_min": 0.01}}, ValueError, r"ssm_cfg\['dt_min'\] changes initial weights only.*to 0.01, then"),
         ({"if_rope": True, "ft_seq_len": 24}, ValueError, r"ft_seq_len must be the side of the grid, \[14\], got 24"),
     ],
     ids=str,
@@ -91,5 +94,21 @@ def test_mixer_arguments():
     vim.Mamba(**translate_mixer_args(d_model=32, layer_idx=3, use_fast_path=False, dt_min=0.01, dt_rank=5))
     with pytest.raises(TypeError, match="mixer has no argument 'bimamba'"):
         translate_mixer_args(bimamba="v2")
-    with pytest.raises(ValueError, match="dt_init must be 'random', got 'constant'"):
-        translate_mixer_args(dt_init="constant")
+    assert vim.Mamba(**translate_mixer_args(d_model=32, dt_init="constant")).dt_init == "constant"
+
+
+def test_initial_step_sizes_in_a_model_as_the_refusal_says():
+    with pytest.raises(ValueError, match=r"set `dt_init` of the mixer of each block in `model.layers` to 'constant'"):
+        translate_model_args(ssm_cfg={"dt_init": "constant"})
+    model = vim.VisionMamba(img_size=32, embed_dim=32, depth=2)
+    for block in model.layers:
+        block.mixer.dt_init = "constant"
+    model.init_weights()
+    for block in model.layers:
+        assert torch.equal(block.mixer.dt_proj.weight, torch.full((64, 2), 2**-0.5))
+        assert torch.equal(block.mixer.dt_proj_b.weight, torch.full((64, 2), 2**-0.5))
+
+
+def test_initializer_settings_without_effect_are_taken():
+    defaults = {"initializer_range": 0.1, "rescale_prenorm_residual": True, "n_residuals_per_layer": 1}
+    assert translate_model_args(initializer_cfg=defaults) == translate_model_args()

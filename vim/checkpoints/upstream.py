@@ -69,6 +69,9 @@ MIXER_DEFAULTS: dict[str, Any] = {
 }
 # Other spellings of an argument in the history of the original.
 SYNONYMS = {"if_devide_out": "if_divide_out", "in_chans": "channels"}
+# Of the original's initialisation. No module of Vim reads `initializer_range`, which is for embeddings of words.
+INITIALIZER_DEFAULTS = {"initializer_range": 0.02, "rescale_prenorm_residual": True, "n_residuals_per_layer": 1}
+_STEP_SIZE = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
 _POOLS = {"none": "last", "mean": "avg", "max": "max", "all": ""}
 
 
@@ -84,13 +87,10 @@ def translate_mixer_args(**upstream: Any) -> dict[str, Any]:
     """
     passed = {name: upstream.pop(name) for name in ("d_model",) if name in upstream}
     args = _with_defaults("mixer", MIXER_DEFAULTS, upstream)
-    if args["dt_init"] != "random":
-        raise ValueError(f"dt_init must be 'random', got {args['dt_init']!r}")
     same = ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias", "device", "dtype")
-    step_size = ("dt_min", "dt_max", "dt_scale", "dt_init_floor")
     return {
         **passed,
-        **{name: args[name] for name in (*same, *step_size)},
+        **{name: args[name] for name in (*same, *_STEP_SIZE)},
         "directions": _directions(args["bimamba_type"]),
         "merge": _merge(args["bimamba_type"], args["if_divide_out"]),
         "layer_scale": args["init_layer_scale"],
@@ -110,8 +110,7 @@ def translate_model_args(**upstream: Any) -> dict[str, Any]:
             token, or rotary tables whose side differs from the grid's.
     """
     args = _with_defaults("model", MODEL_DEFAULTS, upstream)
-    if args["initializer_cfg"] is not None:
-        raise ValueError(f"initializer_cfg must be None, got {args['initializer_cfg']!r}")
+    _check_initializer(args["initializer_cfg"])
     bimamba_type = "v1" if args["if_bimamba"] else args["bimamba_type"]
     same = (
         "img_size",
@@ -201,9 +200,26 @@ def _ssm_cfg(ssm_cfg: dict[str, Any] | None) -> dict[str, Any]:
             raise TypeError(f"the original's mixer has no argument {name!r} (in ssm_cfg)")
         if name in supported:
             translated[name] = value
+        elif name in _STEP_SIZE and value != MIXER_DEFAULTS[name]:
+            raise ValueError(
+                f"ssm_cfg[{name!r}] changes initial weights only and is not an argument of a model: set `{name}` of "
+                f"the mixer of each block in `model.layers` to {value!r}, then call `model.init_weights()`"
+            )
         elif name not in ("use_fast_path", "layer_idx") and value != MIXER_DEFAULTS[name]:
             raise ValueError(f"ssm_cfg[{name!r}] must be {MIXER_DEFAULTS[name]!r} in a model, got {value!r}")
     return translated
+
+
+def _check_initializer(initializer_cfg: dict[str, Any] | None) -> None:
+    """Raise for initial weights that `VisionMamba.init_weights` does not draw."""
+    for name, value in (initializer_cfg or {}).items():
+        if name not in INITIALIZER_DEFAULTS:
+            raise TypeError(f"the original's initialisation has no argument {name!r} (in initializer_cfg)")
+        if name != "initializer_range" and value != INITIALIZER_DEFAULTS[name]:
+            raise ValueError(
+                f"initializer_cfg[{name!r}] must be {INITIALIZER_DEFAULTS[name]!r}, got {value!r}: scale the weight of "
+                f"`out_proj` of the mixers in `model.layers` after the model is built"
+            )
 
 
 def _check_rotary_side(args: dict[str, Any]) -> None:

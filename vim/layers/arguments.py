@@ -8,7 +8,6 @@ from collections.abc import Collection
 ORIGINAL_NAMES: dict[str, str | None] = {
     "bimamba_type": "directions",
     "channels": "in_chans",
-    "dt_init": None,
     "final_pool_type": "global_pool",
     "flip_img_sequences_ratio": "flip_ratio",
     "ft_seq_len": None,

@@ -11,7 +11,14 @@ from torch.nn.init import kaiming_uniform_, zeros_
 
 
 @torch.no_grad()
-def init_dt_proj(dt_proj: nn.Linear, dt_min: float, dt_max: float, dt_scale: float, dt_init_floor: float) -> None:
+def init_dt_proj(
+    dt_proj: nn.Linear,
+    dt_min: float,
+    dt_max: float,
+    dt_scale: float,
+    dt_init_floor: float,
+    constant: bool = False,
+) -> None:
     """Initialise a step size projection so that softplus(bias) is log-uniform in [dt_min, dt_max].
 
     Args:
@@ -19,12 +26,16 @@ def init_dt_proj(dt_proj: nn.Linear, dt_min: float, dt_max: float, dt_scale: flo
         dt_min, dt_max: Range of the step size.
         dt_scale: Factor on the bound dt_rank ** -0.5 of the uniform weight.
         dt_init_floor: Smallest step size.
+        constant: Fill the weight with its bound instead of drawing it.
 
     Source: Gu and Dao 2023, arXiv:2312.00752, section 3.6.
     """
     weight, bias = dt_proj.weight, dt_proj.bias
     bound = weight.shape[1] ** -0.5 * dt_scale
-    weight.uniform_(-bound, bound)
+    if constant:
+        weight.fill_(bound)
+    else:
+        weight.uniform_(-bound, bound)
     uniform = torch.rand(bias.shape, device=bias.device, dtype=torch.float32)
     dt = torch.exp(math.log(dt_min) + uniform * (math.log(dt_max) - math.log(dt_min))).clamp(min=dt_init_floor)
     # The inverse of softplus: log(exp(dt) - 1).

@@ -18,6 +18,7 @@ from vim.ops.common.checks import check_memory
 
 Directions = Literal["none", "v1", "v2"]
 Merge = Literal["mean", "sum"]
+StepInit = Literal["random", "constant"]
 
 
 class _Direction(NamedTuple):
@@ -46,7 +47,8 @@ class Mamba(nn.Module):
         expand: Inner width over `d_model`; d_inner = int(expand * d_model).
         dt_rank: Rank of the step size's projection; "auto" is ceil(d_model / 16).
         dt_min, dt_max: Range of the step size at initialisation, drawn log-uniformly.
-        dt_scale: Factor on the bound of `dt_proj.weight` at initialisation.
+        dt_init: Initial `dt_proj.weight`: "random", uniform up to a bound, or "constant", equal to the bound.
+        dt_scale: Factor on the bound dt_rank ** -0.5 of `dt_proj.weight` at initialisation.
         dt_init_floor: Smallest step size at initialisation.
         conv_bias: Give the convolutions a bias.
         bias: Give `in_proj` and `out_proj` a bias.
@@ -81,6 +83,7 @@ class Mamba(nn.Module):
         dt_rank: int | Literal["auto"] = "auto",
         dt_min: float = 0.001,
         dt_max: float = 0.1,
+        dt_init: StepInit = "random",
         dt_scale: float = 1.0,
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
@@ -99,12 +102,14 @@ class Mamba(nn.Module):
         check_counts(1, dt_rank=rank)
         check_kind("directions", directions, get_args(Directions))
         check_kind("merge", merge, get_args(Merge))
+        check_kind("dt_init", dt_init, get_args(StepInit))
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         self.d_model, self.d_state, self.d_conv, self.expand, self.dt_rank = d_model, d_state, d_conv, expand, rank
         self.d_inner = int(expand * d_model)
         check_counts(1, d_inner=self.d_inner)
-        self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor = dt_min, dt_max, dt_scale, dt_init_floor
+        self.dt_min, self.dt_max, self.dt_init = dt_min, dt_max, dt_init
+        self.dt_scale, self.dt_init_floor = dt_scale, dt_init_floor
         self.directions, self.merge, self.layer_scale = directions, merge, layer_scale
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
 
@@ -151,7 +156,14 @@ class Mamba(nn.Module):
         for direction in self._directions():
             direction.A_log.copy_(log_states.to(direction.A_log.device).expand_as(direction.A_log))
             direction.D.fill_(1.0)
-            init_dt_proj(direction.dt_proj, self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor)
+            init_dt_proj(
+                direction.dt_proj,
+                self.dt_min,
+                self.dt_max,
+                self.dt_scale,
+                self.dt_init_floor,
+                self.dt_init == "constant",
+            )
         if self.gamma is not None and self.layer_scale is not None:
             self.gamma.fill_(self.layer_scale)
 
