@@ -107,7 +107,11 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _why_not_importable() -> str | None:
-    missing = [name.replace("_", "-") for name in _OLDEST if importlib.util.find_spec(name) is None]
+    specs = {name: importlib.util.find_spec(name) for name in _OLDEST}
+    stood_in = [name for name, spec in specs.items() if spec is not None and spec.origin == "vim.compat"]
+    if stood_in:
+        return f"vim.compat stands in for {' and '.join(stood_in)} in this process, with the kernels of other backends"
+    missing = [name.replace("_", "-") for name, spec in specs.items() if spec is None]
     if missing:
         return f'{" and ".join(missing)} not installed; the extra "mamba" has both: pip install "vimamba[mamba]"'
     for name, oldest in _OLDEST.items():
