@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "training": {"tasks", "inference", "runtime", "data", "models", "checkpoints", "config"},
     "explain": {"training", "inference", "runtime", "data", "models", "checkpoints", "config", "layers", "ops"},
     "benchmarking": {"runtime", "models", "ops"},
+    "compat": {"layers", "ops", "checkpoints"},
 }
 ENTRY_POINTS = {"train", "validate", "predict", "benchmark", "convert", "doctor", "export", "build", "report"}
 
