@@ -147,7 +147,7 @@ def rms_norm_fn_1(
 def refuse_extras(**arguments: object) -> None:
     """Raise for an argument of mamba-ssm 2's norms that no Mamba-1 model uses."""
     for name, value in arguments.items():
-        if value is not None and value != 0:
+        if isinstance(value, Tensor) or value:
             raise ValueError(f"{name} must be left out: vim.compat's norms have no second branch and no dropout")
 
 
