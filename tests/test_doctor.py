@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.processes import run_command
-from vim import doctor
+from vim import compat, doctor
 from vim.ops import available_backends
 from vim.ops.backends import native
 from vim.runtime import machine
@@ -25,6 +25,14 @@ def test_report(capsys):
     for op in doctor.OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
+
+
+def test_stand_ins_are_reported(capsys):
+    assert doctor.main([]) == 0
+    assert "mamba_ssm: nothing; vim.compat.install() puts a stand-in in place" in capsys.readouterr().out
+    with compat.as_mamba_ssm():
+        assert doctor.main([]) == 0
+    assert "causal_conv1d: vim.compat stands in for it" in capsys.readouterr().out
 
 
 def test_every_op_is_reported():

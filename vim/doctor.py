@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vim import compat
 from vim.ops import available_backends, unavailable_backends
 from vim.ops.backends import native
 from vim.ops.build import compilation, cuda_recipe
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("native kernels for the CPU", _library()),
         ("native kernels for NVIDIA's GPUs", _cuda_library()),
         ("backends, the preferred one first", _backends()),
+        ("imports that vim.compat serves", _stand_ins()),
     ):
         print(title)
         for line in lines:
@@ -137,6 +139,11 @@ def _backends() -> Iterator[str]:
             reasons = {line for op in OPS for line in unavailable_backends(op, device, dtype).items()}
             for name, reason in sorted(reasons):
                 yield f"{device} {str(dtype).removeprefix('torch.')}: not {name}: {reason}"
+
+
+def _stand_ins() -> Iterator[str]:
+    for package in compat.PACKAGES:
+        yield f"{package}: {compat.state_of(package)}"
 
 
 if __name__ == "__main__":
