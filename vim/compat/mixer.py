@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim import layers, ops
+from vim import layers
 from vim.checkpoints.upstream import translate_mixer_args
 from vim.layers.traced import fx_leaf
 
@@ -85,21 +84,17 @@ class Mamba(layers.Mamba):
         """Mix the tokens, (batch, len, d_model) -> (batch, len, d_model).
 
         Args:
-            hidden_states: (batch, len, d_model); after the first call with `inference_params`, (batch, 1, d_model).
+            hidden_states: (batch, len, d_model); with `inference_params`, the tokens after those of earlier calls.
             inference_params: mamba-ssm's record of a generation, with `key_value_memory_dict` and `seqlen_offset`; the
                 layer keeps its states in it. `None` runs without states.
         """
         if inference_params is None:
             return super().forward(hidden_states)
-        conv_state, ssm_state = self._states(inference_params, hidden_states.shape[0])
-        if inference_params.seqlen_offset > 0:
-            return self.step(hidden_states, conv_state, ssm_state)[0]
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))
-        (inputs,) = self._inputs_of_scans(x, z, self._directions())
-        y, last_state = ops.selective_scan(**inputs, return_last_state=True)
-        ssm_state.copy_(last_state)
-        return self.out_proj(y.mT)
+        states = self._states(inference_params, hidden_states.shape[0])
+        if inference_params.seqlen_offset == 0:
+            for state in states:
+                state.zero_()
+        return self.step(hidden_states, *states)[0]
 
     def _states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
         """Return the states of this layer, which the first call makes."""
