@@ -221,8 +221,9 @@ def _scan_inputs(
     widths = [rank, states if B is None else 0, states if C is None else 0]
     if projected.shape[-1] != sum(widths):
         raise ValueError(f"x_proj_weight must have dt_rank + B + C = {widths} rows, got {projected.shape[-1]}")
+    # FalconMamba of transformers passes a scale longer than dt; mamba-ssm reads its front.
     dt, own_B, own_C = (
-        part if scale is None else F.rms_norm(part, part.shape[-1:], scale.to(part.dtype), norm_eps)
+        part if scale is None else F.rms_norm(part, part.shape[-1:], scale[: part.shape[-1]].to(part.dtype), norm_eps)
         for part, scale in zip(projected.split(widths, dim=-1), norms, strict=True)
     )
     B = _as_map(own_B, B_proj_bias, A, u) if B is None else B
