@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from scripts.gpu.record import Section, Unavailable, append, lines
 from scripts.gpu.report import assemble, is_right, write_report
 from tests.processes import ROOT, run_command
 from vim.benchmarking.models import measure_case
+from vim.ops.backends import native
+from vim.runtime import gpu
 
 
 def start_pretending(output: Path, speed: float, *arguments: str) -> subprocess.Popen[str]:
@@ -214,6 +218,54 @@ def test_limits_are_those_of_the_card(monkeypatch):
     assert limits["memory_gb_per_s"] == 3352, "an H100's"
     assert limits["special_per_s"] == 132 * 16 * 1980e6
     assert limits["copy_gb_per_s"] == 3000
+
+
+@pytest.fixture
+def small_card(monkeypatch):
+    """As if the processor were a GPU on which every pass takes 1 ms."""
+    small = ops.Shape(name="small", batch=1, len=5, d_model=16)
+    card = argparse.Namespace(multi_processor_count=2)
+    monkeypatch.setattr(ops, "SHAPES", {name: small for name in ops.SHAPES})
+    monkeypatch.setattr(ops, "kernels_of", functools.partial(ops.kernels_of, device="cpu"))
+    monkeypatch.setattr(ops, "available_backends", lambda *of: ("native", "reference"))
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    for module in (ops, gpu):
+        monkeypatch.setattr(module, "captured", lambda calls, stream: lambda: [call() for call in calls])
+        monkeypatch.setattr(module, "time_calls", lambda calls, repeats: [call() for call in calls] and 1e-3)
+
+
+def test_rows_of_kernels(small_card, monkeypatch):
+    limits = {"copy_gb_per_s": 3000.0, "memory_gb_per_s": 3352.0, "special_per_s": 1e12}
+    rows = list(kernels._rows("Ti 224 b1", limits))
+    assert [row["op"] for row in rows] == [kernel.op for kernel in ops.kernels_of(ops.REHEARSAL, torch.bfloat16)]
+    assert all({"microseconds", "of_copy", "of_memory", "of_special_functions"} < set(row) for row in rows)
+    assert rows[0]["microseconds"] == 1e3 / ops._MAX_SETS
+    monkeypatch.setattr(ops, "_measure", lambda *arguments: 1 / 0)
+    assert {row["why"] for row in ops.kernel_rows(ops.REHEARSAL, torch.bfloat16, "native", {})} == {
+        "ZeroDivisionError: division by zero"
+    }
+
+
+def test_the_sweep_measures_every_choice_and_ends_with_the_table(small_card, monkeypatch):
+    chosen = []
+
+    def tune_scan(*choice: int) -> int:
+        chosen.append(choice)
+        return 1
+
+    library = argparse.Namespace(vim_cuda_tune_scan=tune_scan)
+    monkeypatch.setattr("ctypes.CDLL", lambda path: library)
+    monkeypatch.setattr(native, "cuda", argparse.Namespace(load=lambda: None, path="library"))
+    best: list[dict[str, object]] = []
+    row, every = tuning._sweep("Ti 224 b1", best)
+    assert best == [row]
+    assert (row["channels_per_multiprocessor"], row["microseconds"]) == (2 * 32 / 2, 1000.0)
+    assert len(every["every choice"]) == 1 + len(tuning.choices(5))
+    assert chosen == [(0, 0, 0), *tuning.choices(5), (0, 0, 0)]
 
 
 def test_ways_to_cut_a_short_and_a_long_scan():
