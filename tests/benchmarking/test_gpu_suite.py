@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from scripts.gpu.record import Section, Unavailable, append, lines
 from scripts.gpu.report import assemble, is_right, write_report
 from tests.processes import ROOT, run_command
 from vim.benchmarking.models import measure_case
+from vim.ops.backends import native
+from vim.runtime import gpu
 
 
 def start_pretending(output: Path, speed: float, *arguments: str) -> subprocess.Popen[str]:
@@ -216,6 +220,54 @@ def test_limits_are_those_of_the_card(monkeypatch):
     assert limits["copy_gb_per_s"] == 3000
 
 
+@pytest.fixture
+def small_card(monkeypatch):
+    """As if the processor were a GPU on which every pass takes 1 ms."""
+    small = ops.Shape(name="small", batch=1, len=5, d_model=16)
+    card = argparse.Namespace(multi_processor_count=2)
+    monkeypatch.setattr(ops, "SHAPES", {name: small for name in ops.SHAPES})
+    monkeypatch.setattr(ops, "kernels_of", functools.partial(ops.kernels_of, device="cpu"))
+    monkeypatch.setattr(ops, "available_backends", lambda *of: ("native", "reference"))
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    for module in (ops, gpu):
+        monkeypatch.setattr(module, "captured", lambda calls, stream: lambda: [call() for call in calls])
+        monkeypatch.setattr(module, "time_calls", lambda calls, repeats: [call() for call in calls] and 1e-3)
+
+
+def test_rows_of_kernels(small_card, monkeypatch):
+    limits = {"copy_gb_per_s": 3000.0, "memory_gb_per_s": 3352.0, "special_per_s": 1e12}
+    rows = list(kernels._rows("Ti 224 b1", limits))
+    assert [row["op"] for row in rows] == [kernel.op for kernel in ops.kernels_of(ops.REHEARSAL, torch.bfloat16)]
+    assert all({"microseconds", "of_copy", "of_memory", "of_special_functions"} < set(row) for row in rows)
+    assert rows[0]["microseconds"] == 1e3 / ops._MAX_SETS
+    monkeypatch.setattr(ops, "_measure", lambda *arguments: 1 / 0)
+    assert {row["why"] for row in ops.kernel_rows(ops.REHEARSAL, torch.bfloat16, "native", {})} == {
+        "ZeroDivisionError: division by zero"
+    }
+
+
+def test_the_sweep_measures_every_choice_and_ends_with_the_table(small_card, monkeypatch):
+    chosen = []
+
+    def tune_scan(*choice: int) -> int:
+        chosen.append(choice)
+        return 1
+
+    library = argparse.Namespace(vim_cuda_tune_scan=tune_scan)
+    monkeypatch.setattr("ctypes.CDLL", lambda path: library)
+    monkeypatch.setattr(native, "cuda", argparse.Namespace(load=lambda: None, path="library"))
+    best: list[dict[str, object]] = []
+    row, every = tuning._sweep("Ti 224 b1", best)
+    assert best == [row]
+    assert (row["channels_per_multiprocessor"], row["microseconds"]) == (2 * 32 / 2, 1000.0)
+    assert len(every["every choice"]) == 1 + len(tuning.choices(5))
+    assert chosen == [(0, 0, 0), *tuning.choices(5), (0, 0, 0)]
+
+
 def test_ways_to_cut_a_short_and_a_long_scan():
     assert {chunk for _, _, chunk in tuning.choices(197)} == {0, 128, 192, tuning._UNCUT}
     assert len(tuning.choices(6085)) == 2 * 3 * 7
@@ -254,6 +306,19 @@ def test_smoke_cases_pass_on_the_processor(op):
         assert max(smoke.errors(op, side, "float32", "cpu")) < smoke._BOUND["float32"]
 
 
+def test_a_smoke_case_in_its_process(monkeypatch):
+    case = ("add_rms_norm", "forward", "float32")
+    monkeypatch.chdir(ROOT)
+    failed: list[tuple[str, str, str]] = []
+    (row,) = smoke._round([case], False, failed)
+    assert (row["ok"], failed) == (True, [])
+    assert 0 <= row["error"] < smoke._BOUND["float32"]
+    (row,) = smoke._round([(*case[:2], "no dtype")], False, failed)
+    assert (row["ok"], row["exit_code"]) == (False, 2)
+    assert failed == [(*case[:2], "no dtype")]
+    assert "invalid choice" in row["said"][-1]
+
+
 def test_a_model_that_does_not_run_is_named_and_the_others_are_measured():
     rows, failed = measure_case(
         ["vim_tiny_patch16_224", "vim_tiny_patch16_224:triton"],
@@ -277,13 +342,12 @@ def test_rehearsal(tmp_path):
     missing = ("jsonargparse", "rich", "matplotlib", "sklearn", "tensorboard")
     code = f"import sys\nfor name in {missing}:\n    sys.modules[name] = None\n"
     (tmp_path / "sitecustomize.py").write_text(code)
-    sections = ("build", "smoke", "kernels", "models", "training", "latency", "ncu")
+    sections = ("build", "kernels", "models", "training", "latency", "ncu")
     command = ("bash", "scripts/gpu_suite.sh", "--output", tmp_path / "run" / "gpu", "--sections", *sections)
     run_command(*command, PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
     run = json.loads((tmp_path / "run" / "gpu.json").read_text())
     assert run["gpu"] is False
     assert not any(section["died"] or section["unfinished"] for section in run["sections"].values())
-    assert len(run["sections"]["smoke"]["rows"]) == len(smoke.CASES)
     assert run["sections"]["latency"]["not_run"][0] == "latency of vim Ti at 224px: no GPU"
     report = (tmp_path / "run" / "gpu.md").read_text()
     assert "there was no GPU" in report

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.backends import chosen_op
+from tests.helpers import make_bidirectional_inputs
 from tests.processes import ROOT, run_command
 from vim.ops import available_backends, unavailable_backends
 from vim.ops.backends.registry import isolated_registry
@@ -86,6 +87,30 @@ def test_kernels_compile_for_a_gpu(ops, tmp_path):
         assert row["spilled"] <= 128, "bytes a thread"
     if "selective_scan" in ops:
         assert rows["selective_scan_fwd_kernel"]["shuffles"] == 0, "a channel's states are in one thread"
+
+
+def test_no_launch_passes_a_tuple_within_a_tuple(monkeypatch):
+    """Triton 3.6, PyTorch 2.11's, loses strides of 1 in them; scripts/check_triton_versions.sh compiles with it."""
+    module = importlib.import_module("vim.ops.bidirectional_scan.triton")
+    passed: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *arguments, **settings: passed.extend(arguments)
+
+    for name in (
+        "bidirectional_scan_fwd_kernel",
+        "bidirectional_scan_bwd_kernel",
+        "merge_fwd_kernel",
+        "merge_bwd_kernel",
+    ):
+        monkeypatch.setattr(module, name, Kernel())
+    *operands, z = (t.detach() for t in make_bidirectional_inputs(1, 5, 6, 4, 2))
+    _, entry = module.bidirectional_scan(*operands, z, 0.5, 64)
+    module.bidirectional_scan_backward(z, *operands, z, entry, 0.5, 64)
+    tuples = [argument for argument in passed if isinstance(argument, tuple)]
+    assert tuples
+    assert not any(isinstance(part, tuple) for argument in tuples for part in argument)
 
 
 @pytest.mark.slow
