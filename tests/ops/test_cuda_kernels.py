@@ -9,7 +9,9 @@ import torch
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.ops.conformance import detached, noise
+from tests.ops.test_bidirectional_block import make_inputs, make_weights
 from tests.ops.test_conformance import EMULATED, LIBRARY
+from vim.ops import bidirectional_block
 
 
 @pytest.fixture
@@ -77,6 +79,18 @@ def test_a_long_sequence_of_few_channels_is_cut():
 def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
     for wrong in ((3, 1, 0), (1, 3, 0), (1, 1, 60), (1, 1, -64)):
         assert not tune(*wrong)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+def test_weights_of_a_layer_are_converted_together(dtypes):
+    of_weights, of_activations = dtypes
+    weights = make_weights(dtype=of_weights)
+    x, _ = make_inputs(2, 9, 12, of_activations)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        bidirectional_block(x.detach(), None, weights, backend="emulated")
+    called = [event.name for event in profile.events()]
+    assert "vim::bidirectional_block_emulated" in called
+    assert not {"aten::to", "aten::_to_copy"} & set(called)
 
 
 def test_norm_of_a_part_of_rows():
