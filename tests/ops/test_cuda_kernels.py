@@ -71,6 +71,19 @@ def test_every_way_to_cut_a_backward_scan(chunks):
         assert tune_backward(0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_errors_of_a_gpus_approximate_instructions(dtype):
+    tensors = detached(make_bidirectional_inputs(2, 133, 40, 16, 12, dtype))
+    LIBRARY.vim_emulation_rounding(1)
+    try:
+        y, states = EMULATED.check("bidirectional_scan", *tensors, 0.5, 64)
+        rounded = torch.ops.vim.bidirectional_scan_emulated(*tensors, 0.5, 64)[1]
+        EMULATED.check("bidirectional_scan_backward", noise(*y.shape, dtype=dtype), *tensors, states, 0.5, 64)
+    finally:
+        LIBRARY.vim_emulation_rounding(0)
+    assert not torch.equal(rounded, torch.ops.vim.bidirectional_scan_emulated(*tensors, 0.5, 64)[1])
+
+
 def test_a_long_sequence_of_few_channels_is_cut():
     tensors = detached(make_bidirectional_inputs(1, 395, 8, 16, 3, torch.float32))
     EMULATED.check("bidirectional_scan", *tensors, 0.5, 64)
