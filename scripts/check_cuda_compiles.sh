@@ -66,7 +66,7 @@ for log in "$folder"/*.log; do
   case $name in
     generic_*) kernels= ;; # need not be fast
     # More blocks a multiprocessor are worth a few numbers in local memory outside of the main loops.
-    scan_forward_*.* | scan_backward_*.* | fast_*) kernels=$(in_memory "$log" 256) ;;
+    scan_forward_*.* | scan_backward_*.* | fast_*) kernels=$(in_memory "$log" 320) ;;
     *) kernels=$(in_memory "$log" 0) ;;
   esac
   if [[ -n $kernels ]]; then fail "$name: $kernels"; else echo "ok $name: at most ${registers:-0} registers"; fi

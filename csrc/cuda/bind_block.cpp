@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "binding.h"
+#include "convert.h"
 #include "ops.h"
 
 // PyTorch's products as its C interface has them: in place, and without a dispatcher between.
@@ -65,22 +66,56 @@ void project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
 
 Tensor typed(const Tensor& x, ScalarType type) { return x.scalar_type() == type ? x : torch::stable::to(x, type); }
 
-OptionalTensor typed(const OptionalTensor& x, ScalarType type) {
-  return x.has_value() ? OptionalTensor(typed(*x, type)) : std::nullopt;
+// Converts tensors of one type to another, in one kernel and the memory of one tensor.
+void convert_together(const std::vector<Tensor*>& tensors, ScalarType type) {
+  constexpr int64_t kStart = 16;  // each starts at a multiple of so many elements
+  int64_t total = 0;
+  std::vector<Tensor> given;  // until the kernel has started
+  for (Tensor* x : tensors) {
+    given.push_back(dense(*x));
+    total += (x->numel() + kStart - 1) / kStart * kStart;
+  }
+  const Tensor memory = allocate(*tensors[0], {total}, type);
+  cuda::Conversions arrays;
+  const Element from = *element_of(given[0]), to = *element_of(memory);
+  int64_t offset = 0;
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    const int64_t size = given[k].numel();
+    Sizes sizes = sizes_of(given[k]), strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    *tensors[k] = view(memory, sizes, strides, offset);
+    arrays.from[k] = read_only(given[k]);
+    arrays.to[k] = tensors[k]->mutable_data_ptr();
+    arrays.size[k] = size;
+    offset += (size + kStart - 1) / kStart * kStart;
+  }
+  arrays.count = static_cast<int>(tensors.size());
+  const OnDeviceOf device(memory);
+  cuda::convert(arrays, from, to, device.stream());
 }
 
-// The products' weights in the type of activations, the others in float32, for one call.
+// The products' weights in the type of activations, the others in float32, for one call: a kernel for each pair of
+// types.
 BlockWeights converted(const BlockWeights& weights, ScalarType type) {
   BlockWeights result = weights;
-  for (Tensor* w : {&result.in_proj, &result.out_proj}) *w = dense(typed(*w, type));
-  for (OptionalTensor* w : {&result.in_bias, &result.out_bias}) *w = typed(*w, type);
-  result.norm_weight = typed(result.norm_weight, ScalarType::Float);
+  std::vector<Tensor*> products{&result.in_proj, &result.out_proj}, others{&result.norm_weight};
+  for (OptionalTensor* w : {&result.in_bias, &result.out_bias}) {
+    if (w->has_value()) products.push_back(&**w);
+  }
   for (BlockDirection& side : result.sides) {
-    side.x_proj = dense(typed(side.x_proj, type));
-    for (Tensor* w : {&side.conv_weight, &side.dt_weight, &side.dt_bias, &side.A_log, &side.D}) {
-      *w = dense(typed(*w, ScalarType::Float));
+    products.push_back(&side.x_proj);
+    for (Tensor* w : {&side.conv_weight, &side.dt_weight, &side.dt_bias, &side.A_log, &side.D}) others.push_back(w);
+    if (side.conv_bias.has_value()) others.push_back(&*side.conv_bias);
+  }
+  for (const auto& [tensors, to] : {std::pair(products, type), std::pair(others, ScalarType::Float)}) {
+    for (const ScalarType from : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}) {
+      std::vector<Tensor*> of_type;
+      for (Tensor* x : tensors) {
+        if (x->scalar_type() == from) of_type.push_back(x);
+      }
+      if (from != to && !of_type.empty()) convert_together(of_type, to);
     }
-    side.conv_bias = typed(side.conv_bias, ScalarType::Float);
+    for (Tensor* x : tensors) *x = dense(*x);
   }
   return result;
 }

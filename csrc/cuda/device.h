@@ -174,7 +174,7 @@ VIM_DEVICE float exp2_approx(float x) {
   return y;
 #else
   const float y = std::exp2(x);
-  return y < 0x1p-126f ? 0.0f : y;
+  return y < 0x1p-126f ? 0.0f : emulation::approximate(y, 2);
 #endif
 }
 
@@ -185,7 +185,7 @@ VIM_DEVICE float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return 1.0f / x;
+  return emulation::approximate(1.0f / x, 1);
 #endif
 }
 

@@ -222,6 +222,14 @@ size_t visited(size_t step, size_t threads, uint64_t pass) {
   return static_cast<size_t>((step * 7919 + pass * 104729) % threads);
 }
 
+// Blocks follow the order of threads: forwards, backwards, or neighbours far apart. Of two primes one does not divide the
+// number of blocks, and visits them all.
+size_t visited_block(size_t step, size_t blocks) {
+  if (order == 1 || order == 4) return blocks - 1 - step;
+  if (order == 2) return step * (blocks % 7919 == 0 ? 104729 : 7919) % blocks;
+  return step;
+}
+
 // Whether the thread could go on; `done` counts those that have ended.
 bool advance(std::vector<Thread>& threads, size_t i, size_t& done) {
   if (!can_run(threads[i])) return false;
@@ -271,6 +279,8 @@ struct SharedMemory {
 
 }  // namespace
 
+bool rounds_badly = false;
+
 void wait(Barrier& barrier) {
   Thread& thread = *machine.thread;
   thread.waits_for = &barrier;
@@ -307,7 +317,9 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   machine.fault = nullptr;
   std::vector<Thread> threads(count);
   std::vector<Warp> warps(count / kLanes);
-  for (size_t n = 0; n < size_t{grid.x} * grid.y * grid.z; ++n) {
+  const size_t blocks = size_t{grid.x} * grid.y * grid.z;
+  for (size_t step = 0; step < blocks; ++step) {
+    const size_t n = visited_block(step, blocks);
     const SharedMemory shared(shared_bytes);
     machine.shared = static_cast<char*>(shared.memory);
     machine.block_index = dim3(static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
@@ -333,8 +345,12 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 
 }  // namespace vim::emulation
 
-// The order in which the threads of a block are visited: 0 ascending, 1 descending, 2 another one in every pass; or its
+// The order in which the threads of a block, and the blocks, are visited: 0 ascending, 1 descending, 2 another one in every pass; or its
 // warps one after the other, each as far as it gets: 3 the first one first, 4 the last one first.
+extern "C" __attribute__((visibility("default"))) void vim_emulation_rounding(int badly) {
+  vim::emulation::rounds_badly = badly != 0;
+}
+
 extern "C" __attribute__((visibility("default"))) void vim_emulation_order(int order) {
   vim::emulation::order = order;
 }

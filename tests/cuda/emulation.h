@@ -1,5 +1,5 @@
 // CUDA on the host, for tests. A block's threads are fibers: each runs until it waits for others (at a barrier or in a
-// shuffle), then the next one goes on. Blocks run one after the other.
+// shuffle), then the next one goes on. Blocks run one after the other, in an order that can be turned around as well.
 //
 // It finds what a GPU may hide: shared memory starts as NaN and has exactly the size asked for (AddressSanitizer sees
 // an access beyond it), a copy_async arrives no earlier than it is waited for, a barrier that some threads never reach
@@ -98,6 +98,18 @@ inline void sync_group(int group, int threads) {
 }
 
 inline char* shared_memory() { return machine.shared; }
+
+// Whether results of approximate instructions are as wrong as a GPU's may be (vim_emulation_rounding).
+extern bool rounds_badly;
+
+// What an instruction may return that is right to `units` in the last place: another error for every result.
+inline float approximate(float exact, int units) {
+  if (!rounds_badly || !std::isnormal(exact)) return exact;
+  uint32_t raw;
+  std::memcpy(&raw, &exact, sizeof raw);
+  const int span = 2 * units + 1, error = static_cast<int>((raw * 2654435761u >> 16) % static_cast<unsigned>(span)) - units;
+  return exact + static_cast<float>(error) * 0x1p-23f * exact;
+}
 
 template <class T>
 T shuffle(T value, int source) {

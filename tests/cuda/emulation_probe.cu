@@ -1,11 +1,14 @@
 // Small kernels that show what csrc/cuda/device.h and the emulation behind it do; prints a line for each.
 #include "device.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <vector>
 
 extern "C" void vim_emulation_order(int order);
+extern "C" void vim_emulation_rounding(int badly);
 
 namespace vim {
 namespace cuda {
@@ -64,6 +67,13 @@ __global__ void early_end(float* out) {
   out[threadIdx.x] = 1;
 }
 
+// A race: what a block writes depends on whether the one before has written.
+__global__ void passed_on(float* out) {
+  if (threadIdx.x == 0) out[blockIdx.x + 1] = out[blockIdx.x] + 1;
+}
+
+__global__ void powers(float* out) { out[threadIdx.x] = exp2_approx(static_cast<float>(threadIdx.x) / 7); }
+
 int failures = 0;
 
 void expect(bool right, const char* what) {
@@ -121,11 +131,27 @@ void run_all(int order) {
   expect(throws([&] { launch(copies<0>, {1, 32, 32 * 32}, nullptr, Pair{in.data() + 1, out.data()}); }),
          "a copy from an address that is no multiple of its size");
 
+  std::fill(out.begin(), out.end(), 0.0f);
+  launch(passed_on, {8, 32, 0}, nullptr, out.data());
+  expect((out[8] == 8) == (order == 0 || order == 3), "a race between blocks shows in another order of blocks");
+
   expect(throws([&] { launch(half_a_barrier, {1, 32, 0}, nullptr, out.data()); }), "threads that wait for ever");
   launch(early_end, {1, 64, 0}, nullptr, out.data());
   expect(out[31] == 1, "threads that end are not waited for");
   expect(throws([&] { launch(early_end, {1, 48, 0}, nullptr, out.data()); }), "half a warp is refused");
   launch(early_end, {0, 64, 0}, nullptr, out.data());
+}
+
+// Errors of approximate instructions, when they are asked for, are there and no larger than a GPU's.
+bool errors() {
+  std::vector<float> exact(32), wrong(32);
+  launch(powers, {1, 32, 0}, nullptr, exact.data());
+  vim_emulation_rounding(1);
+  launch(powers, {1, 32, 0}, nullptr, wrong.data());
+  vim_emulation_rounding(0);
+  float largest = 0;
+  for (size_t i = 0; i < exact.size(); ++i) largest = std::max(largest, std::abs(wrong[i] / exact[i] - 1));
+  return largest > 0x1p-23f && largest <= 0x1.4p-22f;
 }
 
 // Every half-precision number survives, and halves between neighbours are rounded to even.
@@ -152,6 +178,7 @@ bool conversions() {
 int main() {
   using namespace vim::cuda;
   for (int order = 0; order < 5; ++order) run_all(order);
+  expect(errors(), "errors of approximate instructions");
   expect(conversions<vim::cuda::bfloat16>(), "bfloat16");
   expect(conversions<vim::cuda::float16>(), "float16");
   return failures == 0 ? 0 : 1;

@@ -15,4 +15,4 @@ def test_probe(tmp_path):
     assert compiler is not None
     flags = ("-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{kernels}", f"-I{emulation}")
     run_command(*compiler, *flags, "-o", tmp_path / "probe", "-x", "c++", *emulation.glob("emulation*.c*"))
-    assert run_command(tmp_path / "probe").count("ok ") == 5 * 10 + 2
+    assert run_command(tmp_path / "probe").count("ok ") == 5 * 11 + 3

@@ -9,7 +9,9 @@ import torch
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.ops.conformance import detached, noise
+from tests.ops.test_bidirectional_block import make_inputs, make_weights
 from tests.ops.test_conformance import EMULATED, LIBRARY
+from vim.ops import bidirectional_block
 
 
 @pytest.fixture
@@ -69,6 +71,19 @@ def test_every_way_to_cut_a_backward_scan(chunks):
         assert tune_backward(0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_errors_of_a_gpus_approximate_instructions(dtype):
+    tensors = detached(make_bidirectional_inputs(2, 133, 40, 16, 12, dtype))
+    LIBRARY.vim_emulation_rounding(1)
+    try:
+        y, states = EMULATED.check("bidirectional_scan", *tensors, 0.5, 64)
+        rounded = torch.ops.vim.bidirectional_scan_emulated(*tensors, 0.5, 64)[1]
+        EMULATED.check("bidirectional_scan_backward", noise(*y.shape, dtype=dtype), *tensors, states, 0.5, 64)
+    finally:
+        LIBRARY.vim_emulation_rounding(0)
+    assert not torch.equal(rounded, torch.ops.vim.bidirectional_scan_emulated(*tensors, 0.5, 64)[1])
+
+
 def test_a_long_sequence_of_few_channels_is_cut():
     tensors = detached(make_bidirectional_inputs(1, 395, 8, 16, 3, torch.float32))
     EMULATED.check("bidirectional_scan", *tensors, 0.5, 64)
@@ -77,6 +92,18 @@ def test_a_long_sequence_of_few_channels_is_cut():
 def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
     for wrong in ((3, 1, 0), (1, 3, 0), (1, 1, 60), (1, 1, -64)):
         assert not tune(*wrong)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+def test_weights_of_a_layer_are_converted_together(dtypes):
+    of_weights, of_activations = dtypes
+    weights = make_weights(dtype=of_weights)
+    x, _ = make_inputs(2, 9, 12, of_activations)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        bidirectional_block(x.detach(), None, weights, backend="emulated")
+    called = [event.name for event in profile.events()]
+    assert "vim::bidirectional_block_emulated" in called
+    assert not {"aten::to", "aten::_to_copy"} & set(called)
 
 
 def test_norm_of_a_part_of_rows():
