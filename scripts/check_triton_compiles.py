@@ -102,6 +102,15 @@ def _selective_scan(dtype: torch.dtype) -> None:
     torch.ops.vim.selective_scan_backward_triton(dense.mT, None, *inputs, entry, True, True, 64)
 
 
+def _segmented_scan(dtype: torch.dtype) -> None:
+    _, z, dense, x_dbl = _operands(dtype)
+    _, B, C = x_dbl.mT.split([RANK, STATES, STATES], 1)
+    inputs = (dense.mT, dense.mT, torch.zeros(DIM, STATES), B, C, torch.zeros(DIM), z.mT, torch.zeros(DIM))
+    inputs += (torch.zeros(2, DIM, STATES), torch.zeros(2, TOKENS, dtype=torch.int32))
+    _, _, entry = torch.ops.vim.segmented_scan_triton(*inputs, True, True, 64)
+    torch.ops.vim.segmented_scan_backward_triton(dense.mT, None, *inputs, entry, True, True, 64)
+
+
 def _bidirectional_conv1d(dtype: torch.dtype) -> None:
     x, _, dense, _ = _operands(dtype)
     weights = (torch.zeros(DIM, WIDTH), torch.zeros(DIM)) * 2
@@ -116,6 +125,13 @@ def _causal_conv1d(dtype: torch.dtype) -> None:
     torch.ops.vim.causal_conv1d_backward_triton(dense.mT, x.mT, *weights, True, False)
 
 
+def _segmented_conv1d(dtype: torch.dtype) -> None:
+    x, _, dense, _ = _operands(dtype)
+    arguments = (torch.zeros(DIM, WIDTH), torch.zeros(DIM), torch.zeros(2, TOKENS, dtype=torch.int32), True, False)
+    torch.ops.vim.segmented_conv1d_triton(x.mT, *arguments)
+    torch.ops.vim.segmented_conv1d_backward_triton(dense.mT, x.mT, *arguments)
+
+
 def _add_rms_norm(dtype: torch.dtype) -> None:
     hidden, weight = torch.zeros(2, TOKENS, MODEL, dtype=dtype), torch.zeros(MODEL)
     residual = torch.zeros(hidden.shape)
@@ -126,8 +142,10 @@ def _add_rms_norm(dtype: torch.dtype) -> None:
 LAUNCHES = {
     "bidirectional_scan": _bidirectional_scan,
     "selective_scan": _selective_scan,
+    "segmented_scan": _segmented_scan,
     "bidirectional_conv1d": _bidirectional_conv1d,
     "causal_conv1d": _causal_conv1d,
+    "segmented_conv1d": _segmented_conv1d,
     "add_rms_norm": _add_rms_norm,
 }
 

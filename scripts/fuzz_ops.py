@@ -118,6 +118,9 @@ def _work() -> None:
         inputs = (u.clone().requires_grad_(), u.abs(), -torch.rand(24, 5), B, B, torch.randn(24), u, torch.randn(24))
         y, state = vim.ops.selective_scan(*inputs, delta_softplus=True, return_last_state=True)
         (y.sum() + state.sum()).backward()
+        forms = {"initial_state": torch.randn(2, 24, 5), "seq_idx": (torch.arange(140) // 9).int().view(2, 70)}
+        vim.ops.selective_scan(*inputs, delta_softplus=True, **forms).sum().backward()
+        vim.ops.causal_conv1d(inputs[0], torch.randn(24, 4), seq_idx=forms["seq_idx"]).sum().backward()
     weight = torch.randn(24, 4, requires_grad=True)
     for bias in (None, torch.randn(24)):
         vim.ops.causal_conv1d(u, weight, bias).sum().backward()

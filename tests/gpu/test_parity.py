@@ -35,7 +35,7 @@ PACKAGES = {
 TARGETS = [
     Target("native", "", SIZES, DEVICE.type, on_gpu=True),
     Target("triton", "_triton", SIZES, DEVICE.type, on_gpu=True),
-    PlainTarget("mamba_ssm", "", PACKAGES, DEVICE.type, on_gpu=True),
+    PlainTarget("mamba_ssm", "", PACKAGES, DEVICE.type, True, ("segmented_scan", "segmented_conv1d")),
 ]
 # The mixer's own backends: everything but mamba_ssm, which has two scans.
 both = pytest.mark.parametrize("backend", BACKENDS)

@@ -197,3 +197,52 @@ def test_misspelt_argument():
 def test_bad_input(shape):
     with pytest.raises(ValueError, match=r"hidden_states must be \(batch, len, d_model\)|at least one token"):
         vim.Mamba(16)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("path", ["plain", "convolution hooked", "dt_proj wrapped"])
+@pytest.mark.parametrize("pieces", [(1,) * 9, (4, 1, 4)], ids=str)
+def test_steps_equal_the_whole(pieces, path):
+    torch.manual_seed(0)
+    mixer = vim.Mamba(16, d_state=5, directions="none", layer_scale=0.5).double()
+    if path == "convolution hooked":
+        _hook(mixer, ("conv1d",))
+    if path == "dt_proj wrapped":
+        _wrap(mixer, ("dt_proj",))
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    states = mixer.allocate_inference_cache(2, 9)
+    assert [tuple(state.shape) for state in states] == [(2, 32, 4), (2, 32, 5)]
+    outputs = []
+    for tokens in x.split(pieces, 1):
+        out, *after = mixer.step(tokens, *states)
+        assert all(a is b for a, b in zip(after, states, strict=True))
+        outputs.append(out)
+    leaves = [x, *mixer.parameters()]
+    stepped, whole = torch.cat(outputs, 1), mixer(x)
+    assert_close(stepped, whole, 1e-12)
+    grads = (torch.autograd.grad(y.square().sum(), leaves) for y in (stepped, whole))
+    for actual, expected in zip(*grads, strict=True):
+        assert_close(actual, expected, 1e-10)
+
+
+def test_states_of_steps():
+    mixer = vim.Mamba(16, directions="none").bfloat16()
+    assert [s.dtype for s in mixer.allocate_inference_cache(1, 9)] == [torch.bfloat16, torch.float32]
+    assert {s.dtype for s in mixer.allocate_inference_cache(1, 9, torch.float16)} == {torch.float16}
+
+
+@pytest.mark.parametrize("directions", ["v1", "v2"])
+def test_a_bidirectional_mixer_has_no_steps(directions):
+    mixer = vim.Mamba(16, directions=directions)
+    with pytest.raises(ValueError, match=f"step needs a mixer with directions='none', got '{directions}'"):
+        mixer.step(torch.zeros(1, 1, 16), torch.zeros(1, 32, 4), torch.zeros(1, 32, 16))
+    with pytest.raises(ValueError, match="allocate_inference_cache needs a mixer with directions='none'"):
+        mixer.allocate_inference_cache(1, 9)
+
+
+def test_bad_states_of_a_step():
+    mixer, x = vim.Mamba(16, directions="none"), torch.zeros(2, 1, 16)
+    conv_state, ssm_state = mixer.allocate_inference_cache(2, 9)
+    with pytest.raises(ValueError, match=r"conv_state must be .* = \(2, 32, 4\), got \(1, 32, 4\)"):
+        mixer.step(x, conv_state[:1], ssm_state)
+    with pytest.raises(ValueError, match=r"ssm_state must be .* = \(2, 32, 16\), got \(2, 32, 15\)"):
+        mixer.step(x, conv_state, ssm_state[..., 1:])
