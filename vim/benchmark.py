@@ -1,4 +1,7 @@
-"""`python -m vim.benchmark`: compare our models with any models of timm, interleaved in one process."""
+"""`python -m vim.benchmark`: compare our models with any models of timm, interleaved in one process.
+
+With `--ops` it compares the scan and the convolution with other implementations.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jsonargparse import CLI
     except ImportError:
         return _fail('it needs the "train" extra: pip install "vimamba[train]"')
-    from vim.benchmarking.models import run_benchmark
-
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--ops" in arguments:
+        arguments.remove("--ops")
+        from vim.benchmarking.operations import run_ops_benchmark as run
+    else:
+        from vim.benchmarking.models import run_benchmark as run  # type: ignore[assignment]
     try:
-        arguments = None if argv is None else list(argv)
-        CLI(run_benchmark, args=arguments, as_positional=False, prog="python -m vim.benchmark")
+        CLI(run, args=arguments, as_positional=False, prog="python -m vim.benchmark")
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error))
     return 0
