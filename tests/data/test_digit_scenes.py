@@ -29,6 +29,13 @@ def test_a_scene_has_an_image_and_a_visible_mask_and_a_label_for_each_digit():
     assert overlaps > 5
 
 
+def test_scenes_have_the_number_and_the_sizes_of_digits_that_are_asked_for():
+    scenes = DigitScenes("train", 64, 30, seed=0, most_digits=2, sides=(0.5, 0.6))
+    heights = [np.ptp(mask.any(axis=1).nonzero()[0]) + 1 for scene in scenes for mask in scene.masks[-1:]]
+    assert {len(scene.labels) for scene in scenes} == {1, 2}
+    assert 28 <= max(heights) <= 38 < 64
+
+
 def test_a_digit_is_brighter_than_its_background():
     scene = DigitScenes("val", 48, 1, seed=3)[0]
     digits = scene.masks.any(axis=0)
@@ -66,6 +73,8 @@ def test_an_index_out_of_range_is_refused():
         (("val", 31, 1, 0), "size must be >= 32"),
         (("val", 64, 0, 0), "count must be >= 1"),
         (("val", 64, 1, -1), "seed must be >= 0"),
+        (("val", 64, 1, 0, 0), "most_digits must be >= 1, got 0"),
+        (("val", 64, 1, 0, 5, (0.6, 0.5)), "sides must rise from >= 0.1 to <= 1, got"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -40,6 +40,10 @@ class SegmentationConfig:
     """Pairs of each split that are checked before the run; later ones that do not fit are left out and counted."""
     scenes: int = 1000
     """Number of training scenes of the `digit_scenes` set; a quarter as many are held out."""
+    scene_digits: int = 5
+    """Most digits in a scene of `digit_scenes`."""
+    scene_sides: tuple[float, float] = (0.3, 0.5)
+    """Smallest and largest height of a digit of `digit_scenes`, relative to the scene."""
     repeats: int = 1
     """Times that an image appears in an epoch, each time cropped anew, for sets of few images."""
     short_side: int | None = None
@@ -64,13 +68,15 @@ class SegmentationConfig:
         for name in ("channels", "short_side", "stride"):
             if getattr(self, name) is not None:
                 check_positive(f"segmentation.{name}", getattr(self, name))
-        for name in ("aux_channels", "scenes", "repeats"):
+        for name in ("aux_channels", "scenes", "scene_digits", "repeats"):
             check_positive(f"segmentation.{name}", getattr(self, name))
         for name in ("aux_weight", "checked"):
             check_not_negative(f"segmentation.{name}", getattr(self, name))
         check_fraction("segmentation.dropout", self.dropout)
         check_fraction("segmentation.category_ratio", self.category_ratio)
         check_range("segmentation.scale", self.scale)
+        rise = "two numbers that rise, from 0.1 to 1"
+        check("segmentation.scene_sides", self.scene_sides, rise, lambda v: 0.1 <= v[0] <= v[1] <= 1)
         check(
             "segmentation.test_scales",
             self.test_scales,

@@ -15,8 +15,6 @@ from vim.data.digits import CLASS_NAMES, load_small_digits
 __all__ = ["CLASS_NAMES", "DigitScenes", "Scene"]
 
 _SPLITS = ("train", "val")
-_MOST_DIGITS = 5
-_SIDES = (0.3, 0.5)  # height of a digit, relative to the scene
 _ASPECTS = (0.8, 1.25)  # width of a digit, relative to its height
 _INK = 0.25  # strength from which a pixel belongs to a digit
 _VISIBLE = 0.6  # share of a digit that the digits in front of it must leave uncovered
@@ -38,20 +36,30 @@ class Scene:
 
 
 class DigitScenes(Sequence[Scene]):
-    """A sequence of scenes, each a function of split, size, seed and index.
+    """A sequence of scenes, each a function of its index and of all arguments but the count.
 
     Args:
         split: `train` or `val`.
         size: Side of a scene in pixels, at least 32.
         count: Number of scenes.
         seed: Seed of the scenes.
+        most_digits: Most digits in a scene.
+        sides: Smallest and largest height of a digit, relative to the scene.
 
     Raises:
         ValueError: An argument is out of range.
         ModuleNotFoundError: scikit-learn is not installed.
     """
 
-    def __init__(self, split: str, size: int, count: int, seed: int) -> None:
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        count: int,
+        seed: int,
+        most_digits: int = 5,
+        sides: tuple[float, float] = (0.3, 0.5),
+    ) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split must be one of {', '.join(map(repr, _SPLITS))}, got {split!r}")
         if size < 32:
@@ -60,8 +68,12 @@ class DigitScenes(Sequence[Scene]):
             raise ValueError(f"count must be >= 1, got {count}")
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
+        if most_digits < 1:
+            raise ValueError(f"most_digits must be >= 1, got {most_digits}")
+        if not 0.1 <= sides[0] <= sides[1] <= 1:
+            raise ValueError(f"sides must rise from >= 0.1 to <= 1, got {sides}")
         self.split, self.size, self.seed = split, size, seed
-        self._count = count
+        self._count, self._most_digits, self._sides = count, most_digits, sides
         train, held_out = load_small_digits()
         self._digits, self._labels = train if split == "train" else held_out
 
@@ -80,7 +92,7 @@ class DigitScenes(Sequence[Scene]):
         canvas = self._background(random)
         masks: list[np.ndarray] = []
         labels: list[int] = []
-        for _ in range(int(random.integers(1, _MOST_DIGITS + 1))):
+        for _ in range(int(random.integers(1, self._most_digits + 1))):
             chosen = int(random.integers(len(self._labels)))
             ink = self._place(random, self._digits[chosen], masks)
             if ink is None:
@@ -103,7 +115,7 @@ class DigitScenes(Sequence[Scene]):
 
     def _place(self, random: np.random.Generator, digit: np.ndarray, behind: list[np.ndarray]) -> np.ndarray | None:
         """Return the ink of a digit at a random place, (size, size), 0 to 1; `None` if every place hides too much."""
-        low, high = (round(share * self.size) for share in _SIDES)
+        low, high = (round(share * self.size) for share in self._sides)
         for _ in range(_TRIES):
             height = int(random.integers(low, high + 1))
             width = min(self.size, round(height * random.uniform(*_ASPECTS)))
