@@ -147,10 +147,11 @@ def _headline(validation: "AnyValidation") -> str:
             if value is not None
         )
     if isinstance(validation, MaskValidation):
-        figures = validation.result.figures()
+        figures, instances = validation.result.figures(), validation.instances
+        objects = "" if instances is None else f"  instance AP50 {instances.ap50:.3f} %"
         return (
             f"mIoU {figures['miou']:.3f} %  mAcc {figures['macc']:.3f} %  aAcc {figures['aacc']:.3f} %  "
-            f"loss {figures['loss']:.4f}"
+            f"loss {figures['loss']:.4f}{objects}"
         )
     result = validation.result
     top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"

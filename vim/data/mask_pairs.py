@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -39,6 +39,15 @@ class MaskPairs(Protocol):
 
     def keys(self) -> Sequence[str] | None:
         """Return a name for each image that does not change when the data moves, or `None` without names."""
+        ...
+
+
+@runtime_checkable
+class InstancePairs(MaskPairs, Protocol):
+    """Pairs that also tell the objects of an image apart."""
+
+    def instances(self, index: int) -> np.ndarray:
+        """Return the number of the object in each pixel, (height, width); 0 is none."""
         ...
 
 

@@ -34,8 +34,7 @@ class NucleiPairs:
         self._tiles = []
         for top, left in corners[:3] if is_train else corners[3:]:
             tile = image.crop((left, top, left + width, top + height))
-            mask = (instances[top : top + height, left : left + width] > 0).astype(np.uint8)
-            self._tiles.append((tile, mask))
+            self._tiles.append((tile, instances[top : top + height, left : left + width]))
         self._split = "training" if is_train else "held-out"
         self.passed_over: Counter[str] = Counter()
 
@@ -44,7 +43,12 @@ class NucleiPairs:
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Return a tile and its mask, (height, width), uint8."""
-        return self._tiles[index]
+        tile, instances = self._tiles[index]
+        return tile, (instances > 0).astype(np.uint8)
+
+    def instances(self, index: int) -> np.ndarray:
+        """Return the number of the nucleus in each pixel of a tile, (height, width); 0 is none."""
+        return self._tiles[index][1]
 
     def name(self, index: int) -> str:
         """Return the number of a tile, with its split."""

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from vim.checkpoints.io import write_text
 from vim.config.schema import TrainConfig
+from vim.data.mask_pairs import InstancePairs
 from vim.data.segmentation import PairSet, open_eval_pairs
 from vim.data.segmentation_loaders import build_eval_pair_loader
 from vim.data.unreadable import UnreadableLog
+from vim.inference.instance_matching import InstanceMatches, match_instances
 from vim.inference.mask_evaluation import MaskResult, class_figures, evaluate_masks
 from vim.inference.mask_pictures import Example, draw_examples
 from vim.inference.mask_predictor import MaskPredictor
@@ -41,6 +43,8 @@ class MaskValidation:
     """The result of an evaluation, with its tables."""
 
     result: MaskResult
+    instances: InstanceMatches | None
+    """The connected parts of the foreground and the true objects; `None` if the data set has none."""
     class_names: tuple[str, ...]
     unreadable: int
     """Images that could not be read, and are missing from all figures."""
@@ -80,9 +84,10 @@ def validate_masks(options: ValidateOptions, processes: Processes, trained: Trai
         if len(examples) < _EXAMPLES:
             examples.append(Example(image, mask, labels))
 
+    predictor = MaskPredictor(model, config, device, partial(autocast, device.type, options.precision))
     result = evaluate_masks(
         model,
-        MaskPredictor(model, config, device, partial(autocast, device.type, options.precision)),
+        predictor,
         _logged(with_progress(batches, "evaluating", len(batches), shown=processes.is_main), log),
         len(class_names),
         processes,
@@ -93,12 +98,23 @@ def validate_masks(options: ValidateOptions, processes: Processes, trained: Trai
         raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {len(pairs)}")
     return MaskValidation(
         result=result,
+        instances=_match_instances(pairs, predictor),
         class_names=class_names,
         unreadable=unreadable,
         passed_over=pairs.pairs.passed_over,
         examples=tuple(examples),
         folder=choose_folder(options),
         about=describe_evaluation(options, trained, config, device),
+    )
+
+
+def _match_instances(pairs: PairSet, predictor: MaskPredictor) -> InstanceMatches | None:
+    """Compare the connected parts of the predicted foreground with the true objects, if the data set has them."""
+    source = pairs.pairs
+    if not isinstance(source, InstancePairs):
+        return None
+    return match_instances(
+        (predictor.labels(pairs.read(index)[0]).numpy(), source.instances(index)) for index in range(len(source))
     )
 
 
@@ -159,4 +175,6 @@ def write_mask_validation(validation: MaskValidation) -> None:
     if validation.examples:
         draw_examples(validation.examples, len(names), folder / "predictions.png")
     figures = {**validation.result.figures(), "count": validation.result.count, "unreadable": validation.unreadable}
+    if validation.instances is not None:
+        figures |= {"instance_ap50": validation.instances.ap50, **dataclasses.asdict(validation.instances)}
     write_text(folder / "results.json", json.dumps(figures | validation.about, indent=2) + "\n")
