@@ -32,6 +32,7 @@ _NAMES = {
     "cityscapes": named_pairs.CITYSCAPES_CLASSES,
 }
 _BY_NAME = {"voc": named_pairs.open_voc, "cityscapes": named_pairs.open_cityscapes}
+_MOST_HELD_OUT = 500  # scenes
 _CLASSES_FILE = "classes.txt"
 _ADE20K_CLASSES = 150
 
@@ -163,7 +164,7 @@ def _open(config: TrainConfig, split: str) -> MaskPairs:
         height, width = config.model.image_shape
         if height != width:
             raise ValueError(f"model.img_size must be square for data.dataset 'digit_scenes', got {height, width}")
-        count = own.scenes if is_train else max(1, own.scenes // 4)
+        count = own.scenes if is_train else min(max(1, own.scenes // 4), _MOST_HELD_OUT)
         half = "train" if is_train else "val"
         return ScenePairs(DigitScenes(half, height, count, config.seed, own.scene_digits, own.scene_sides))
     if data.dataset in _BY_NAME:
