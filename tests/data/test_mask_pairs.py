@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny_runs import write_pairs
+from tests.tiny_runs import TINY_SEGMENTER, tiny_config, write_pairs
 from vim.data.digit_scenes import DigitScenes
 from vim.data.mask_pairs import ScenePairs, check_pairs, open_pairs, read_pair
 from vim.data.masks import MaskLabels
+from vim.data.segmentation import open_pair_sets
 
 LABELS = MaskLabels(3, ignore=(255,))
 
@@ -82,6 +83,14 @@ def test_masks_of_0_and_255_are_not_taken_for_pixels_without_a_class(tmp_path):
     ):
         check_pairs(pairs, MaskLabels(2, ignore=(255,)), 100, "training")
     check_pairs(pairs, MaskLabels(2, (0, 255)), 100, "training")
+
+
+def test_scenes_are_as_the_settings_ask_and_at_most_500_are_held_out():
+    scenes = {"segmentation__scenes": 4000, "segmentation__scene_digits": 1, "segmentation__checked": 2}
+    sets = open_pair_sets(tiny_config(**TINY_SEGMENTER, **scenes, data__dataset="digit_scenes"))
+    assert (len(sets.train), len(sets.val)) == (4000, 500)
+    for index in range(10):
+        assert len(np.unique(sets.train.read(index)[1])) == 2  # background and one digit
 
 
 def test_the_mask_of_a_scene_has_the_digits_that_are_seen():

@@ -42,7 +42,7 @@ def save_mask(path, values):
 
 
 def labels_of(pair_set, index=0):
-    return pair_set._read(index)[1]
+    return pair_set.read(index)[1]
 
 
 def write_voc(root):
@@ -129,7 +129,7 @@ def test_a_set_of_hugging_face_has_images_and_masks_in_columns(tmp_path):
     config = config_of(f"hfds/{tmp_path}/set", None, **changes, segmentation__classes=("ground", "wall", "sky"))
     sets = open_pair_sets(config)
     assert [len(sets.train), len(sets.val)] == [3, 2]
-    image, labels = sets.val._read(1)
+    image, labels = sets.val.read(1)
     np.testing.assert_array_equal(image.numpy().transpose(1, 2, 0), Image.open(source / "images/val/1.png"))
     np.testing.assert_array_equal(labels, Image.open(source / "masks/val/1.png"))
     assert sets.val.pairs.name(1) == f"hfds/{tmp_path}/set validation[1]"

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vim.data import nuclei
+from vim.data.mask_pairs import InstancePairs
 from vim.data.nuclei import NucleiPairs
 
 
@@ -37,6 +38,8 @@ def test_three_tiles_are_for_training_and_the_fourth_is_held_out(package):
     image, mask = held_out.read(0)
     assert np.asarray(image)[0, 0] == 36
     assert mask[2, 2] == 1
+    assert isinstance(held_out, InstancePairs)
+    assert (train.instances(0)[0, 0], held_out.instances(0).max()) == (300, 2)
     seen = {int(value) for index in range(3) for value in np.asarray(train.read(index)[0]).flat}
     assert seen.isdisjoint(np.asarray(image).flat)
 

@@ -70,7 +70,7 @@ def test_a_convolutional_network_has_no_size(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx, "write_onnx", lambda *arguments: written.append(arguments) or 0.0)
     monkeypatch.setattr(onnx, "describe_onnx", str)
     onnx.export_onnx("resnet18", str(tmp_path / "m.onnx"), img_size=64)
-    ((network, _, channels, shape, _),) = written
+    ((network, _, channels, shape, *_),) = written
     assert (channels, shape) == (3, (64, 64))
     assert network(torch.zeros(1, 3, *shape)).shape == (1, 1000)
 

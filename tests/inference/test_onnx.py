@@ -15,6 +15,7 @@ from tests.helpers import assert_close, make_bidirectional_inputs, make_scan_inp
 from tests.tiny_runs import TINY_MODEL, change
 from vim.checkpoints.io import save_weights
 from vim.config.schema import TrainConfig
+from vim.inference.detectors import build_run_detector
 from vim.inference.onnx import describe_onnx, export_onnx, write_onnx
 from vim.inference.trained_model import weights_metadata
 from vim.models.build import build_model
@@ -103,6 +104,22 @@ def test_a_run_is_exported_with_its_size_channels_and_classes_in_float16(tmp_pat
     (logits,) = session.run(None, {"images": images.half().numpy()})
     with torch.no_grad():
         assert_close(torch.from_numpy(logits).float(), model(images), 1e-2)
+
+
+def test_of_a_detector_the_levels_of_its_backbone_are_exported(tmp_path):
+    model = {"model__img_size": 32, "model__in_chans": 3, "model__args": {**TINY_MODEL, "cls_position": "middle"}}
+    heads = {"detection__channels": 8, "detection__head_features": 8, "detection__scales": (2.0, 1.0)}
+    config = change(TrainConfig(), task="detection", **model, **heads)
+    detector = build_run_detector(config, 2).eval()
+    save_weights(tmp_path / "best.safetensors", detector.state_dict(), weights_metadata(config, ["ant", "bee"]))
+    export_onnx(str(tmp_path / "best.safetensors"), str(tmp_path / "m.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [output.name for output in session.get_outputs()] == ["stride_4", "stride_8", "stride_16"]
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = detector.backbone(images)
+    for found, wanted in zip(session.run(None, {"images": images.numpy()}), expected.values(), strict=True):
+        assert_close(torch.from_numpy(found), wanted, 1e-4)
 
 
 @pytest.mark.parametrize(

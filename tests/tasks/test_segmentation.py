@@ -21,6 +21,7 @@ from tests.tiny_runs import TINY_SEGMENTER, tiny_config, write_image_folder, wri
 from tests.training.test_trainer import same
 from vim import predict, validate
 from vim.checkpoints.io import load_checkpoint
+from vim.data.mask_pairs import FilePairs
 from vim.data.masks import NO_CLASS
 from vim.explain.report import write_report
 from vim.inference.predictor import load_predictor
@@ -98,6 +99,15 @@ def test_validation_repeats_the_figures_of_the_run_and_writes_tables(run, tmp_pa
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == list(CLASSES)
     assert np.mean([float(row["iou"]) for row in rows]) == pytest.approx(results["miou"])
+
+
+def test_validation_counts_the_objects_of_a_set_that_tells_them_apart(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(FilePairs, "instances", lambda pairs, index: pairs.read(index)[1], raising=False)
+    assert validate.main([str(run.folder.path), "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["true"] == 10  # two stripes beside the ground in each image
+    assert 0 <= results["matched"] <= results["found"]
+    assert f"instance AP50 {results['instance_ap50']:.3f} %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["best.pth", "best.safetensors"])

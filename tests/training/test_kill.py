@@ -1,6 +1,6 @@
 """A run killed by SIGKILL at a random moment and resumed ends as an unbroken one, to the bit.
 
-`pytest tests/training/test_kill.py --kills 10` kills ten times; without the option it is twice.
+`pytest tests/training/test_kill.py --kills 10` kills a classification ten times; without the option it is twice.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import time
 import pytest
 from rich.console import Console
 
+from tests.coco_folder import plain_objects, write_split
 from tests.processes import start
-from tests.tiny_runs import read_table, tiny_config, write_image_folder
+from tests.tasks.test_detection import config_for as detection_of
+from tests.tasks.test_segmentation import config_of as segmentation_of
+from tests.tiny_runs import read_table, tiny_config, write_image_folder, write_pairs
 from tests.training.test_trainer import RANDOM, same
 from vim.checkpoints.io import load_checkpoint
 from vim.training.run_folder import RunFolder
@@ -41,6 +44,28 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, wo
         **{"data__dataset": "folder", "data__path": str(images), "data__workers": workers, "model__in_chans": 3},
         **{**RANDOM, "augment__auto_augment": "rand-m9-mstd0.5-inc1"},
     )
+    kill_and_resume(config, tmp_path, pytestconfig.getoption("kills") // 2, seed=workers)
+
+
+SHORT = {"epochs": 3, "batch_size": 4, "micro_batch_size": 2, "save__steps": 1, "ema_decay": 0.9}
+
+
+@pytest.mark.slow
+def test_a_segmentation_that_is_killed_ends_as_an_unbroken_one(tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", {"train": 16, "val": 5})
+    draws = {"model__drop_path_rate": 0.2, "segmentation__photometric": True, "augment__hflip": 0.5}
+    kill_and_resume(segmentation_of(pairs, **SHORT, **draws), tmp_path, kills=3, seed=2)
+
+
+@pytest.mark.slow
+def test_a_detection_that_is_killed_ends_as_an_unbroken_one(tmp_path):
+    write_split(tmp_path / "coco", "train2017", plain_objects(16), images=16)
+    objects = write_split(tmp_path / "coco", "val2017", plain_objects(5, seed=1), images=5)
+    kill_and_resume(detection_of(objects, **SHORT), tmp_path, kills=3, seed=3)
+
+
+def kill_and_resume(config, tmp_path, kills, seed):
+    """Kill a run at random moments, one in each folder, and compare what the resumed runs compute with a whole one."""
     start(int).join(timeout=300)  # the first process waits for imports, which are not a part of the run
     began = time.monotonic()
     process = start(run, config, tmp_path / "unbroken")
@@ -49,8 +74,8 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, wo
     assert process.exitcode == 0
     expected = results(tmp_path / "unbroken")
 
-    chance, places = random.Random(workers), []
-    for number in range(pytestconfig.getoption("kills") // 2):
+    chance, places = random.Random(seed), []
+    for number in range(kills):
         folder = tmp_path / f"killed {number}"
         victim = start(run, config, folder)
         time.sleep(chance.uniform(0.1, 0.95) * duration)

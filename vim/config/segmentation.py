@@ -39,7 +39,7 @@ class SegmentationConfig:
     checked: int = 100
     """Pairs of each split that are checked before the run; later ones that do not fit are left out and counted."""
     scenes: int = 1000
-    """Number of training scenes of the `digit_scenes` set; a quarter as many are held out."""
+    """Number of training scenes of the `digit_scenes` set; a quarter as many are held out, and at most 500."""
     scene_digits: int = 5
     """Most digits in a scene of `digit_scenes`."""
     scene_sides: tuple[float, float] = (0.3, 0.5)

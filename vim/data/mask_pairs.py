@@ -86,7 +86,7 @@ class FilePairs:
 
 
 class ScenePairs:
-    """Scenes of digits in memory; value 0 is the background, and digit d has value d + 1.
+    """Scenes of digits, composed as they are read; value 0 is the background, and digit d has value d + 1.
 
     Args:
         scenes: The scenes.
@@ -96,19 +96,16 @@ class ScenePairs:
 
     def __init__(self, scenes: DigitScenes) -> None:
         self._scenes = scenes
-        self._made: dict[int, tuple[Image.Image, np.ndarray]] = {}
         self.passed_over: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._scenes)
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Return a scene and its mask; it is composed once."""
-        if index not in self._made:
-            scene = self._scenes[index]
-            mask = (scene.masks * (scene.labels + 1)[:, None, None]).sum(axis=0)
-            self._made[index] = Image.fromarray(scene.image), mask.astype(np.uint8)
-        return self._made[index]
+        """Return a scene and its mask."""
+        scene = self._scenes[index]
+        mask = (scene.masks * (scene.labels + 1)[:, None, None]).sum(axis=0)
+        return Image.fromarray(scene.image), mask.astype(np.uint8)
 
     def name(self, index: int) -> str:
         """Return the number of a scene, with its split."""

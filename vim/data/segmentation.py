@@ -32,6 +32,7 @@ _NAMES = {
     "cityscapes": named_pairs.CITYSCAPES_CLASSES,
 }
 _BY_NAME = {"voc": named_pairs.open_voc, "cityscapes": named_pairs.open_cityscapes}
+_MOST_HELD_OUT = 500  # scenes
 _CLASSES_FILE = "classes.txt"
 _ADE20K_CLASSES = 150
 
@@ -91,7 +92,7 @@ class PairSet(Dataset[PairBatch]):
 
     def _read_at(self, place: Place, unreadable: list[Unreadable]) -> tuple[Tensor, Tensor] | None:
         pair = read_or_replace(
-            place, self._read, self._name, len(self), unreadable, seed=self._seed, replace=self._transform is not None
+            place, self.read, self._name, len(self), unreadable, seed=self._seed, replace=self._transform is not None
         )
         if pair is None or self._transform is None:
             return pair
@@ -101,7 +102,12 @@ class PairSet(Dataset[PairBatch]):
     def _name(self, index: int) -> str:
         return self.pairs.name(index % len(self.pairs))
 
-    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a pair as it is: image (channels, height, width) and labels (height, width), both uint8.
+
+        Raises:
+            BAD_IMAGE: The image or the mask cannot be read, or they do not fit.
+        """
         image, labels = read_pair(self.pairs, index % len(self.pairs), self._to_labels)
         pixels = np.atleast_3d(np.asarray(to_color_mode(image, self._color_mode, self._bits)))
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(labels)
@@ -158,7 +164,7 @@ def _open(config: TrainConfig, split: str) -> MaskPairs:
         height, width = config.model.image_shape
         if height != width:
             raise ValueError(f"model.img_size must be square for data.dataset 'digit_scenes', got {height, width}")
-        count = own.scenes if is_train else max(1, own.scenes // 4)
+        count = own.scenes if is_train else min(max(1, own.scenes // 4), _MOST_HELD_OUT)
         half = "train" if is_train else "val"
         return ScenePairs(DigitScenes(half, height, count, config.seed, own.scene_digits, own.scene_sides))
     if data.dataset in _BY_NAME:

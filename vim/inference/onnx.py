@@ -5,21 +5,44 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vim.models  # noqa: F401  (registers our models with timm)
 from vim.inference.trained_model import load_trained_model
 from vim.models.build import check_model_name, create_named
+from vim.models.detection import Detector, SimpleFeaturePyramid
 from vim.ops import exportable_ops
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # Largest difference from PyTorch, relative to the largest logit; float16 rounds to 11 bits in each of many layers.
 _TOLERANCES = {"float32": 1e-4, "float16": 3e-2}
+
+
+class _Exported(NamedTuple):
+    """A model to export."""
+
+    network: nn.Module
+    """Maps normalised images to a tensor, or to a tuple of them."""
+    in_chans: int
+    image_shape: tuple[int, int]
+    output_names: tuple[str, ...] = ("logits",)
+
+
+class _Levels(nn.Module):
+    """The backbone of a detector, whose levels are a tuple in place of a dictionary."""
+
+    def __init__(self, backbone: SimpleFeaturePyramid) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.backbone(images).values())
 
 
 def export_onnx(
@@ -33,6 +56,8 @@ def export_onnx(
     dtype: str = "float32",
 ) -> None:
     """Export a model with a dynamic batch size, check it in onnxruntime and print the result.
+
+    Of a detector the backbone with its pyramid is exported: an output for each level, `stride_4` and so on.
 
     Args:
         model: A run folder of vim.train, a checkpoint in it, or a name that timm knows, such as vim_tiny_patch16_224.
@@ -50,41 +75,54 @@ def export_onnx(
         raise ValueError(f"out must end in .onnx, got {out!r}")
     named: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
     named |= {"checkpoint_path": checkpoint_path or None, "pretrained": pretrained or None}
-    network, channels, image_shape = _trained(model, named) if Path(model).exists() else _named(model, named)
+    network, channels, shape, names = _trained(model, named) if Path(model).exists() else _named(model, named)
     sys.stderr.write(f"exporting {model}, and checking it in onnxruntime\n")
-    error = write_onnx(network.eval().to(_DTYPES[dtype]), Path(out), channels, image_shape, _TOLERANCES[dtype])
+    network = network.eval().to(_DTYPES[dtype])
+    error = write_onnx(network, Path(out), channels, shape, _TOLERANCES[dtype], names)
     sys.stdout.write(f"{out}: {describe_onnx(Path(out))}, largest difference from PyTorch {error:.1e}\n")
 
 
-def _trained(source: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int, int]]:
-    """Load a model of vim.train; return it with the channels and the size of its images."""
+def _trained(source: str, named: dict[str, Any]) -> _Exported:
+    """Load a model of vim.train."""
     for name, value in named.items():
         if value is not None:
             raise ValueError(f"{name} must be left out for {source}, which defines its own model, got {value!r}")
     trained = load_trained_model(source)
-    return trained.model, trained.preprocessing.in_chans, trained.preprocessing.image_shape
+    images = trained.preprocessing.in_chans, trained.preprocessing.image_shape
+    if isinstance(trained.model, Detector):
+        backbone: Any = trained.model.backbone
+        return _Exported(_Levels(backbone), *images, tuple(f"stride_{stride}" for stride in backbone.strides))
+    return _Exported(trained.model, *images)
 
 
-def _named(name: str, named: dict[str, Any]) -> tuple[nn.Module, int, tuple[int, int]]:
-    """Create a model of timm; return it with the channels and the size of its images."""
+def _named(name: str, named: dict[str, Any]) -> _Exported:
+    """Create a model of timm."""
     settings = {"img_size": 224, "in_chans": 3} | {key: value for key, value in named.items() if value is not None}
     check_model_name(name)
     network = create_named(name, **settings)
-    return network, settings["in_chans"], (settings["img_size"], settings["img_size"])
+    return _Exported(network, settings["in_chans"], (settings["img_size"], settings["img_size"]))
 
 
-def write_onnx(model: nn.Module, path: Path, in_chans: int, image_shape: tuple[int, int], tolerance: float) -> float:
+def write_onnx(
+    model: nn.Module,
+    path: Path,
+    in_chans: int,
+    image_shape: tuple[int, int],
+    tolerance: float,
+    output_names: Sequence[str] = ("logits",),
+) -> float:
     """Write `model` to `path`, with a dynamic batch size, after checking it in onnxruntime.
 
     Args:
-        model: The model, in eval mode, on the CPU.
+        model: The model, in eval mode, on the CPU. It returns a tensor, or a tuple of several.
         path: File to write, if the check passes.
         in_chans: Channels of the images.
         image_shape: Height and width of the images, in pixels.
-        tolerance: Largest accepted difference, relative to the largest logit.
+        tolerance: Largest accepted difference of an output, relative to its largest value.
+        output_names: Name of each output.
 
     Returns:
-        The largest difference from PyTorch, relative to the largest logit, over two batch sizes.
+        The largest difference from PyTorch, relative to the largest value of an output, over two batch sizes.
 
     Raises:
         RuntimeError: The exported model differs by more than `tolerance`.
@@ -101,7 +139,7 @@ def write_onnx(model: nn.Module, path: Path, in_chans: int, image_shape: tuple[i
                 dynamo=True,
                 verbose=False,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=list(output_names),
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
             )
         assert program is not None
@@ -114,13 +152,19 @@ def write_onnx(model: nn.Module, path: Path, in_chans: int, image_shape: tuple[i
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, path: Path, images: torch.Tensor) -> float:
+def _difference(model: nn.Module, path: Path, images: Tensor) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"images": images.numpy()})
-    expected = model(images).float().numpy()
-    return float(np.abs(logits.astype(np.float32) - expected).max() / np.abs(expected).max())
+    found = session.run(None, {"images": images.numpy()})
+    expected = model(images)
+    outputs = [expected] if isinstance(expected, Tensor) else list(expected)
+    return max(_relative(values, wanted.float().numpy()) for values, wanted in zip(found, outputs, strict=True))
+
+
+def _relative(found: Any, expected: Any) -> float:
+    """Return the largest difference of two arrays, relative to the largest expected value."""
+    return float(np.abs(found.astype(np.float32) - expected).max() / np.abs(expected).max())
 
 
 def describe_onnx(path: Path) -> str:
