@@ -167,8 +167,8 @@ def _normalise(
     else:
         wide = torch.promote_types(x.dtype, torch.float32)
         total = x.to(wide) if residual is None else x + residual.to(wide)
-        own = [None if t is None else t.to(wide) for t in (weight, bias)]
-        y = F.layer_norm(total, total.shape[-1:], *own, eps).to(x.dtype)
+        scale, shift = (None if t is None else t.to(wide) for t in (weight, bias))
+        y = F.layer_norm(total, total.shape[-1:], scale, shift, eps).to(x.dtype)
     if not prenorm:
         return y
     kept = x.dtype if residual is None else residual.dtype

@@ -176,14 +176,15 @@ def bimamba_inner_fn(
 
     Source: Zhu et al. 2024, arXiv:2401.09417, Table 4, "Bidirectional SSM".
     """
-    u, z, (delta, A, *maps) = _scan_inputs(
+    u, z, (delta, A, B_map, C_map) = _scan_inputs(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C,
         B_proj_bias, C_proj_bias, backend=backend,
     )  # fmt: skip
     y: Any = 0
     for decay, reverse in ((A, False), (A_b, True)):
-        gate = (D, z, delta_bias, delta_softplus)
-        y = y + ops.selective_scan(u, delta, decay, *maps, *gate, reverse=reverse, backend=backend)
+        y = y + ops.selective_scan(
+            u, delta, decay, B_map, C_map, D, z, delta_bias, delta_softplus, reverse=reverse, backend=backend
+        )
     return F.linear(y.mT, out_proj_weight, out_proj_bias)
 
 
