@@ -1,6 +1,7 @@
 // How a fast backward pass is cut, and the kernels for each element type.
 #pragma once
 
+#include "device.h"
 #include "scan.h"
 
 namespace vim {
