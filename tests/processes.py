@@ -8,19 +8,24 @@ import socket
 import subprocess
 import traceback
 from collections.abc import Callable
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-_CONTEXT = multiprocessing.get_context("fork")
-# Forks of a process that has imported what the functions need, and done nothing else.
-_UNTRAINED = multiprocessing.get_context("forkserver")
-_UNTRAINED.set_forkserver_preload(["tests.training.test_kill", "tests.training.test_run_lock"])
+# Forks of a process that has imported what the functions need, and done nothing else: OpenMP hangs and autograd refuses
+# in the fork of a process in which they have started threads.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.training.test_kill", "tests.training.test_run_lock"])
 
 
-def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], results: Any) -> None:
+def _run(
+    function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], streams: Any, results: Any
+) -> None:
     os.environ.update(environment)
+    for number, stream in enumerate(streams, 1):
+        os.dup2(stream.detach(), number)
     try:
         results.put((environment.get("RANK", "0"), function(*arguments), None))
     except BaseException:  # handed to the parent, which fails with it
@@ -44,8 +49,7 @@ def run_command(*command: object, timeout: float | None = None, **environment: s
 
 def start(function: Callable[..., Any], *arguments: Any) -> Any:
     """Start a function of a module in one process, which the caller may kill."""
-    # It trains, and autograd refuses the fork of a process in which it has started threads.
-    process = _UNTRAINED.Process(target=function, args=arguments)
+    process = _CONTEXT.Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -62,7 +66,8 @@ def run_together(count: int, function: Callable[..., Any], *arguments: Any, time
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         }
-        processes.append(_CONTEXT.Process(target=_run, args=(function, arguments, environment, results)))
+        streams = [DupFd(number) for number in (1, 2)]  # of this test, not of the one that started the server
+        processes.append(_CONTEXT.Process(target=_run, args=(function, arguments, environment, streams, results)))
         processes[-1].start()
     values: list[Any] = [None] * count
     try:

@@ -16,7 +16,6 @@ SIZES = ("T", "T2", "S", "B", "L", "L2")
 
 @pytest.fixture(scope="module")
 def models():
-    pytest.importorskip("timm")
     with compat.as_mamba_ssm():
         return pytest.importorskip(
             "mambavision.models.mamba_vision",

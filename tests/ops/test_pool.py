@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_forked_process_has_threads_of_its_own_and_no_more_than_processors(count
     assert _same(_scan(), expected)
     assert _pool_threads() == 0 or PROCESSORS > 1
     processors = sorted(os.sched_getaffinity(0))[:count]
-    assert run_together(1, _run_on, set(processors), 7, expected) == [(len(processors) - 1, True)]
+    with multiprocessing.get_context("fork").Pool(1) as fork:
+        assert fork.apply(_run_on, (set(processors), 7, expected)) == (len(processors) - 1, True)
 
 
 def test_no_more_threads_than_torch_is_set_to():
