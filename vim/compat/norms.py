@@ -106,15 +106,10 @@ def rms_norm_fn(
     return_dropout_mask: bool = False,
 ) -> _Normed:
     """Add a residual and divide by the root mean square, as mamba-ssm 2's `rms_norm_fn`; see `layer_norm_fn`."""
-    refuse_extras(
-        x1=x1,
-        weight1=weight1,
-        bias1=bias1,
-        dropout_p=dropout_p,
-        rowscale=rowscale,
-        return_dropout_mask=return_dropout_mask,
-    )
-    return _normalise(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
+    return layer_norm_fn(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32,
+        is_rms_norm=True, return_dropout_mask=return_dropout_mask,
+    )  # fmt: skip
 
 
 def layer_norm_fn_1(
