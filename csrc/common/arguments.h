@@ -97,8 +97,8 @@ struct Conv {
   ConvDirection direction[2];
   Activation x, dx;
   const int32_t* seq_idx = nullptr;  // (batch, length), or null; filters see zeros beyond where it changes
-  int64_t batch_groups = 1;   // backward, as in ScanPartition
-  float* partials = nullptr;  // backward: [batch group][block][taps and bias][kLanes]
+  int64_t batch_groups = 1;          // backward, as in ScanPartition
+  float* partials = nullptr;         // backward: [batch group][block][taps and bias][kLanes]
 };
 
 // r = x + residual; y = r / sqrt(mean(r^2) + eps) weight, over rows. Everything but x has contiguous rows.

@@ -1,6 +1,6 @@
-// vim::causal_conv1d, vim::segmented_conv1d and vim::bidirectional_conv1d, forward and backward, for any device: checks,
-// outputs, and the struct that kernels read. Float64 and mixed dtypes go to the reference, which is registered under a
-// name of its own. Included once per library.
+// vim::causal_conv1d, vim::segmented_conv1d and vim::bidirectional_conv1d, forward and backward, for any device:
+// checks, outputs, and the struct that kernels read. Float64 and mixed dtypes go to the reference, which is registered
+// under a name of its own. Included once per library.
 #pragma once
 
 #include <string>
@@ -48,7 +48,7 @@ struct Filter {
 void run_forward(const Conv& conv, const Tensor& like);
 void run_backward(Conv& conv, const Tensor& like);
 
-// ---- causal_conv1d and segmented_conv1d: (batch, dim, len) ---------------------------------------------------------------------------
+// ---- causal_conv1d and segmented_conv1d: (batch, dim, len) -----------------------------------------------------
 
 // What both passes of both ops check first.
 struct CausalInputs {

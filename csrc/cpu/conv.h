@@ -217,7 +217,8 @@ inline bool conv_backward(const Conv& conv, int64_t begin, int64_t end) {
     for (int d = 0; d < conv.directions; ++d) buffers.pack(conv.direction[d], d, block);
     const int64_t last_b = conv.batch * (group + 1) / conv.batch_groups;
     for (int64_t b = conv.batch * group / conv.batch_groups; b < last_b; ++b) {
-      for_each_sequence(conv, b, [&](const Conv& part) { backward_sequence(part, b, block, margin, buffers, partial); });
+      for_each_sequence(conv, b,
+                        [&](const Conv& part) { backward_sequence(part, b, block, margin, buffers, partial); });
     }
   }
   return true;

@@ -27,8 +27,8 @@ struct ScanSide {
 std::tuple<Tensor, Tensor> bidirectional_scan(const ScanSide& forward, const ScanSide& backward, const Tensor& z,
                                               double scale, int64_t checkpoint_every);
 
-// Writes the gradients of z and of both directions' x_dbl to `dz` and `dx_dbl`, replaces dy by the forward pass's result,
-// and returns the gradients of the operands.
+// Writes the gradients of z and of both directions' x_dbl to `dz` and `dx_dbl`, replaces dy by the forward pass's
+// result, and returns the gradients of the operands.
 std::vector<Tensor> scan_gradients(const Tensor& dy, const ScanSide& forward, const ScanSide& backward, const Tensor& z,
                                    const Tensor& checkpoints, double scale, int64_t checkpoint_every, const Tensor& dz,
                                    const std::array<OptionalTensor, 2>& dx_dbl);
