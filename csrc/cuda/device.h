@@ -168,7 +168,7 @@ VIM_DEVICE void store_at_once(void* to, uint4 words) {
 
 // 2^x to 2 units in the last place; results below the normal numbers are 0.
 VIM_DEVICE float exp2_approx(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -180,7 +180,7 @@ VIM_DEVICE float exp2_approx(float x) {
 
 // 1/x to 1 unit in the last place
 VIM_DEVICE float reciprocal_approx(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
