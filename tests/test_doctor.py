@@ -12,6 +12,7 @@ import torch
 
 from tests.processes import run_command
 from vim import doctor
+from vim.inference.installation import OPS
 from vim.ops import available_backends
 from vim.ops.backends import native
 from vim.runtime import machine
@@ -22,13 +23,13 @@ def test_report(capsys):
     report = capsys.readouterr().out
     for word in ("versions", "torch", "timm", "processor", "compiler", "cache", "native kernels", "sources"):
         assert word in report
-    for op in doctor.OPS:
+    for op in OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
 
 
 def test_every_op_is_reported():
-    with pytest.raises(ValueError, match=re.escape(f"op must be one of {sorted(doctor.OPS)}, got")):
+    with pytest.raises(ValueError, match=re.escape(f"op must be one of {sorted(OPS)}, got")):
         available_backends("no op")
 
 

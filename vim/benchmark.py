@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jsonargparse import CLI
     except ImportError:
         return _fail('it needs the "train" extra: pip install "vimamba[train]"')
-    from vim.benchmarking.models import run_benchmark
+    from vim.benchmarking.options import run_benchmark
 
     try:
         arguments = None if argv is None else list(argv)
@@ -35,4 +35,6 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.benchmark", main, files_matter=True)

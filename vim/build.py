@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vim.ops.build import compilation, cuda_recipe
+if TYPE_CHECKING:
+    from vim.ops.build.compilation import Recipe
+    from vim.ops.build.cuda_recipe import Architecture
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build the missing libraries and print their paths; return the exit code."""
+    """Build the missing libraries and print their paths; return 0, or 1 if a library cannot be built."""
     parser = argparse.ArgumentParser(prog="python -m vim.build", description=__doc__)
     parser.add_argument("--force", action="store_true", help="build even if the library exists")
     parser.add_argument(
@@ -21,29 +24,32 @@ def main(arguments: list[str] | None = None) -> int:
         "machine, or 8.0 and 9.0 without a GPU. Newer GPUs run the PTX of the last one",
     )
     options = parser.parse_args(arguments)
+
+    from vim.ops.build import compilation, cuda_recipe
+
     try:
         architectures = [cuda_recipe.parse_architecture(text) for text in options.cuda or ()]
     except ValueError as error:
         parser.error(f"--cuda: {error}")
     try:
-        print(_cpu(options.force))
+        print(_find_or_build(compilation.cpu_recipe(), options.force))
         if options.cuda is not None:
-            print(_cuda(architectures, options.force))
+            print(_find_or_build(_cuda_recipe(architectures), options.force))
     except compilation.BuildError as error:
         print(f"vim.build: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _cpu(force: bool) -> Path:
-    recipe = compilation.cpu_recipe()
-    found = None if force else compilation.find_library(recipe)
-    return found or compilation.build(recipe, _report, force)
+def _cuda_recipe(wanted: list[Architecture]) -> Recipe:
+    from vim.ops.build import cuda_recipe
+
+    return cuda_recipe.recipe(wanted or cuda_recipe.visible_architectures() or cuda_recipe.DEFAULT_ARCHITECTURES)
 
 
-def _cuda(wanted: list[cuda_recipe.Architecture], force: bool) -> Path:
-    chosen = wanted or cuda_recipe.visible_architectures() or cuda_recipe.DEFAULT_ARCHITECTURES
-    recipe = cuda_recipe.recipe(chosen)
+def _find_or_build(recipe: Recipe, force: bool) -> Path:
+    from vim.ops.build import compilation
+
     found = None if force else compilation.find_library(recipe)
     return found or compilation.build(recipe, _report, force)
 
@@ -53,4 +59,6 @@ def _report(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.build", main, files_matter=True)

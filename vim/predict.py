@@ -85,7 +85,6 @@ def _show(title: str, shares: Sequence[tuple[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    from vim.runtime.terminal import end_with_reader
+    from vim.runtime.command import run_command
 
-    end_with_reader()
-    sys.exit(main())
+    run_command("vim.predict", main, files_matter=False)

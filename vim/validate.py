@@ -171,4 +171,6 @@ def _show(validation: "AnyValidation") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.validate", main, files_matter=True)

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vim.explain.explainer import DEFAULT_EXPLANATIONS, EXPLANATIONS, Explainer
+from vim.explain.names import DEFAULT_EXPLANATIONS, EXPLANATIONS
 from vim.inference.image_command import make_parser, run_on_images
 from vim.runtime.terminal import with_progress
 
 if TYPE_CHECKING:
     import torch
 
+    from vim.explain.explainer import Explainer
     from vim.inference.trained_model import TrainedModel
 
 _DESCRIPTION = """Draw what a model looks at in an image, or in every image below a folder: one PNG file an image.
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = options.images if options.images.is_dir() else options.images.parent
 
     def explain(trained: "TrainedModel", device: "torch.device", files: Sequence[Path]) -> Iterator[str | None]:
+        from vim.explain.explainer import Explainer
         from vim.inference.predictor import make_predictor
 
         explainer = Explainer(make_predictor(trained, device), options.method, options.target, options.topk)
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_on_images("vim.explain", options, explain)
 
 
-def _draw(explainer: Explainer, image: Path, output: Path) -> str | None:
+def _draw(explainer: "Explainer", image: Path, output: Path) -> str | None:
     """Draw an explanation and say where it is, or return the reason why the image cannot be read."""
     from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image
 
@@ -68,7 +70,6 @@ def _draw(explainer: Explainer, image: Path, output: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    from vim.runtime.terminal import outlive_reader
+    from vim.runtime.command import run_command
 
-    outlive_reader()  # the pictures matter, whoever reads the lines
-    sys.exit(main())
+    run_command("vim.explain", main, files_matter=True)

@@ -1,8 +1,8 @@
 """Compilation of the kernels in `csrc/` into a library, and the recipe of the CPU's library.
 
 A wheel may bring a library, at `vim/_lib/<key>/<name>`. The path of a library that is built on this machine is
-`<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources, the flags and the architecture, so a library
-of other sources is not found. It does not depend on the version of torch: the bindings use torch's stable ABI.
+`<cache>/<key>/<hash of compilers>/<name>`. The key is a hash of the sources, the flags and the architecture, so a
+library of other sources is not found. It does not depend on the version of torch: the bindings use torch's stable ABI.
 
 A library is built in a temporary folder and then moved to its path, so a library at its path is complete. One process
 builds at a time. The others wait for a lock, which the operating system releases when its holder ends in any way.
