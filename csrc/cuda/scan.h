@@ -1,16 +1,17 @@
-// The scans on a GPU: what bindings call. Workspace is given by the caller, who asks for its size first.
+// The scans on a GPU: what bindings call. Workspace is given by the caller, who asks for its size first;
+// csrc/common/arguments.h has the structs. Bindings include this file, so it includes nothing of the kernels'.
 #pragma once
 
-#include "device.h"
+#include "../common/arguments.h"
 
 namespace vim {
-namespace VIM_ISA {
+namespace cuda {
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 
 // Floats of workspace
 int64_t scan_forward_workspace(const Scan& scan);
-void scan_forward(const Scan& scan, float* workspace, Stream stream);
+void scan_forward(const Scan& scan, float* workspace, void* stream);
 
 // ---- backward --------------------------------------------------------------------------------------------------
 
@@ -37,10 +38,10 @@ ScanBackwardSizes scan_backward_sizes(const ScanBackward& k);
 
 // Fills the workspace and writes du, ddelta and dz. Where delta is projected, the caller then multiplies:
 // ddt = steps dt_weight and ddt_weight = steps^T dt.
-void scan_backward(const ScanBackwardPasses& passes, Stream stream);
+void scan_backward(const ScanBackwardPasses& passes, void* stream);
 
 // Sums what is left of the gradients, and writes it.
-void scan_backward_sums(const ScanBackwardPasses& passes, Stream stream);
+void scan_backward_sums(const ScanBackwardPasses& passes, void* stream);
 
-}  // namespace VIM_ISA
+}  // namespace cuda
 }  // namespace vim
