@@ -26,6 +26,8 @@ def test_report(capsys):
     for op in OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
+    reasons = [line for line in report.splitlines() if ": not " in line]
+    assert len({line.split(": not ")[1] for line in reasons}) == len(reasons), "a reason is printed once"
 
 
 def test_every_op_is_reported():
@@ -39,7 +41,7 @@ def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert "not in use: no compiler was found" in report
-    assert "cpu float32: not native: no compiler was found" in report
+    assert "cpu float32, bfloat16, float16: not native: no compiler was found" in report
 
 
 def test_the_report_has_the_facts_that_run_folders_and_benchmarks_record(capsys, monkeypatch):
