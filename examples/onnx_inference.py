@@ -36,7 +36,9 @@ def classify(model: str, paths: Sequence[str]) -> np.ndarray:
     """Return the probabilities of the classes, (images, classes)."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()
-    side = images.shape[-1]
+    channels, side = images.shape[1], images.shape[-1]
+    if channels != 3:
+        raise SystemExit(f"{model} takes images of {channels} channels; this example prepares RGB")
     dtype = np.float16 if "float16" in images.type else np.float32
     batch = np.stack([prepare(path, side) for path in paths]).astype(dtype)
     (logits,) = session.run(None, {images.name: batch})

@@ -12,6 +12,7 @@ import torch
 
 from tests.processes import run_command
 from vim import compat, doctor
+from vim.inference.installation import OPS
 from vim.ops import available_backends
 from vim.ops.backends import native
 from vim.runtime import machine
@@ -22,9 +23,11 @@ def test_report(capsys):
     report = capsys.readouterr().out
     for word in ("versions", "torch", "timm", "processor", "compiler", "cache", "native kernels", "sources"):
         assert word in report
-    for op in doctor.OPS:
+    for op in OPS:
         assert f"cpu {op} (" in report
     assert "float64: not native: float64 runs on the reference" in report
+    reasons = [line for line in report.splitlines() if re.match("  cpu .*: not ", line)]
+    assert len({line.split(": not ")[1] for line in reasons}) == len(reasons), "a reason is printed once"
 
 
 def test_stand_ins_are_reported(capsys):
@@ -36,7 +39,7 @@ def test_stand_ins_are_reported(capsys):
 
 
 def test_every_op_is_reported():
-    with pytest.raises(ValueError, match=re.escape(f"op must be one of {sorted(doctor.OPS)}, got")):
+    with pytest.raises(ValueError, match=re.escape(f"op must be one of {sorted(OPS)}, got")):
         available_backends("no op")
 
 
@@ -46,7 +49,7 @@ def test_a_missing_library_is_reported_with_its_reason(capsys, monkeypatch):
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert "not in use: no compiler was found" in report
-    assert "cpu float32: not native: no compiler was found" in report
+    assert "cpu float32, bfloat16, float16: not native: no compiler was found" in report
 
 
 def test_the_report_has_the_facts_that_run_folders_and_benchmarks_record(capsys, monkeypatch):

@@ -7,7 +7,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +64,14 @@ def test_onnx_inference_prepares_images_as_timm_does(tmp_path):
     transform = create_transform((3, 28, 28), crop_pct=0.875, interpolation="bicubic")
     expected = transform(Image.fromarray(pixels)).numpy()
     np.testing.assert_allclose(load("onnx_inference").prepare(tmp_path / "image.png", 28), expected, atol=1e-6)
+
+
+def test_onnx_inference_refuses_a_model_of_other_channels(monkeypatch):
+    example = load("onnx_inference")
+    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(shape=["batch", 1, 16, 16], type="tensor(float)")])
+    monkeypatch.setattr(example.onnxruntime, "InferenceSession", lambda *args, **kwargs: session)
+    with pytest.raises(SystemExit, match=r"gray\.onnx takes images of 1 channels; this example prepares RGB"):
+        example.classify("gray.onnx", [])
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--ops" in arguments:
         arguments.remove("--ops")
-        from vim.benchmarking.operations import run_ops_benchmark as run
+        from vim.benchmarking.options import run_ops_benchmark as run
     else:
-        from vim.benchmarking.models import run_benchmark as run  # type: ignore[assignment]
+        from vim.benchmarking.options import run_benchmark as run  # type: ignore[assignment]
     try:
         CLI(run, args=arguments, as_positional=False, prog="python -m vim.benchmark")
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -41,4 +41,6 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.benchmark", main, files_matter=True)

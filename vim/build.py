@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vim.ops.build import compilation, cuda_recipe
+if TYPE_CHECKING:
+    from vim.ops.build.compilation import Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build the missing libraries and print their paths; return the exit code."""
+    """Build the missing libraries and print their paths; return 0, or 1 if a library cannot be built."""
     parser = argparse.ArgumentParser(prog="python -m vim.build", description=__doc__)
     parser.add_argument("--force", action="store_true", help="build even if the library exists")
     parser.add_argument(
@@ -31,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         "uses them instead of building",
     )
     options = parser.parse_args(arguments)
+
+    from vim.ops.build import compilation, cuda_recipe
+
     try:
         architectures = [cuda_recipe.parse_architecture(text) for text in options.cuda or ()]
     except ValueError as error:
@@ -46,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _library(recipe: compilation.Recipe, options: argparse.Namespace) -> Path:
+def _library(recipe: Recipe, options: argparse.Namespace) -> Path:
+    from vim.ops.build import compilation
+
     found = None if options.force else compilation.find_library(recipe)
     library = found or compilation.build(recipe, _report, options.force)
     return library if options.into is None else compilation.keep_prebuilt(library, recipe, options.into)
@@ -57,4 +64,6 @@ def _report(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.build", main, files_matter=True)

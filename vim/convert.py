@@ -27,4 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.convert", main, files_matter=True)

@@ -41,4 +41,6 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.export", main, files_matter=True)

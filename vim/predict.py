@@ -85,7 +85,10 @@ def _show(title: str, shares: Sequence[tuple[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    from vim.runtime.terminal import end_with_reader, outlive_reader
+    from functools import partial
 
-    end_with_reader()  # of a classifier the lines are all there is
-    sys.exit(main(before_files=outlive_reader))
+    from vim.runtime.command import run_command
+    from vim.runtime.terminal import outlive_reader
+
+    # A classifier's lines are all there is, so it ends with their reader; the others go on for their files.
+    run_command("vim.predict", partial(main, before_files=outlive_reader), files_matter=False)

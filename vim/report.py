@@ -49,4 +49,6 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.report", main, files_matter=True)

@@ -33,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         names = ", ".join(missing)
         return _fail(f'training needs {names}: pip install "vimamba[train]", or -e ".[train]" in a clone', 2)
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"}.intersection(arguments):
+        from vim.config.load import parse_command_line
+
+        try:
+            parse_command_line(arguments)  # exits, before PyTorch is imported
+        except (ValueError, TypeError) as error:
+            return _fail(str(error), 2)
     from vim.runtime.distributed import JoinError, Refused, join_processes
     from vim.runtime.terminal import show_any_name
 
@@ -40,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with join_processes() as processes:
             try:
-                trainer = _prepare(sys.argv[1:] if argv is None else argv, processes)
+                trainer = _prepare(arguments, processes)
             except Refused as error:
                 return _fail(str(error), 2) if processes.is_main else 2
             code, best = _train(trainer)
@@ -149,7 +157,6 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    from vim.runtime.terminal import outlive_reader
+    from vim.runtime.command import run_command
 
-    outlive_reader()
-    sys.exit(main())
+    run_command("vim.train", main, files_matter=True)

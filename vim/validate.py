@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vim.inference.detection_validation import DetectionValidation
-    from vim.inference.mask_validation import MaskValidation
-    from vim.inference.validation import ValidateOptions, Validation
+    from vim.inference.validation import Evaluation, ValidateOptions
     from vim.runtime.distributed import Processes
-
-    AnyValidation = Validation | MaskValidation | DetectionValidation
 
 _DESCRIPTION = """Evaluate a model on every image of a data set, each once: loss, top-1 and top-5 accuracy, a table of
 the classes (classes.csv) and a confusion matrix (confusion.csv, confusion.png). Of a segmentation: loss, mean
@@ -55,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 validation = _validate(ValidateOptions(**arguments), processes)
                 if processes.is_main:
                     _show(validation)  # first, since writing may fail on a full disk
-                    _write(validation)
+                    validation.write()
                     write_out(f"files: {validation.folder}\n")
             except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
                 if processes.is_main:
@@ -103,7 +99,7 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _validate(options: "ValidateOptions", processes: "Processes") -> "AnyValidation":
+def _validate(options: "ValidateOptions", processes: "Processes") -> "Evaluation":
     """Load the model, and evaluate it as its task asks."""
     from vim.inference.trained_model import load_trained_model
 
@@ -121,49 +117,12 @@ def _validate(options: "ValidateOptions", processes: "Processes") -> "AnyValidat
     return validate(options, processes, trained)
 
 
-def _write(validation: "AnyValidation") -> None:
-    """Write the tables and pictures."""
-    from vim.inference.detection_validation import DetectionValidation, write_detection_validation
-    from vim.inference.mask_validation import MaskValidation, write_mask_validation
-    from vim.inference.validation import write_validation
-
-    if isinstance(validation, MaskValidation):
-        write_mask_validation(validation)
-    elif isinstance(validation, DetectionValidation):
-        write_detection_validation(validation)
-    else:
-        write_validation(validation)
-
-
-def _headline(validation: "AnyValidation") -> str:
-    """Return the figures in words."""
-    from vim.inference.detection_validation import DetectionValidation
-    from vim.inference.mask_validation import MaskValidation
-
-    if isinstance(validation, DetectionValidation):
-        return "  ".join(
-            f"{name.replace('_', ' ').replace('ap', 'AP')} {value:.3f} %"
-            for name, value in validation.result.figures.items()
-            if value is not None
-        )
-    if isinstance(validation, MaskValidation):
-        figures, instances = validation.result.figures(), validation.instances
-        objects = "" if instances is None else f"  instance AP50 {instances.ap50:.3f} %"
-        return (
-            f"mIoU {figures['miou']:.3f} %  mAcc {figures['macc']:.3f} %  aAcc {figures['aacc']:.3f} %  "
-            f"loss {figures['loss']:.4f}{objects}"
-        )
-    result = validation.result
-    top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"
-    return f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}"
-
-
-def _show(validation: "AnyValidation") -> None:
+def _show(validation: "Evaluation") -> None:
     """Print the results, and the number of images missing from them."""
     from vim.data.listing import describe_passed_over
     from vim.runtime.terminal import write_out
 
-    lines = [f"{_headline(validation)}  on {validation.result.count:,} images"]
+    lines = [f"{validation.headline}  on {validation.count:,} images"]
     if validation.unreadable:
         lines.append(f"{validation.unreadable:,} more images could not be read and are missing from these figures")
     if validation.passed_over:
@@ -172,4 +131,6 @@ def _show(validation: "AnyValidation") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vim.runtime.command import run_command
+
+    run_command("vim.validate", main, files_matter=True)

@@ -63,6 +63,24 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     assert config.batch_size == TrainConfig().batch_size
 
 
+@pytest.mark.parametrize(
+    ("arguments", "dropped"),
+    [
+        (["--model.args", "{depth: 3}"], "embed_dim: 64, rotary: 'residual'"),
+        (["--model.args={depth: 3, embed_dim: 32}"], "rotary: 'residual'"),
+        (["--model.args", "{depth: 3, embed_dim: 32, rotary: all}"], None),
+        (["--model.args", "{}"], None),  # which asks for it
+        (["--model.args", "{depth: 3}", "--model.name", "vit_tiny_patch16_224"], None),  # which takes other arguments
+        (["--model.args.depth", "3"], None),
+    ],
+)
+def test_a_dict_of_model_arguments_names_what_it_drops_of_the_recipe(arguments, dropped, tmp_path, caplog):
+    recipe = write(tmp_path / "recipe.yaml", "model: {args: {depth: 2, embed_dim: 64, rotary: residual}}\n")
+    parse_command_line(["--config", recipe, *arguments])
+    said = f"--model.args replaces the recipe's, and so drops {dropped}; --model.args.depth changes only one"
+    assert [record.getMessage() for record in caplog.records] == ([] if dropped is None else [said])
+
+
 def test_arguments_of_the_model_are_replaced_by_a_file_and_added_to_by_the_command_line(tmp_path):
     file = write(tmp_path / "a.yaml", "model: {args: {depth: 3}}\n")
     config = parse_command_line(["--config", file, "--model.args.embed_dim", "48"]).config

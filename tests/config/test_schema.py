@@ -156,6 +156,8 @@ def test_the_learning_rate_scales_with_the_batch_only_where_a_base_is_given():
         (1024, 128, 3 * 4 + 4, (64, 1)),
         (96, 32, 2, (24, 2)),
         (64, 64, 2, (32, 1)),
+        (40, 64, 1, (40, 1)),
+        (20, 32, 2, (10, 1)),
     ],
 )
 def test_the_batch_of_a_step_stays_what_it_is_on_any_number_of_processes(batch, micro, processes, expected):

@@ -244,6 +244,28 @@ LOAD = (
 )
 
 
+def test_ccache_is_not_the_host_compiler(tools, tmp_path, monkeypatch):
+    """nvcc cannot run it: it asks the host compiler for its properties by options that ccache does not take."""
+    tools()
+    ccache = tmp_path / "ccache"
+    ccache.write_text("#!/bin/sh\n")
+    ccache.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{ccache} g++")
+    assert cuda_recipe.recipe([(9, 0)]).compilers[".cu"][1] == "-ccbin=g++"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("binding", ["block", "conv", "norm", "scan"])
+def test_a_binding_includes_no_header_of_the_kernels(binding):
+    """Which only nvcc compiles, or a C++ compiler with the tests' emulation on its include path."""
+    compiler = compilation.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    include = f"-isystem{Path(torch.__file__).parent / 'include'}"
+    source = compilation.find_sources() / "cuda" / f"bind_{binding}.cpp"
+    run_command(*compiler, *compilation.BINDING_FLAGS, include, "-fsyntax-only", str(source))
+
+
 @pytest.mark.slow
 def test_a_real_library_of_the_norm_loads_without_a_gpu(cache):
     """The real compilers, on the smallest kernels: one file takes a few seconds, all of them a minute or more."""

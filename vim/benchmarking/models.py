@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import vim.models  # noqa: F401  (registers our models with timm)
 from vim.benchmarking.measuring import PeakMemory, keep_freed_memory, probe_machine
+from vim.benchmarking.options import Mode
 from vim.benchmarking.report import write_report
 from vim.models.build import create_named
 from vim.ops import default_backend
@@ -42,7 +43,6 @@ VARIANTS = {
 }
 _BACKENDS = ("reference", "triton", "mamba_ssm")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Mode = Literal["inference", "training"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,33 +62,19 @@ class Row:
     peak_mebibytes: float | None
 
 
-def run_benchmark(
-    models: list[str] = ["vim_tiny_patch16_224", "deit_tiny_patch16_224"],  # noqa: B006
-    sizes: list[int] = [224, 512],  # noqa: B006
-    batches: list[int] = [1],  # noqa: B006
-    dtypes: list[str] = ["float32"],  # noqa: B006
-    modes: list[Mode] = ["inference"],  # noqa: B006
-    device: str = "cpu",
-    threads: int = 0,
-    rounds: int = 20,
-    seconds: float = 30.0,
-    output: str = "",
+def compare_models(
+    models: list[str],
+    sizes: list[int],
+    batches: list[int],
+    dtypes: list[str],
+    modes: list[Mode],
+    device: str,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    output: str,
 ) -> None:
-    """Measure models at sizes, batches, dtypes and modes, and print a table.
-
-    Args:
-        models: timm names, each with a variant behind a colon if wanted: frozen, compiled, modules, reference, triton,
-            mamba_ssm, math, graph. Every other model is compared with the first.
-        sizes: Sides of square images, in pixels.
-        batches: Images in a call.
-        dtypes: float32, bfloat16 or float16. Inference converts the model; training uses autocast.
-        modes: inference, or training (forward and backward, no optimizer).
-        device: cpu or cuda.
-        threads: Threads on the CPU; 0 leaves what PyTorch chose.
-        rounds: Calls to each model in a case, after two that do not count.
-        seconds: A case ends after this time, but not before three rounds.
-        output: Path without a suffix: .json, .md and .png are written there. Empty: only print.
-    """
+    """Measure models and print a table; `run_benchmark` describes the arguments."""
     _check(models, dtypes, device, rounds)
     if threads:
         torch.set_num_threads(threads)

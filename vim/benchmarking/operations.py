@@ -40,15 +40,8 @@ class OpRow:
     largest_error: float
 
 
-def run_ops_benchmark(rounds: int = 10, seconds: float = 8.0, threads: int = 0, output: str = "") -> None:
-    """Measure the scan and the convolution beside what is installed of other implementations, and print a table.
-
-    Args:
-        rounds: Calls of each implementation at a shape, in turn, after one that does not count.
-        seconds: A shape ends after this time, but not before two rounds.
-        threads: Threads on the CPU; 0 leaves what PyTorch chose.
-        output: Path without a suffix: .json and .md are written there. Empty: only print.
-    """
+def compare_ops(rounds: int, seconds: float, threads: int, output: str) -> None:
+    """Measure the ops and print a table; `run_ops_benchmark` describes the arguments."""
     if threads:
         torch.set_num_threads(threads)
     rows, missing, probes = [], {}, [probe_machine()]

@@ -6,6 +6,7 @@ read without it.
 
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -18,6 +19,8 @@ from vim.config.schema import TrainConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+_logger = logging.getLogger(__name__)
 
 PROG = "python -m vim.train"
 CONFIG_FILE = "config.yaml"
@@ -124,7 +127,11 @@ def _parse(arguments: Sequence[str]) -> tuple[TrainConfig, Path | None, Path | N
     from argparse import ArgumentError
 
     try:
-        values = _make_parser().parse_args(list(arguments)).as_dict()
+        parser = _make_parser()
+        values = parser.parse_args(list(arguments)).as_dict()
+        rest, dicts = _take_out(arguments, "model.args")
+        if dicts and not _option_values(arguments, "model.name"):  # another model takes other arguments
+            _say_what_is_dropped(parser.parse_args(rest).as_dict()["model"]["args"], values["model"]["args"])
     except ArgumentError as error:
         raise ValueError(_one_line(str(error))) from error
     values.pop("config")
@@ -258,6 +265,31 @@ def _option_values(arguments: Sequence[str], name: str) -> list[str]:
     """Return the values of an option in order, from `--name VALUE` and `--name=VALUE`."""
     values = [token.split("=", 1)[1] for token in arguments if token.startswith(f"--{name}=")]
     return values + [value for token, value in pairwise(arguments) if token == f"--{name}"]
+
+
+def _say_what_is_dropped(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Warn about arguments of the model that a dict on the command line has replaced; an empty one asks for that."""
+    dropped = sorted(recipe.keys() - given.keys())
+    if given and dropped:
+        single = next(iter(given))
+        _logger.warning(
+            "--model.args replaces the recipe's, and so drops %s; --model.args.%s changes only one",
+            ", ".join(f"{name}: {recipe[name]!r}" for name in dropped),
+            single,
+        )
+
+
+def _take_out(arguments: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Return the arguments without an option, and the option's values in order."""
+    rest, values, tokens = [], [], iter(arguments)
+    for token in tokens:
+        if token.startswith(f"--{name}="):
+            values.append(token.partition("=")[2])
+        elif token == f"--{name}" and (value := next(tokens, None)) is not None:
+            values.append(value)
+        else:  # another option, or one without its value, which the parser refuses
+            rest.append(token)
+    return rest, values
 
 
 def flatten(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class ModelConfig:
     args: dict[str, Any] = field(
         default_factory=lambda: {"patch_size": 8, "embed_dim": 64, "depth": 4},
     )
-    """Further arguments of the model, such as `{depth: 12}`; set a single one with `--model.args.depth 12`."""
+    """Further arguments of the model, such as `{depth: 12}`; set a single one with `--model.args.depth 12`. A dict,
+    `--model.args '{depth: 12}'`, replaces all of the recipe's, and a warning names what it drops."""
 
     def __post_init__(self) -> None:
         check("model.name", self.name, "the name of a timm model", bool)
@@ -420,7 +421,8 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.batch_size % self.micro_batch_size:
+        # A micro-batch is at most the batch, so that a small data set needs one setting less.
+        if self.batch_size > self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, got {self.batch_size}: "
                 "change either"

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vim.explain.checks import NothingToExplainError
-from vim.explain.dense_explainer import DEFAULT_DENSE_EXPLANATIONS, DenseExplainer
-from vim.explain.explainer import DEFAULT_EXPLANATIONS, EXPLANATIONS, Explainer
+from vim.explain.names import DEFAULT_DENSE_EXPLANATIONS, DEFAULT_EXPLANATIONS, EXPLANATIONS
 from vim.inference.image_command import make_parser, run_on_images
 from vim.runtime.terminal import with_progress
 
 if TYPE_CHECKING:
     import torch
 
+    from vim.explain.dense_explainer import DenseExplainer
+    from vim.explain.explainer import Explainer
     from vim.inference.trained_model import TrainedModel
 
 _DESCRIPTION = """Draw what a model looks at in an image, or in every image below a folder: one PNG file an image.
@@ -65,18 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_explainer(
     trained: "TrainedModel", device: "torch.device", options: argparse.Namespace
-) -> Explainer | DenseExplainer:
-    from vim.inference.predictor import make_predictor
-
+) -> "Explainer | DenseExplainer":
     if trained.task == "classification":
+        from vim.explain.explainer import Explainer
+        from vim.inference.predictor import make_predictor
+
         predictor = make_predictor(trained, device)
         return Explainer(predictor, options.method or DEFAULT_EXPLANATIONS, options.target, options.topk)
+    from vim.explain.dense_explainer import DenseExplainer
+
     return DenseExplainer(trained, device, options.method, options.target, options.topk)
 
 
-def _draw(explainer: Explainer | DenseExplainer, image: Path, output: Path) -> str | None:
+def _draw(explainer: "Explainer | DenseExplainer", image: Path, output: Path) -> str | None:
     """Draw an explanation and say where it is, or return the reason why there is none."""
     from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image
+    from vim.explain.checks import NothingToExplainError
 
     try:
         picture = read_image(image)
@@ -91,7 +95,6 @@ def _draw(explainer: Explainer | DenseExplainer, image: Path, output: Path) -> s
 
 
 if __name__ == "__main__":
-    from vim.runtime.terminal import outlive_reader
+    from vim.runtime.command import run_command
 
-    outlive_reader()  # the pictures matter, whoever reads the lines
-    sys.exit(main())
+    run_command("vim.explain", main, files_matter=True)

@@ -10,21 +10,10 @@ from torch import Tensor, nn
 
 from vim.explain.checks import check_gradients, check_images, check_target, check_vision_mamba
 from vim.explain.modes import frozen, in_evaluation
+from vim.explain.names import METHODS
 from vim.layers.checks import check_kind
 from vim.layers.token_sequence import TokenSequence, class_tokens_first, extract_tokens
 from vim.models.vision_mamba import VisionMamba
-
-# The names that people know, and what grad-cam calls them.
-METHODS = {
-    "gradcam": "GradCAM",
-    "gradcam++": "GradCAMPlusPlus",
-    "hirescam": "HiResCAM",
-    "xgradcam": "XGradCAM",
-    "layercam": "LayerCAM",
-    "elementwise": "GradCAMElementWise",
-    "eigengradcam": "EigenGradCAM",
-    "eigencam": "EigenCAM",
-}
 
 
 def class_activation(model: nn.Module, images: Tensor, target: Any, method: str = "gradcam") -> Tensor:

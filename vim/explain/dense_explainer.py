@@ -16,8 +16,8 @@ from torch import Tensor
 from vim.explain.attention import attention_rollout, hidden_attention, read_out_map
 from vim.explain.cells import Cells, cut_to_image
 from vim.explain.checks import NothingToExplainError, check_methods, check_vision_mamba, class_number
-from vim.explain.class_activation import METHODS
 from vim.explain.dense_activation import DenseActivation, box_activation, segment_activation
+from vim.explain.names import DEFAULT_DENSE_EXPLANATIONS, DENSE_EXPLANATIONS, METHODS
 from vim.explain.pictures import Panel, draw_panels
 from vim.inference.detection_pictures import draw_enlarged
 from vim.inference.mask_pictures import image_of, overlay
@@ -25,9 +25,6 @@ from vim.inference.object_finder import ObjectFinder
 from vim.inference.segmenter import SegmentImages
 from vim.inference.trained_model import TrainedModel
 
-DENSE_EXPLANATIONS = ("attention", "rollout", *METHODS)
-# Grad-CAM weighs a channel alike everywhere, so that for a box it would also light up other objects.
-DEFAULT_DENSE_EXPLANATIONS = {"segmentation": ("attention", "gradcam"), "detection": ("attention", "hirescam")}
 _LEAST_SCORE = 0.5  # of an object that is explained, as vim.predict shows them
 # What does not depend on the class or the box.
 _OF_THE_IMAGE = {

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from vim.explain.attention import HiddenAttention, attention_rollout, hidden_attention, read_out_map
 from vim.explain.checks import check_methods, check_vision_mamba, class_number
-from vim.explain.class_activation import METHODS, class_activation
+from vim.explain.class_activation import class_activation
+from vim.explain.names import DEFAULT_EXPLANATIONS, EXPLANATIONS, METHODS, PIXEL_METHODS
 from vim.explain.pictures import draw_explanation
-from vim.explain.pixel_gradients import PIXEL_METHODS, pixel_gradients
+from vim.explain.pixel_gradients import pixel_gradients
 from vim.inference.predictor import Predictor
 
-EXPLANATIONS = ("attention", "rollout", *METHODS, *PIXEL_METHODS)
-DEFAULT_EXPLANATIONS = ("attention", "rollout", "gradcam")
 _TITLES = {
     "attention": "attention of the read-out",
     "rollout": "attention through all layers",

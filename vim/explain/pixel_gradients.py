@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vim.explain.checks import check_gradients, check_images, check_target
 from vim.explain.modes import frozen, in_evaluation
+from vim.explain.names import PIXEL_METHODS
 from vim.layers.checks import check_counts, check_kind
 
 PixelMethod = Literal["saliency", "integrated_gradients", "smoothgrad"]
-PIXEL_METHODS = ("saliency", "integrated_gradients", "smoothgrad")
 
 
 def pixel_gradients(

@@ -1,16 +1,13 @@
 """Exact evaluation of a detector, behind `python -m vim.validate`."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vim.checkpoints.io import write_text
 from vim.config.schema import TrainConfig
 from vim.data.contents import class_changes
 from vim.data.instance_images import EvalBatch
@@ -20,7 +17,14 @@ from vim.data.unreadable import UnreadableLog
 from vim.inference.detection_evaluation import DetectionResult, Detections, evaluate_detections
 from vim.inference.detection_pictures import Example, draw_examples
 from vim.inference.trained_model import TrainedModel
-from vim.inference.validation import ValidateOptions, choose_folder, config_for, describe_evaluation
+from vim.inference.validation import (
+    Evaluation,
+    ValidateOptions,
+    choose_folder,
+    config_for,
+    count_unreadable,
+    describe_evaluation,
+)
 from vim.runtime.agreement import check_agreement, check_weights, run_facts
 from vim.runtime.device import resolve_device
 from vim.runtime.distributed import Processes
@@ -31,21 +35,33 @@ _EXAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DetectionValidation:
-    """The result of an evaluation."""
+class DetectionValidation(Evaluation):
+    """The result of an evaluation of a detector; `passed_over` is empty, since the annotations name the files."""
 
     result: DetectionResult
-    class_names: tuple[str, ...]
-    unreadable: int
-    """Images that could not be read, and are missing from all figures."""
     examples: tuple[Example, ...]
     """The first images of this process."""
-    folder: Path
-    """The folder of the files of `write_detection_validation`."""
-    about: dict[str, Any]
-    """The model, the data and the environment, as a record that JSON takes."""
-    passed_over: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Always empty: the annotations name the files."""
+
+    @property
+    def count(self) -> int:
+        """The number of images that were evaluated."""
+        return self.result.count
+
+    @property
+    def headline(self) -> str:
+        """The figures in words."""
+        return "  ".join(
+            f"{name.replace('_', ' ').replace('ap', 'AP')} {value:.3f} %"
+            for name, value in self.result.figures.items()
+            if value is not None
+        )
+
+    def write(self) -> None:
+        """Write `predictions.png` and, last, `results.json`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.examples:
+            draw_examples(self.examples, self.class_names, self.folder / "predictions.png")
+        self.write_record(self.result.figures)
 
 
 def validate_detections(options: ValidateOptions, processes: Processes, trained: TrainedModel) -> DetectionValidation:
@@ -85,13 +101,11 @@ def validate_detections(options: ValidateOptions, processes: Processes, trained:
         processes=processes,
         observe=observe,
     )
-    unreadable = sum(processes.gather(log.take()))
-    if result.count + unreadable != len(source):
-        raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {len(source)}")
     return DetectionValidation(
         result=result,
         class_names=class_names,
-        unreadable=unreadable,
+        unreadable=count_unreadable(result.count, log, len(source), processes),
+        passed_over=Counter(),
         examples=tuple(examples),
         folder=choose_folder(options),
         about=describe_evaluation(options, trained, config, device),
@@ -114,17 +128,3 @@ def _logged(batches: Iterator[Any], log: UnreadableLog) -> Iterator[EvalBatch]:
     for batch in batches:
         log.add(batch.unreadable)
         yield batch
-
-
-def write_detection_validation(validation: DetectionValidation) -> None:
-    """Write `predictions.png` and, last, `results.json`.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    folder = validation.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    if validation.examples:
-        draw_examples(validation.examples, validation.class_names, folder / "predictions.png")
-    figures = {**validation.result.figures, "count": validation.result.count, "unreadable": validation.unreadable}
-    write_text(folder / "results.json", json.dumps(figures | validation.about, indent=2) + "\n")

@@ -1,11 +1,8 @@
 """Exact evaluation of a segmentation model, class by class, behind `python -m vim.validate`."""
 
 import dataclasses
-import json
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,9 +20,11 @@ from vim.inference.mask_predictor import MaskPredictor
 from vim.inference.plots import draw_confusion
 from vim.inference.trained_model import TrainedModel
 from vim.inference.validation import (
+    Evaluation,
     ValidateOptions,
     choose_folder,
     config_for,
+    count_unreadable,
     csv_text,
     describe_evaluation,
 )
@@ -39,23 +38,45 @@ _EXAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MaskValidation:
-    """The result of an evaluation, with its tables."""
+class MaskValidation(Evaluation):
+    """The result of an evaluation of a segmentation model, with its tables."""
 
     result: MaskResult
     instances: InstanceMatches | None
     """The connected parts of the foreground and the true objects; `None` if the data set has none."""
-    class_names: tuple[str, ...]
-    unreadable: int
-    """Images that could not be read, and are missing from all figures."""
-    passed_over: Counter[str]
-    """Files of the split that are not images, by their endings."""
     examples: tuple[Example, ...]
     """The first images of this process."""
-    folder: Path
-    """The folder of the files of `write_mask_validation`."""
-    about: dict[str, Any]
-    """The model, the data and the environment, as a record that JSON takes."""
+
+    @property
+    def count(self) -> int:
+        """The number of images that were evaluated."""
+        return self.result.count
+
+    @property
+    def headline(self) -> str:
+        """The figures in words."""
+        figures, instances = self.result.figures(), self.instances
+        objects = "" if instances is None else f"  instance AP50 {instances.ap50:.3f} %"
+        return (
+            f"mIoU {figures['miou']:.3f} %  mAcc {figures['macc']:.3f} %  aAcc {figures['aacc']:.3f} %  "
+            f"loss {figures['loss']:.4f}{objects}"
+        )
+
+    def write(self) -> None:
+        """Write `classes.csv`, `confusion.csv`, `confusion.png`, `predictions.png` and, last, `results.json`."""
+        folder, names = self.folder, self.class_names
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = mask_table(self)
+        write_text(folder / "classes.csv", csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
+        confusion = self.result.confusion
+        matrix = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
+        write_text(folder / "confusion.csv", csv_text([["class \\ prediction", *names], *matrix]))
+        draw_confusion(confusion, names, folder / "confusion.png")
+        if self.examples:
+            draw_examples(self.examples, len(names), folder / "predictions.png")
+        instances = self.instances
+        objects = {} if instances is None else {"instance_ap50": instances.ap50, **dataclasses.asdict(instances)}
+        self.write_record(self.result.figures() | objects)
 
 
 def validate_masks(options: ValidateOptions, processes: Processes, trained: TrainedModel) -> MaskValidation:
@@ -93,14 +114,11 @@ def validate_masks(options: ValidateOptions, processes: Processes, trained: Trai
         processes,
         observe=observe,
     )
-    unreadable = sum(processes.gather(log.take()))
-    if result.count + unreadable != len(pairs):
-        raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {len(pairs)}")
     return MaskValidation(
         result=result,
         instances=_match_instances(pairs, predictor),
         class_names=class_names,
-        unreadable=unreadable,
+        unreadable=count_unreadable(result.count, log, len(pairs), processes),
         passed_over=pairs.pairs.passed_over,
         examples=tuple(examples),
         folder=choose_folder(options),
@@ -156,25 +174,3 @@ def mask_table(validation: MaskValidation) -> list[dict[str, Any]]:
 
 def _percent(share: Tensor) -> float | None:
     return None if bool(share.isnan()) else 100 * float(share)
-
-
-def write_mask_validation(validation: MaskValidation) -> None:
-    """Write `classes.csv`, `confusion.csv`, `confusion.png`, `predictions.png` and, last, `results.json`.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    folder, names = validation.folder, validation.class_names
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = mask_table(validation)
-    write_text(folder / "classes.csv", csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
-    confusion = validation.result.confusion
-    matrix = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
-    write_text(folder / "confusion.csv", csv_text([["class \\ prediction", *names], *matrix]))
-    draw_confusion(confusion, names, folder / "confusion.png")
-    if validation.examples:
-        draw_examples(validation.examples, len(names), folder / "predictions.png")
-    figures = {**validation.result.figures(), "count": validation.result.count, "unreadable": validation.unreadable}
-    if validation.instances is not None:
-        figures |= {"instance_ap50": validation.instances.ap50, **dataclasses.asdict(validation.instances)}
-    write_text(folder / "results.json", json.dumps(figures | validation.about, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Exact evaluation of a trained classifier, class by class, behind `python -m vim.validate`."""
 
+import abc
 import csv
 import dataclasses
 import io
@@ -22,6 +23,7 @@ from vim.data.contents import SplitContents, passed_over
 from vim.data.loaders import build_eval_loader
 from vim.data.preprocessing import Preprocessing
 from vim.data.sources import ImageSet, open_eval_set
+from vim.data.unreadable import UnreadableLog
 from vim.inference.evaluation import EvalResult, evaluate
 from vim.inference.plots import draw_confusion
 from vim.inference.trained_model import TrainedModel, Weights, load_trained_model
@@ -59,23 +61,87 @@ class ValidateOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Validation:
-    """The result of an evaluation, with its tables."""
+class Evaluation(abc.ABC):
+    """What the evaluation of a model ends in, whatever its task."""
 
-    result: EvalResult
-    confusion: Tensor
-    """Images by their class (rows) and the first guess (columns), (classes, classes), int64, on the CPU."""
-    hits_of_five: Tensor
-    """Images of each class that have it among the first five guesses, (classes,), int64, on the CPU."""
     class_names: tuple[str, ...]
     unreadable: int
     """Images that could not be read, and are missing from all figures."""
     passed_over: Counter[str]
     """Files of the split that are not images, by their endings."""
     folder: Path
-    """The folder of the files of `write_validation`."""
+    """The folder of the files."""
     about: dict[str, Any]
     """The model, the data and the environment, as a record that JSON takes."""
+
+    @property
+    @abc.abstractmethod
+    def count(self) -> int:
+        """The number of images that were evaluated."""
+
+    @property
+    @abc.abstractmethod
+    def headline(self) -> str:
+        """The figures in words."""
+
+    @abc.abstractmethod
+    def write(self) -> None:
+        """Write the tables and pictures and, last, `results.json`.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+
+    def write_record(self, figures: dict[str, Any]) -> None:
+        """Write `results.json`: the figures, the counts, and what the evaluation was about."""
+        counts = {"count": self.count, "unreadable": self.unreadable}
+        write_text(self.folder / "results.json", json.dumps({**figures, **counts, **self.about}, indent=2) + "\n")
+
+
+def count_unreadable(count: int, log: UnreadableLog, images: int, processes: Processes) -> int:
+    """Return the number of images that no process could read.
+
+    Raises:
+        RuntimeError: The evaluated images and the unreadable ones are not all images.
+    """
+    unreadable = sum(processes.gather(log.take()))
+    if count + unreadable != images:
+        raise RuntimeError(f"evaluation counted {count} images and {unreadable} unreadable of {images}")
+    return unreadable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Validation(Evaluation):
+    """The result of an evaluation of a classifier, with its tables."""
+
+    result: EvalResult
+    confusion: Tensor
+    """Images by their class (rows) and the first guess (columns), (classes, classes), int64, on the CPU."""
+    hits_of_five: Tensor
+    """Images of each class that have it among the first five guesses, (classes,), int64, on the CPU."""
+
+    @property
+    def count(self) -> int:
+        """The number of images that were evaluated."""
+        return self.result.count
+
+    @property
+    def headline(self) -> str:
+        """The figures in words."""
+        result = self.result
+        top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"
+        return f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}"
+
+    def write(self) -> None:
+        """Write `classes.csv`, `confusion.csv`, `confusion.png` and, last, `results.json`, each whole or not at all."""
+        folder, names = self.folder, self.class_names
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = class_table(self)
+        write_text(folder / "classes.csv", csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
+        matrix = [[name, *counts] for name, counts in zip(names, self.confusion.tolist(), strict=True)]
+        write_text(folder / "confusion.csv", csv_text([["class \\ guess", *names], *matrix]))
+        draw_confusion(self.confusion, names, folder / "confusion.png")
+        self.write_record(dataclasses.asdict(self.result))
 
 
 class ConfusionCounter:
@@ -133,9 +199,7 @@ def validate(
     counter = ConfusionCounter(len(class_names), device)
     shown = with_progress(batches, "evaluating", len(batches), shown=processes.is_main)
     result = evaluate(model, shown, partial(autocast, device.type, options.precision), processes, observe=counter)
-    unreadable = sum(processes.gather(log.take()))
-    if result.count + unreadable != len(dataset):
-        raise RuntimeError(f"evaluation counted {result.count} images and {unreadable} unreadable of {len(dataset)}")
+    unreadable = count_unreadable(result.count, log, len(dataset), processes)
     confusion, hits_of_five = counter.totals(processes)
     return Validation(
         result=result,
@@ -260,24 +324,6 @@ def class_table(validation: Validation) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def write_validation(validation: Validation) -> None:
-    """Write `classes.csv`, `confusion.csv`, `confusion.png` and, last, `results.json`, each whole or not at all.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    folder = validation.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = class_table(validation)
-    write_text(folder / "classes.csv", csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
-    names = validation.class_names
-    matrix = [[name, *counts] for name, counts in zip(names, validation.confusion.tolist(), strict=True)]
-    write_text(folder / "confusion.csv", csv_text([["class \\ guess", *names], *matrix]))
-    draw_confusion(validation.confusion, names, folder / "confusion.png")
-    figures = dataclasses.asdict(validation.result) | {"unreadable": validation.unreadable}
-    write_text(folder / "results.json", json.dumps(figures | validation.about, indent=2) + "\n")
 
 
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:

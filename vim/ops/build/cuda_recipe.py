@@ -36,6 +36,7 @@ OLDEST: Architecture = (8, 0)
 
 # No --use_fast_math: the kernels call approximate instructions by name where they are accurate enough.
 _KERNEL_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills")
+_WRAPPERS = ("ccache", "sccache", "distcc")
 _PREFIX = "libvimamba_cuda"
 
 
@@ -86,7 +87,7 @@ def recipe(architectures: Iterable[Architecture]) -> Recipe:
     targets.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     compilers = {}
     if compiler is not None and nvcc is not None:
-        compilers = {".cpp": compiler, ".cu": [str(nvcc), f"-ccbin={compiler[0]}"]}
+        compilers = {".cpp": compiler, ".cu": [str(nvcc), f"-ccbin={_host_compiler(compiler)}"]}
     return Recipe(
         library=f"{_PREFIX}{''.join(f'_sm{n}' for n in numbers)}.so",
         folders=("common", "cuda"),
@@ -142,6 +143,11 @@ def _units(sources: Path) -> Iterable[Unit]:
         yield Unit(path.stem, f"cuda/{path.name}", _KERNEL_FLAGS)
     for path in sorted(folder.glob("bind_*.cpp")):
         yield Unit(path.stem, f"cuda/{path.name}", BINDING_FLAGS)
+
+
+def _host_compiler(command: list[str]) -> str:
+    """Return the compiler proper of a command such as `ccache g++`, which nvcc cannot run."""
+    return next((word for word in command if Path(word).name not in _WRAPPERS), command[0])
 
 
 def _no_nvcc() -> str:
