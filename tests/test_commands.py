@@ -111,4 +111,5 @@ def test_a_reader_that_has_gone_is_no_error(files_matter, code):
 @pytest.mark.parametrize("name", listing.COMMANDS)
 def test_every_command_runs_in_the_frame(name):
     file = ROOT / "vim" / (f"{name}.py" if name != "explain" else "explain/__main__.py")
-    assert re.search(rf'run_command\("vim.{name}", (main|partial\(main, \w+=\w+\)), files_matter=(True|False)\)', file.read_text())
+    started = r"(main|partial\(main, \w+=\w+\))"
+    assert re.search(rf'run_command\("vim.{name}", {started}, files_matter=(True|False)\)', file.read_text())
