@@ -1,4 +1,4 @@
-"""`python -m vim.export MODEL OUT.onnx`: export a model to ONNX, and check it against PyTorch."""
+"""`python -m vim.export MODEL OUT`: export a model to another runtime, and check it there against PyTorch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if the export failed, or 2 for arguments that cannot be used.
     """
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
         from jsonargparse import CLI
     except ImportError as error:
         return _fail(f'it needs {error.name}: pip install "vimamba[export]"', 2)
-    from vim.inference.onnx import export_onnx
+    from vim.inference.export import export_model
     from vim.runtime.preemption import exits_on_sigterm
 
     try:
         with exits_on_sigterm():  # so that partial files are removed
-            CLI(export_onnx, args=None if argv is None else list(argv), prog="python -m vim.export")
+            CLI(export_model, args=None if argv is None else list(argv), prog="python -m vim.export")
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error), 2)
     except RuntimeError as error:

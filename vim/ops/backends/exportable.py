@@ -1,7 +1,8 @@
 """Implementations of the ops for exports, made of operators that exporters know.
 
 The recurrence is torch's `scan` operator, which torch.onnx turns into ONNX's Scan. So an exported model stays small
-whatever its length, and runs in any ONNX runtime. A convolution is one operator; its reference takes one for each tap.
+whatever its length, and runs in any ONNX runtime. An exporter with a better form asks for one operator instead,
+`vim::recurrence`, and translates it. A convolution is one operator; its reference takes one for each tap.
 In PyTorch every backend is faster. Arguments and results are as the registered ops have them.
 """
 
@@ -25,17 +26,39 @@ from vim.ops.embed_patches.reference import embed_patches
 from vim.ops.selective_scan.inputs import ScanInputs, is_constant
 
 
-def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one scan, (batch, dim, len); no entry states are saved."""
+def selective_scan(recurrence: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one scan, (batch, dim, len), by `run_loop` or `RECURRENCE`; no entry states are saved."""
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, _ = ScanInputs(*arguments)
     if A.is_complex():
         raise ValueError(f"A must be real to be exported, got {A.dtype}")
     if torch.jit.is_tracing():
         raise RuntimeError("the recurrence needs torch.onnx.export(..., dynamo=True): TorchScript has no loop for it")
-    acc, batch, dim = accumulate_dtype(u.dtype), u.shape[0], u.shape[1]
+    acc = accumulate_dtype(u.dtype)
     wide = u.to(acc)
     step = delta.to(acc) if delta_bias is None else delta.to(acc) + delta_bias[:, None]
     step = F.softplus(step) if delta_softplus else step
+    tokens: tuple[Tensor, ...] = (wide.permute(2, 0, 1), step.permute(2, 0, 1), _over_time(B, u), _over_time(C, u))
+    if reverse:
+        tokens = tuple(t.flip(0) for t in tokens)
+    y, last_state = recurrence(*tokens[:2], A, *tokens[2:])
+    y = (y.flip(0) if reverse else y).permute(1, 2, 0)
+    y = y if D is None else y + D[:, None] * wide
+    y = y if z is None else y * F.silu(z.to(acc))
+    return y.to(u.dtype), last_state, A.new_empty(u.shape[0], 0, A.shape[1], u.shape[1])
+
+
+def run_loop(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the recurrence as torch's `scan`: state = exp(step A) state + step u B, y = <state, C>.
+
+    Args:
+        u, step: (len, batch, dim).
+        A: (dim, d_state).
+        B, C: (len, batch or 1, dim or 1, d_state).
+
+    Returns:
+        y, (len, batch, dim), and the last state, (batch, dim, d_state).
+    """
+    batch, dim = u.shape[1:]
 
     def advance(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         u, step, B, C = token
@@ -44,15 +67,23 @@ def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         state = torch.exp(step[..., None] * A) * state + (step * u)[..., None] * B
         return state, (state * C).sum(-1)
 
-    tokens: tuple[Tensor, ...] = (wide.permute(2, 0, 1), step.permute(2, 0, 1), _over_time(B, u), _over_time(C, u))
-    if reverse:
-        tokens = tuple(t.flip(0) for t in tokens)
-    start = torch.zeros(u.shape[0], *A.shape, dtype=acc, device=u.device)
-    last_state, y = scan(advance, start, tokens, dim=0)
-    y = (y.flip(0) if reverse else y).permute(1, 2, 0)
-    y = y if D is None else y + D[:, None] * wide
-    y = y if z is None else y * F.silu(z.to(acc))
-    return y.to(u.dtype), last_state, A.new_empty(u.shape[0], 0, A.shape[1], u.shape[1])
+    start = torch.zeros(batch, *A.shape, dtype=u.dtype, device=u.device)
+    last_state, y = scan(advance, start, (u, step, B, C), dim=0)
+    return y, last_state
+
+
+@torch.library.custom_op("vim::recurrence", mutates_args=())
+def recurrence(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `run_loop` as one operator of a graph, which an exporter translates in its own way."""
+    return run_loop(u, step, A, B, C)
+
+
+@recurrence.register_fake
+def _(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(u.shape[1], *A.shape)
+
+
+RECURRENCE = torch.ops.vim.recurrence.default
 
 
 def _over_time(B: Tensor, u: Tensor) -> Tensor:
@@ -81,14 +112,19 @@ def bidirectional_conv1d(
     return out.mT, causal_conv1d(x.mT, weight_b, bias_b, True, True).mT
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "selective_scan": selective_scan,
-    "bidirectional_scan": functools.partial(bidirectional_scan.compose, selective_scan),
-    "causal_conv1d": causal_conv1d,
-    "bidirectional_conv1d": bidirectional_conv1d,
-    "add_rms_norm": add_rms_norm,
-    "embed_patches": embed_patches,
-}
-_FUNCTIONS["bidirectional_block"] = functools.partial(bidirectional_block.compose, _FUNCTIONS)
+def _functions(recurrence: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Callable[..., Any]]:
+    """Return the ops, with the recurrence in this form."""
+    scan_once = functools.partial(selective_scan, recurrence)
+    functions: dict[str, Callable[..., Any]] = {
+        "selective_scan": scan_once,
+        "bidirectional_scan": functools.partial(bidirectional_scan.compose, scan_once),
+        "causal_conv1d": causal_conv1d,
+        "bidirectional_conv1d": bidirectional_conv1d,
+        "add_rms_norm": add_rms_norm,
+        "embed_patches": embed_patches,
+    }
+    return functions | {"bidirectional_block": functools.partial(bidirectional_block.compose, functions)}
 
-register_exportable(_FUNCTIONS)
+
+register_exportable("scan", _functions(run_loop))
+register_exportable("operator", _functions(RECURRENCE))
