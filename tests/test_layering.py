@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "explain": {"training", "inference", "runtime", "data", "models", "checkpoints", "config", "layers", "ops"},
     "benchmarking": {"runtime", "models", "ops"},
 }
-ENTRY_POINTS = {"train", "validate", "predict", "benchmark", "convert", "doctor", "export", "build", "report"}
+ENTRY_POINTS = {"train", "validate", "predict", "benchmark", "convert", "doctor", "export", "build", "report", "card"}
 
 
 def _part(module: Path) -> str:
