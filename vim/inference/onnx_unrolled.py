@@ -2,7 +2,7 @@
 
 The sequence is cut into about sqrt(len) chunks of about sqrt(len) tokens. All chunks advance side by side, token by
 token, from a state of zero. Their last states, carried from chunk to chunk, give the state at the entry of each. Then
-the chunks advance again, each from its entry. A scan takes about 20 sqrt(len) nodes, and twice the recurrence's arithmetic.
+the chunks advance again, each from its entry. A scan takes about 20 sqrt(len) nodes.
 Every factor is exp(step A) of one token or one chunk, at most 1, so that nothing overflows.
 """
 

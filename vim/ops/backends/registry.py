@@ -173,7 +173,7 @@ def exportable_ops(recurrence: Literal["scan", "operator"] = "scan") -> Iterator
     `torch.onnx.export` does not need this block.
 
     Args:
-        recurrence: "scan" is torch's scan. "operator" is `vim::recurrence`, for an exporter that is given a translation.
+        recurrence: "scan" is torch's scan. "operator" is `vim::recurrence`, for an exporter that translates it.
 
     Raises:
         ValueError: `recurrence` is neither.
