@@ -266,7 +266,7 @@ def test_int8_keeps_the_classes_of_a_run(tmp_path, capsys):
 @pytest.mark.parametrize("form", ["openvino", "executorch", "aoti"])
 def test_the_other_runtimes(form, tmp_path):
     for package in FORMATS[form].packages:
-        pytest.importorskip(package, reason=f"not installed: {FORMATS[form].hint}")
+        pytest.importorskip(package, reason=f"no {package}: {FORMATS[form].hint}")
     torch.manual_seed(0)
     model, path = vim.VisionMamba(**SMALL).eval(), tmp_path / f"m{FORMATS[form].suffix}"
     checked = write_checked(model, path, FORMATS[form], torch.randn(5, 3, 32, 32), tolerance=1e-5)

@@ -120,7 +120,7 @@ FORMATS = {
     "openvino": Format(
         suffix=".xml",
         packages=(*_ONNX, "openvino"),
-        hint=f"{_EXPORT} openvino",
+        hint='pip install "vimamba[openvino]"',
         any_batch=True,
         write=_write_openvino,
         open=_open_openvino,

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from vim.ops import exportable_ops
 
+# Numbers in the largest tensor that is computed when a file is written.
+_FOLDED = 2**26
+
 
 def save_onnx(model: nn.Module, images: Tensor, path: Path, scan: bool = True) -> None:
     """Write a model to an ONNX file, with a dynamic batch size.
@@ -19,6 +22,8 @@ def save_onnx(model: nn.Module, images: Tensor, path: Path, scan: bool = True) -
         path: File to write.
         scan: Write the recurrence as ONNX's Scan. Otherwise the graph has no loops.
     """
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
     from vim.inference.onnx_unrolled import TRANSLATION
 
     with torch.no_grad(), exportable_ops("scan" if scan else "operator"):
@@ -31,8 +36,12 @@ def save_onnx(model: nn.Module, images: Tensor, path: Path, scan: bool = True) -
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
             custom_translation_table=None if scan else TRANSLATION,
+            optimize=scan,  # its search for patterns takes time with the square of the nodes
         )
     assert program is not None
+    # Weights are transposed once, here: int8 is for products with constants.
+    fold_constants(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+    remove_unused_nodes(program.model)
     program.save(path)
 
 
