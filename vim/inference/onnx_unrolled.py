@@ -9,11 +9,15 @@ Every factor is exp(step A) of one token or one chunk, at most 1, so that nothin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
 from vim.ops.backends.exportable import RECURRENCE
+
+# Its annotations are of values; a traced function passes nodes.
+op: Any = opset18
 
 
 def unrolled(u: Any, step: Any, A: Any, B: Any, C: Any) -> tuple[Any, Any]:
@@ -82,4 +86,4 @@ def unrolled(u: Any, step: Any, A: Any, B: Any, C: Any) -> tuple[Any, Any]:
 
 
 # What torch.onnx.export takes as `custom_translation_table`.
-TRANSLATION = {RECURRENCE: unrolled}
+TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {RECURRENCE: unrolled}
