@@ -1,4 +1,4 @@
-"""The recurrence as plain ONNX operators, for runtimes without Scan and Loop, and faster than these in onnxruntime.
+"""The recurrence as plain ONNX operators, for runtimes without Scan and Loop.
 
 The sequence is cut into about sqrt(len) chunks of about sqrt(len) tokens. All chunks advance side by side, token by
 token, from a state of zero. Their last states, carried from chunk to chunk, give the state at the entry of each. Then
