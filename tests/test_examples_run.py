@@ -76,11 +76,12 @@ def test_onnx_inference_refuses_a_model_of_other_channels(monkeypatch):
 
 @pytest.mark.slow
 def test_onnx_inference_agrees_with_pytorch(tmp_path, capsys):
-    from vim.inference.onnx import write_onnx
+    from vim.inference.export import write_checked
+    from vim.inference.export_formats import FORMATS
 
     example = load("onnx_inference")
     model = timm.create_model("vim_tiny_patch16_224", num_classes=3, **TINY_MODEL, img_size=16).eval()
-    write_onnx(model, tmp_path / "vim.onnx", 3, (16, 16), 1e-4)
+    write_checked(model, tmp_path / "vim.onnx", FORMATS["onnx"], torch.randn(4, 3, 16, 16), 1e-4)
     Image.new("RGB", (20, 30), (200, 50, 50)).save(tmp_path / "image.png")
     (probabilities,) = example.classify(str(tmp_path / "vim.onnx"), [str(tmp_path / "image.png")])
     with torch.no_grad():

@@ -39,6 +39,7 @@ ENTRY_POINTS = {
     "export",
     "build",
     "report",
+    "card",
 }
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "explain": "draw what a model looks at in an image",
     "report": "write a training run as one HTML file",
     "export": "export a model for use without PyTorch",
+    "card": "write a run's model as a folder for the Hugging Face hub",
     "convert": "extract the weights of a checkpoint, or write them in the original's layout",
     "benchmark": "compare the speed and memory of models",
     "build": "compile the native kernels before their first use",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ import torch
 from tests.helpers import assert_refused
 from vim import benchmark, convert, export, predict, train, validate
 from vim.checkpoints.io import save_checkpoint
-from vim.inference import onnx
+from vim.inference import export as exporting
+from vim.inference.export import Checked
 from vim.models.build import create_named
 from vim.runtime import distributed
 
@@ -67,12 +69,13 @@ def test_an_unknown_option_ends_with_code_2(capsys):
 
 def test_a_convolutional_network_has_no_size(monkeypatch, tmp_path):
     written = []
-    monkeypatch.setattr(onnx, "write_onnx", lambda *arguments: written.append(arguments) or 0.0)
-    monkeypatch.setattr(onnx, "describe_onnx", str)
-    onnx.export_onnx("resnet18", str(tmp_path / "m.onnx"), img_size=64)
-    ((network, _, channels, shape, *_),) = written
-    assert (channels, shape) == (3, (64, 64))
-    assert network(torch.zeros(1, 3, *shape)).shape == (1, 1000)
+    checked = Checked(difference=0.0, agreement=1.0, images=8)
+    monkeypatch.setattr(exporting, "write_checked", lambda *arguments, **options: written.append(arguments) or checked)
+    monkeypatch.setitem(exporting.FORMATS, "onnx", dataclasses.replace(exporting.FORMATS["onnx"], describe=str))
+    exporting.export_model("resnet18", str(tmp_path / "m.onnx"), img_size=64)
+    ((network, _, _, samples),) = written
+    assert samples.shape[1:] == (3, 64, 64)
+    assert network(samples[:1]).shape == (1, 1000)
 
 
 def test_an_assertion_of_timm_is_an_error_in_words():

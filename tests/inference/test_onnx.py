@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -12,11 +13,14 @@ import torch
 
 import vim
 from tests.helpers import assert_close, make_bidirectional_inputs, make_scan_inputs
-from tests.tiny_runs import TINY_MODEL, change
+from tests.tiny_runs import TINY_MODEL, TINY_OPTIONS, change
 from vim.checkpoints.io import save_weights
 from vim.config.schema import TrainConfig
 from vim.inference.detectors import build_run_detector
-from vim.inference.onnx import describe_onnx, export_onnx, write_onnx
+from vim.inference.export import export_model, write_checked
+from vim.inference.export_formats import FORMATS
+from vim.inference.onnx import describe_onnx
+from vim.inference.onnx_unrolled import TRANSLATION
 from vim.inference.trained_model import weights_metadata
 from vim.models.build import build_model
 from vim.ops import (
@@ -76,20 +80,70 @@ def test_the_other_ops_of_exportable_operators():
             assert_close(call(), expected, 1e-6)
 
 
+@pytest.mark.parametrize("form", ["onnx", "onnx-unrolled"])
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"directions": "v1", "cls_position": "double"}, {"directions": "none", "rotary": "residual", "norm": "layer"}],
     ids=str,
 )
-def test_models_in_onnxruntime(kwargs, tmp_path):
+def test_models_in_onnxruntime(kwargs, form, tmp_path):
+    """Without loops the graph has neither Scan nor Loop; 16, 17 and 18 tokens fill the last chunk or not."""
     torch.manual_seed(0)
     model = vim.VisionMamba(**SMALL, **kwargs).eval()
-    error = write_onnx(model, tmp_path / "m.onnx", 3, (32, 32), tolerance=1e-4)
-    assert error < 1e-5
+    checked = write_checked(model, tmp_path / "m.onnx", FORMATS[form], torch.randn(6, 3, 32, 32), tolerance=1e-5)
+    assert (checked.agreement, checked.images) == (1.0, 3)
     proto = onnx.load(tmp_path / "m.onnx")
-    assert {"Scan"} <= {node.op_type for node in proto.graph.node}
+    loops = {"Scan", "Loop", "If"} & {node.op_type for node in proto.graph.node}
+    assert loops == ({"Scan"} if form == "onnx" else set())
+    assert not proto.functions
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch is dynamic"
     assert "opset" in describe_onnx(tmp_path / "m.onnx")
+
+
+class _Scan(torch.nn.Module):
+    """A selective scan of given inputs whose batch is that of `u`."""
+
+    def __init__(self, inputs, reverse):
+        super().__init__()
+        self.inputs, self.reverse = inputs, reverse
+
+    def forward(self, u):
+        out = selective_scan(u, **self.inputs, delta_softplus=True, return_last_state=True, reverse=self.reverse)
+        return torch.cat([part.flatten(1) for part in out], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "constant", "huge", "continued"])
+def test_a_scan_without_loops_equals_the_op(kind, tmp_path):
+    """Also with decays that overflow the exponentials of sums of a closed form, and for one token."""
+    inputs = {name: t.detach() for name, t in make_scan_inputs(2, 4, 12 if kind == "huge" else 1, 3).items()}
+    changes = {
+        "grouped": {"B": torch.randn(2, 2, 3, 1), "C": torch.randn(2, 4, 3, 1)},
+        "constant": {"B": torch.randn(4, 3), "C": torch.randn(4, 3)},
+        "huge": {"delta": 100 * torch.rand(2, 4, 12), "A": -30 * torch.rand(4, 3)},
+        "continued": {"initial_state": torch.randn(2, 4, 3)},
+    }
+    u = (inputs | changes[kind]).pop("u")
+    rest = {name: t for name, t in (inputs | changes[kind]).items() if name != "u"}
+    module = _Scan(rest, reverse=True).eval()
+    with torch.no_grad(), exportable_ops("operator"):
+        program = torch.onnx.export(module, (u,), dynamo=True, verbose=False, custom_translation_table=TRANSLATION)
+    program.save(tmp_path / "m.onnx")
+    assert not {"Scan", "Loop", "If"} & {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (actual,) = session.run(None, {session.get_inputs()[0].name: u.numpy()})
+    assert_close(torch.from_numpy(actual), module(u), 1e-5)
+
+
+def test_sequences_in_a_row_need_a_scan():
+    inputs = {name: t.detach() for name, t in make_scan_inputs(2, 4, 6, 3).items()}
+    u = inputs.pop("u")
+    module = _Scan(inputs | {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2, dtype=torch.int32)}, reverse=False)
+    with (
+        torch.no_grad(),
+        exportable_ops("operator"),
+        pytest.raises(torch.onnx.OnnxExporterError, match="leave seq_idx out"),
+    ):
+        torch.onnx.export(module.eval(), (u,), dynamo=True, verbose=False, custom_translation_table=TRANSLATION)
 
 
 def test_a_run_is_exported_with_its_size_channels_and_classes_in_float16(tmp_path):
@@ -98,7 +152,7 @@ def test_a_run_is_exported_with_its_size_channels_and_classes_in_float16(tmp_pat
     names = [str(label) for label in range(7)]
     model = build_model(config.model, len(names)).eval()
     save_weights(tmp_path / "best.safetensors", model.state_dict(), weights_metadata(config, names))
-    export_onnx(str(tmp_path / "best.safetensors"), str(tmp_path / "m.onnx"), dtype="float16")
+    export_model(str(tmp_path / "best.safetensors"), str(tmp_path / "m.onnx"), dtype="float16")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     images = torch.randn(3, 1, 16, 24)
     (logits,) = session.run(None, {"images": images.half().numpy()})
@@ -112,7 +166,7 @@ def test_of_a_detector_the_levels_of_its_backbone_are_exported(tmp_path):
     config = change(TrainConfig(), task="detection", **model, **heads)
     detector = build_run_detector(config, 2).eval()
     save_weights(tmp_path / "best.safetensors", detector.state_dict(), weights_metadata(config, ["ant", "bee"]))
-    export_onnx(str(tmp_path / "best.safetensors"), str(tmp_path / "m.onnx"))
+    export_model(str(tmp_path / "best.safetensors"), str(tmp_path / "m.onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     assert [output.name for output in session.get_outputs()] == ["stride_4", "stride_8", "stride_16"]
     images = torch.randn(3, 3, 32, 32)
@@ -188,18 +242,65 @@ def test_torch_cannot_compile_a_loop_over_rows_times_columns(tmp_path):
 
 def test_a_wrong_file_is_not_left_behind(tmp_path):
     with pytest.raises(RuntimeError, match="differs from PyTorch by"):
-        write_onnx(vim.VisionMamba(**SMALL).eval(), tmp_path / "m.onnx", 3, (32, 32), tolerance=0.0)
+        write_checked(
+            vim.VisionMamba(**SMALL).eval(), tmp_path / "m.onnx", FORMATS["onnx"], torch.randn(4, 3, 32, 32), 0.0
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"format": "tensorrt"}, "format must be one of .*'onnx-unrolled'.* got 'tensorrt'"),
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"out": "m.pt"}, "out must end in .onnx"),
+        ({"quantize": "int4"}, "quantize must be one of"),
+        ({"quantize": "int8", "dtype": "float16"}, "dtype must be float32 with quantize int8"),
+        ({"quantize": "int8", "format": "aoti", "out": "m.pt2"}, "quantize must be none for format aoti"),
+        ({"dtype": "float16", "format": "aoti", "out": "m.pt2"}, "dtype must be float32 for format aoti"),
+        ({"out": "m.pt"}, "out must end in .onnx for format onnx, got 'm.pt'"),
+        ({"out": "m.onnx", "format": "openvino"}, "out must end in .xml"),
+        ({"out": "{}/folder.onnx"}, "out must be a file, and .* is a folder"),
+        ({"out": "m.pte", "format": "executorch"}, "format executorch needs executorch: pip install executorch"),
         ({"model": __file__, "in_chans": 3}, "in_chans must be left out for .*test_onnx.py.* got 3"),
     ],
 )
-def test_bad_arguments(kwargs, message):
+def test_bad_arguments(kwargs, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "executorch" else name)
+    (tmp_path / "folder.onnx").mkdir()
+    arguments = {"model": "vim_tiny_patch16_224", "out": "m.onnx", **kwargs}
     with pytest.raises(ValueError, match=message):
-        export_onnx(**{"model": "vim_tiny_patch16_224", "out": "m.onnx", **kwargs})
+        export_model(**{name: value.format(tmp_path) if name == "out" else value for name, value in arguments.items()})
+
+
+def _train_tiny_run(folder):
+    """Train a tiny model on synthetic images, so that its decisions mean something."""
+    from vim import train
+
+    options = ["--data.dataset", "synthetic", "--data.synthetic_images", "160", "--batch_size", "16", "--epochs", "6"]
+    options += ["--micro_batch_size", "16", "--optim.lr", "5e-3"]
+    assert train.main([*TINY_OPTIONS, *options, "--output", str(folder)]) == 0
+
+
+def test_int8_keeps_the_classes_of_a_run(tmp_path, capsys):
+    _train_tiny_run(tmp_path / "run")
+    capsys.readouterr()
+    for form in ("onnx", "onnx-unrolled"):
+        export_model(str(tmp_path / "run"), str(tmp_path / f"{form}.onnx"), form, quantize="int8")
+        printed = capsys.readouterr()
+        assert "held-out images" in printed.err
+        assert "% of 40 held-out images" in printed.out
+        proto = onnx.load(tmp_path / f"{form}.onnx")
+        assert {"MatMulInteger"} <= {node.op_type for node in proto.graph.node}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["openvino", "executorch", "aoti"])
+def test_the_other_runtimes(form, tmp_path):
+    for package in FORMATS[form].packages:
+        pytest.importorskip(package, reason=f"no {package}: {FORMATS[form].hint}")
+    torch.manual_seed(0)
+    model, path = vim.VisionMamba(**SMALL).eval(), tmp_path / f"m{FORMATS[form].suffix}"
+    checked = write_checked(model, path, FORMATS[form], torch.randn(5, 3, 32, 32), tolerance=1e-5)
+    assert checked.images == 2
+    names = {"m.xml", "m.bin"} if form == "openvino" else {path.name}
+    assert {file.name for file in tmp_path.iterdir()} == names

@@ -406,3 +406,45 @@ def test_dynamic_quantisation_of_all_linear_layers():
     expected, actual = model(x), quantised(x)
     assert not torch.equal(actual, expected)
     assert_close(actual, expected, 0.05)
+
+
+@pytest.mark.slow
+def test_upernet_of_transformers_on_our_maps():
+    transformers = pytest.importorskip("transformers", reason='needs pip install "vimamba[dense]"')
+    backbone = transformers.TimmBackboneConfig(
+        backbone="vim_tiny_pyramid_patch16_224", out_indices=[0, 1, 2, 3], use_pretrained_backbone=False
+    )
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=16, num_labels=5, use_auxiliary_head=False, pool_scales=[1, 2]
+    )
+    torch.manual_seed(0)
+    model = transformers.UperNetForSemanticSegmentation(config)
+    labels = torch.randint(5, (2, 64, 64))
+    out = model(images(), labels=labels)
+    assert out.logits.shape == (2, 5, 64, 64)
+    out.loss.backward()
+    used = [name for name, p in model.backbone.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert any("mixer.A_log" in name for name in used)
+
+
+@pytest.mark.slow
+def test_rt_detr_on_our_pyramid():
+    """The detector takes the levels 1/8, 1/16 and 1/32."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install "vimamba[dense]"')
+    backbone = transformers.TimmBackboneConfig(
+        backbone="vim_tiny_pyramid_patch16_224", out_indices=[1, 2, 3], use_pretrained_backbone=False
+    )
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, encoder_in_channels=[192, 192, 192], freeze_backbone_batch_norms=False,
+        d_model=32, encoder_hidden_dim=32, encoder_ffn_dim=32, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=32,
+        decoder_layers=1, encoder_layers=1, num_queries=10, num_denoising=0, num_labels=3, decoder_attention_heads=4,
+        encoder_attention_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.RTDetrForObjectDetection(config)
+    labels = [{"class_labels": torch.tensor([i]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])} for i in range(2)]
+    out = model(images(), labels=labels)
+    assert out.pred_boxes.shape == (2, 10, 4)
+    out.loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "mixer.A_log" in name]
+    assert any(g is not None and g.abs().sum() > 0 for g in gradients)

@@ -11,7 +11,8 @@ from torch import nn
 
 import vim
 from tests.helpers import assert_close
-from vim.inference.onnx import write_onnx
+from vim.inference.export import write_checked
+from vim.inference.export_formats import FORMATS
 from vim.models import VimPyramid, variants
 
 NAME = "vim_tiny_pyramid_patch16_224"
@@ -145,7 +146,8 @@ def test_segmentation_models_pytorch_exports(head):
 @pytest.mark.slow
 def test_a_segmentation_head_in_onnxruntime(tmp_path):
     net = segmentation("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32).eval()
-    assert write_onnx(net, tmp_path / "fpn.onnx", 3, (64, 64), tolerance=1e-4) < 1e-5
+    checked = write_checked(net, tmp_path / "fpn.onnx", FORMATS["onnx"], torch.randn(4, 3, 64, 64), tolerance=1e-4)
+    assert checked.difference < 1e-5
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from torch import nn
 
 import vim
 from tests.helpers import assert_close
-from vim.inference.onnx import write_onnx
+from vim.inference.export import write_checked
+from vim.inference.export_formats import FORMATS
 from vim.models.segmentation import Segmenter
 
 SMALL = {"patch_size": 8, "embed_dim": 16, "depth": 4, "d_state": 4, "img_size": 64, "cls_position": "none"}
@@ -99,4 +100,5 @@ def test_the_final_norm_of_the_mixers_output_is_refused():
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_a_segmenter_exports_to_onnx_with_any_batch(tmp_path, norm):
     model = small(norm=norm).eval()
-    assert write_onnx(model, tmp_path / "model.onnx", 3, (64, 64), tolerance=1e-4) < 1e-4
+    checked = write_checked(model, tmp_path / "model.onnx", FORMATS["onnx"], torch.randn(4, 3, 64, 64), tolerance=1e-4)
+    assert checked.difference < 1e-4

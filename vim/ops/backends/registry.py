@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -56,10 +56,11 @@ _PREFERENCE = ("native", "triton", "reference")
 _backends: list[Backend] = []
 # Functions of the backends that are not families of registered ops, by suffix.
 _functions: dict[str, Mapping[str, Callable[..., Any]]] = {}
-# Functions that replace every backend while a model is exported (see `exportable.py`).
-_exportable: dict[str, Callable[..., Any]] = {}
-# Context variables, so that a `with` block in one thread or task changes nothing in another.
-_exports: ContextVar[bool] = ContextVar("exports", default=False)
+# Functions that replace every backend while a model is exported, by the form of the recurrence (see `exportable.py`).
+_exportable: dict[str, Mapping[str, Callable[..., Any]]] = {}
+# Context variables, so that a `with` block in one thread or task changes nothing in another. The first holds the form
+# of the recurrence inside `exportable_ops()`, `None` outside.
+_exports: ContextVar[str | None] = ContextVar("exports", default=None)
 # The backend that `backend=None` means; `None` is the first that can run.
 _default: ContextVar[str | None] = ContextVar("default_backend", default=None)
 # Types of devices whose portable ops have kernels attached that cannot run.
@@ -71,9 +72,9 @@ def register_reference(op: str, reference: Callable[..., Any]) -> None:
     _references[op] = reference
 
 
-def register_exportable(functions: Mapping[str, Callable[..., Any]]) -> None:
-    """Register plain functions, one for each op, that replace every backend in exports."""
-    _exportable.update(functions)
+def register_exportable(recurrence: str, functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Register plain functions, one for each op, that replace every backend in exports with this recurrence."""
+    _exportable[recurrence] = functions
 
 
 def register_backend(backend: Backend) -> None:
@@ -166,19 +167,27 @@ def default_backend(name: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exportable_ops() -> Iterator[None]:
+def exportable_ops(recurrence: Literal["scan", "operator"] = "scan") -> Iterator[None]:
     """Replace every op by operators that exporters know, inside a `with` block around an export, in this thread.
 
     `torch.onnx.export` does not need this block.
+
+    Args:
+        recurrence: "scan" is torch's scan. "operator" is `vim::recurrence`, for an exporter that translates it.
+
+    Raises:
+        ValueError: `recurrence` is neither.
     """
-    with _set(_exports, True):
+    if recurrence not in _exportable:
+        raise ValueError(f"recurrence must be one of {sorted(_exportable)}, got {recurrence!r}")
+    with _set(_exports, recurrence):
         yield
 
 
 def _is_exported() -> bool:
     # Ask torch.onnx only while a graph is recorded: its answer takes two imports.
     records = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return _exports.get() or (records and _is_in_onnx_export())
+    return _exports.get() is not None or (records and _is_in_onnx_export())
 
 
 @torch.compiler.assume_constant_result
@@ -209,7 +218,7 @@ def resolve_backend(op: str, backend: str | None, tensor: torch.Tensor) -> Calla
         RuntimeError: The named backend cannot run here; the message says why.
     """
     if _is_exported():
-        return _exportable[op]
+        return _exportable[_exports.get() or "scan"][op]
     if not torch.compiler.is_compiling() and is_transformed():
         return _references[op]
     suffix = _suffix(op, backend or _default.get(), tensor.device.type, tensor.dtype)
