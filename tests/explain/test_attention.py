@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -159,7 +162,9 @@ def test_the_model_is_left_as_it_was():
         ({"images": torch.zeros(3, 32, 32)}, ValueError, "images must be"),
         ({"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "floating tensor, got torch.uint8"),
         ({"images": "cat.png"}, TypeError, "floating tensor, got str"),
+        ({"images": torch.full((1, 3, 32, 32), torch.nan)}, ValueError, "images must be finite"),
         ({"model": nn.Linear(2, 2)}, TypeError, "must be a vim.VisionMamba, got Linear"),
+        ({"model": nn.DataParallel(nn.Linear(2, 2))}, TypeError, r"got DataParallel: pass model\.module"),
     ],
 )
 def test_bad_input(kwargs, error, message):
@@ -183,3 +188,47 @@ def test_another_mixer_is_refused():
     with pytest.raises(TypeError, match=r"mixer of layer 1 must be a vim\.Mamba"):
         hidden_attention(model, images())
     assert isinstance(hidden_attention(model, images(), layers=0), HiddenAttention)
+
+
+@pytest.mark.parametrize(
+    "layers", [np.int64(-1), np.array([1]), torch.tensor(1), torch.tensor([1]), range(1, 2)], ids=repr
+)
+def test_layers_may_be_numbers_of_other_packages(layers):
+    assert hidden_attention(small_model(), images(), layers).layers == (1,)
+
+
+@pytest.mark.parametrize("layers", [[1, 0], [0, 0], [0, 2]])
+def test_rollout_needs_consecutive_layers(layers):
+    with pytest.raises(ValueError, match="attention must be of consecutive layers, got layers"):
+        attention_rollout(hidden_attention(small_model(depth=3), images(), layers))
+
+
+def test_rollout_takes_pairs_of_layers_as_one_step():
+    model = small_model(pairwise_layers=True, depth=5)
+    attention = hidden_attention(model, images())
+    assert attention.layers == (0, 1, 2, 3), "the last one has no partner, and is not run"
+    first, second = (attention.matrices.abs() / attention.matrices.abs().sum(-1, keepdim=True)).split(2)
+    same = torch.eye(first.shape[-1])
+    expected = (same + second.mean(0)) / 2 @ ((same + first.mean(0)) / 2)
+    torch.testing.assert_close(attention_rollout(attention), expected)
+    for layers in ([0], [1, 2]):
+        with pytest.raises(ValueError, match="in whole pairs"):
+            attention_rollout(hidden_attention(model, images(), layers))
+
+
+def test_predictions_in_another_thread_are_not_explained():
+    """Another thread runs the model in the middle of an explanation; its tokens are not explained."""
+    model = small_model()
+    expected = hidden_attention(model, images()).matrices
+    others = [threading.Thread(target=model, args=(images().flip(3),))]
+
+    def meanwhile(*_):
+        if others:
+            other = others.pop()
+            other.start()
+            other.join()
+
+    model.norm_f.register_forward_pre_hook(meanwhile)
+    model.layers[1].register_forward_hook(meanwhile)
+    assert torch.equal(hidden_attention(model, images()).matrices, expected)
+    assert not others

@@ -53,6 +53,7 @@ def preprocessing(side: int) -> Preprocessing:
 
 def test_every_image_of_a_folder_gets_a_picture(run, photographs, tmp_path, capsys):
     (photographs / "c.png").write_text("not an image")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(photographs / "depth.tif")
     (photographs / "notes.txt").write_text("not looked at")
     output = tmp_path / "out"
     assert command.main([run, str(photographs), "--output", str(output)]) == 1
@@ -65,7 +66,8 @@ def test_every_image_of_a_folder_gets_a_picture(run, photographs, tmp_path, caps
     assert printed.out.splitlines()[0].startswith(f"{photographs / 'a.jpg'}: ")
     assert printed.out.splitlines()[0].endswith(f" % -> {output / 'a.jpg.png'}")
     assert "c.png is skipped: " in printed.err
-    assert "1 of 4 images were skipped" in printed.err
+    assert "depth.tif is skipped: its pixels are 32-bit numbers" in printed.err
+    assert "2 of 5 images were skipped" in printed.err
     assert "1 .txt" in printed.err
 
 
@@ -104,6 +106,7 @@ def test_the_photograph_is_what_the_model_sees(tmp_path, monkeypatch):
         (["--method", "camera"], "method must be one of"),
         (["--target", "cow"], "target must be a class name or a number from 0 to "),
         (["--target", "99"], "target must be a class name or a number"),
+        (["--target", "9" * 5000], "target must be a class name or a number"),
         (["--topk", "0"], "topk must be >= 1, got 0"),
         (["--device", "tpu"], "device must be"),
     ],

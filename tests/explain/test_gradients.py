@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import threading
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -137,8 +141,17 @@ def test_more_bad_input():
             explain(small_model(), images(0), 0)
     with pytest.raises(TypeError, match="_orig_mod"):
         class_activation(torch.compile(small_model()), images(), 0)
-    with pytest.raises(ValueError, match="must have a head"):
-        class_activation(small_model(num_classes=0), images(), 0)
+    for explain in (class_activation, pixel_gradients):
+        with pytest.raises(ValueError, match="must have a head"):
+            explain(small_model(num_classes=0), images(), 0)
+        with pytest.raises(ValueError, match="must pool its tokens to explain a class, and its global_pool is ''"):
+            explain(small_model(global_pool=""), images(), 0)
+    with pytest.raises(TypeError, match="a classifier with an attribute num_classes, got Linear"):
+        pixel_gradients(torch.nn.Linear(1, 1), images(), 0)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got str"):
+        pixel_gradients("model", images(), 0)
+    with pytest.raises(ValueError, match="its only layer has no partner"):
+        class_activation(small_model(depth=1, pairwise_layers=True), images(), 0)
     with pytest.raises(ValueError, match="token must be 'center' for a model without a class token"):
         receptive_field(small_model(cls_position="none"), images(), "class")
     with pytest.raises(TypeError, match="forward_intermediates, got Linear"):
@@ -195,3 +208,77 @@ def test_area_of_a_receptive_field():
     for share in (0, 1.5):
         with pytest.raises(ValueError, match="share must be above 0 and at most 1"):
             field.area(share)
+
+
+@pytest.mark.parametrize("target", [np.array([1, 2]), [np.int64(1), torch.tensor(2)], torch.tensor([1, 2])], ids=repr)
+@pytest.mark.parametrize("explain", [class_activation, pixel_gradients])
+def test_targets_may_be_numbers_of_other_packages(explain, target):
+    assert torch.equal(explain(small_model(), images(), target), explain(small_model(), images(), [1, 2]))
+
+
+@pytest.mark.parametrize("method", PIXEL_METHODS)
+def test_an_image_is_explained_alike_alone_and_among_others(method):
+    model, pixels = small_model(), images()
+    pixels[0] *= 50
+    among = pixel_gradients(model, pixels, [1, 2], method, steps=4)
+    torch.testing.assert_close(among[1:], pixel_gradients(model, pixels[1:], 2, method, steps=4))
+
+
+@pytest.mark.parametrize("explain", [class_activation, lambda *a: pixel_gradients(*a, "smoothgrad", steps=2)])
+def test_explanations_in_threads_wait_for_each_other(explain):
+    """One that starts in the middle of another neither trains nor takes its frozen parameters for the user's."""
+    model = small_model(drop_path_rate=0.5, drop_rate=0.5).train()
+    expected = explain(model, images(), 1)
+    second: list[torch.Tensor] = []
+    other = threading.Thread(target=lambda: second.append(explain(model, images(), 1)))
+    reached = []
+
+    def meanwhile(*_):
+        if not other.ident:
+            other.start()
+            other.join(0.2)
+            reached.append(other.is_alive())
+
+    model.norm_f.register_forward_pre_hook(meanwhile)
+    assert torch.equal(explain(model, images(), 1), expected)
+    other.join()
+    assert torch.equal(second[0], expected)
+    assert reached == [True], "the second one waits"
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_index_error_of_the_model_is_not_swallowed(capsys):
+    model = small_model()
+    model.norm_f.register_forward_pre_hook(lambda *_: [][0])
+    with pytest.raises(IndexError):
+        class_activation(model, images(), 0)
+    assert not capsys.readouterr().out
+
+
+def test_grad_cam_that_cannot_be_imported(monkeypatch):
+    """As without libGL, which opencv needs."""
+    load = builtins.__import__
+
+    def broken(name, *arguments, **keywords):
+        if name == "pytorch_grad_cam":
+            raise ImportError("libGL.so.1: cannot open shared object file")
+        return load(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(ModuleNotFoundError, match=r"grad-cam, and it cannot be imported: libGL\.so\.1"):
+        class_activation(small_model(), images(), 0)
+
+
+def test_maps_of_padded_images_stand_where_the_patches_do():
+    """Two pixels of the second row and column of patches are the image's, and fourteen padding."""
+    model = small_model(dynamic_img_size=True, dynamic_img_pad=True, img_size=32, patch_size=16, cls_position="none")
+    pixels = images(1, 32)
+    whole = class_activation(model, pixels, 0, "eigencam")
+    pixels[:, :, 18:] = 0
+    pixels[:, :, :, 18:] = 0
+    whole = class_activation(model, pixels, 0, "eigencam")
+    cut = class_activation(model, pixels[:, :, :18, :18], 0, "eigencam")
+    assert cut.shape == (1, 18, 18)
+    torch.testing.assert_close(cut, whole[:, :18, :18])
+    assert receptive_field(model, images(1, 40)[..., :33, :33]).center == (24, 24)

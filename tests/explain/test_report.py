@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -126,3 +127,22 @@ def test_bad_input(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("summary", [b"a,b\n1,2\n", b"epoch,seconds,images_per_second\n1,2\n", b"\xff\x00"])
+def test_a_damaged_summary_is_named(run, tmp_path, summary, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    (moved / "summary.csv").write_bytes(summary)
+    assert report.main([str(moved), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"vim.report: {moved / 'summary.csv'} is not the summary that vim.train wrote")
+
+
+def test_settings_that_are_not_utf_8_are_shown(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    with (moved / "config.yaml").open("ab") as file:
+        file.write(b"# \xff")
+    assert report.main([str(moved), "--device", "cpu"]) == 0
+    assert "# \\xff" in (moved / "report.html").read_text(encoding="utf-8")

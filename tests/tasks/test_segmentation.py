@@ -77,6 +77,7 @@ def test_the_report_shows_the_best_figures_and_the_predictions(run, tmp_path):
     text = write_report(run.folder.path, tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"<dt>held out, mIoU</dt><dd>{run.position.best['miou']:.2f} %</dd>" in text
     assert base64.b64encode((run.folder.path / "predictions.png").read_bytes()).decode("ascii") in text
+    assert "From left to right: the held-out image, its truth, and what the model predicts." in text
     assert "most often taken for" not in text
 
 

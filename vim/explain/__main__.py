@@ -79,14 +79,12 @@ def _make_explainer(
 
 def _draw(explainer: "Explainer | DenseExplainer", image: Path, output: Path) -> str | None:
     """Draw an explanation and say where it is, or return the reason why there is none."""
-    from vim.data.decoding import BAD_IMAGE, describe_bad_image, read_image
-    from vim.explain.checks import NothingToExplainError
+    from vim.data.decoding import read_image
+    from vim.explain.checks import NothingToExplainError, using_image
 
     try:
-        picture = read_image(image)
-    except BAD_IMAGE as error:
-        return describe_bad_image(error)
-    try:
+        with using_image():
+            picture = read_image(image)
         (name, share), *_ = explainer.draw(picture, output)
     except NothingToExplainError as error:
         return str(error)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vim.explain.checks import check_images, check_layers, check_vision_mamba, mixers_of
-from vim.explain.modes import in_evaluation
+from vim.explain.modes import in_evaluation, of_this_thread
 from vim.layers import Mamba
 from vim.layers.checks import check_kind
 from vim.layers.token_sequence import TokenSequence
@@ -43,18 +43,20 @@ class HiddenAttention:
     """Hidden attention of some layers.
 
     Attributes:
-        matrices: (layers, batch, len, len), float32: how much the token of a row takes from the token of a column, a
-            mean over channels. Tokens stand as `forward_features` returns them: class tokens first, then patches row
-            by row.
+        matrices: (layers, batch, len, len), float32, or float64 of a model in float64: how much the token of a row
+            takes from the token of a column, a mean over channels. Tokens stand as `forward_features` returns them:
+            class tokens first, then patches row by row.
         layers: Numbers of the layers, counted from 0.
         grid: Rows and columns of patches.
         num_prefix_tokens: Number of class tokens.
+        pairwise: True if the layers 2i and 2i + 1 read the same tokens, and what both of them take is added.
     """
 
     matrices: Tensor
     layers: tuple[int, ...]
     grid: tuple[int, int]
     num_prefix_tokens: int
+    pairwise: bool = False
 
     def maps(self) -> Tensor:
         """Return how much the read-out takes from each patch in each layer, (layers, batch, rows, columns).
@@ -91,7 +93,7 @@ def hidden_attention(
     Args:
         model: A `vim.VisionMamba`; it is run in evaluation mode and left in the mode it was in.
         images: Normalised images, (batch, in_chans, height, width).
-        layers: Numbers of layers, negative ones from the end; `None` is all.
+        layers: Numbers of layers, negative ones from the end, in the order of the result; `None` is all that run.
         direction: "forward", "backward", or "both" merged as the mixer merges its directions.
         gate: Weigh the rows of a channel by silu(z), as the mixer weighs the scan's output.
         absolute: Average absolute values, so that channels of opposite sign do not cancel.
@@ -102,7 +104,8 @@ def hidden_attention(
     """
     vision = check_vision_mamba(model)
     check_images(images, vision.in_chans)
-    chosen = check_layers(layers, vision.depth)
+    run = vision.depth - vision.depth % 2 if vision.pairwise_layers else vision.depth
+    chosen = check_layers(range(run) if layers is None else layers, vision.depth)
     mixers = mixers_of(vision, chosen)
     check_kind("direction", direction, ("forward", "backward", "both"))
     inputs, sequence = _inputs_of_mixers(vision, images, mixers)
@@ -118,7 +121,9 @@ def hidden_attention(
         if vision.pairwise_layers and i % 2 == 1:  # it read the sequence from its end
             total = total.flip(1, 2)
         matrices.append(total[:, index][:, :, index])
-    return HiddenAttention(torch.stack(matrices), chosen, sequence.grid, vision.num_prefix_tokens)
+    return HiddenAttention(
+        torch.stack(matrices), chosen, sequence.grid, vision.num_prefix_tokens, vision.pairwise_layers
+    )
 
 
 def scan_matrices(scan: dict[str, Any], channels: slice = slice(None)) -> Tensor:
@@ -143,18 +148,27 @@ def scan_matrices(scan: dict[str, Any], channels: slice = slice(None)) -> Tensor
 def attention_rollout(attention: HiddenAttention) -> Tensor:
     """Multiply the attention of all layers, with the residual connection between them.
 
-    Absolute values are taken and rows are normalised to 1, half of which is the residual connection's.
+    Absolute values are taken and rows are normalised to 1, half of which is the residual connection's. The layers of a
+    pair are one step, since they read the same tokens: their mean is taken.
 
     Args:
-        attention: Of consecutive layers, the first one first.
+        attention: Of consecutive layers, the first one first; of whole pairs, if layers work in pairs.
 
     Returns:
         (batch, len, len): how much each token of the last layer takes from each token of the first; rows sum to 1.
 
+    Raises:
+        ValueError: The layers are not consecutive, or a pair is incomplete.
+
     Source: Abnar and Zuidema 2020, arXiv:2005.00928, section 3.
     """
+    first, count, step = attention.layers[0], len(attention.layers), 2 if attention.pairwise else 1
+    if attention.layers != tuple(range(first, first + count)) or first % step or count % step:
+        pairs = "" if step == 1 else " in whole pairs (0 and 1, 2 and 3, ...)"
+        raise ValueError(f"attention must be of consecutive layers{pairs}, got layers {list(attention.layers)}")
     matrices = attention.matrices.abs()
     matrices = matrices / matrices.sum(-1, keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
+    matrices = matrices.unflatten(0, (-1, step)).mean(1)
     rollout = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand(matrices.shape[1:])
     for layer in matrices:
         rollout = (rollout + layer @ rollout) / 2
@@ -168,7 +182,8 @@ def _inputs_of_mixers(
     inputs: dict[int, Tensor] = {}
 
     def take(i: int) -> Any:
-        return mixers[i].register_forward_pre_hook(lambda _, args: inputs.__setitem__(i, args[0]))
+        hook = of_this_thread(lambda _, args: inputs.__setitem__(i, args[0]))
+        return mixers[i].register_forward_pre_hook(hook)
 
     with in_evaluation(model), contextlib.ExitStack() as hooks:
         for i in mixers:

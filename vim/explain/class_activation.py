@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vim.explain.checks import check_gradients, check_images, check_target, check_vision_mamba
+from vim.explain.checks import check_classifier, check_gradients, check_images, check_target, check_vision_mamba
 from vim.explain.modes import frozen, in_evaluation
 from vim.explain.names import METHODS
 from vim.layers.checks import check_kind
@@ -41,34 +42,36 @@ def class_activation(model: nn.Module, images: Tensor, target: Any, method: str 
     check_gradients(model)
     check_kind("method", method, tuple(METHODS))
     check_images(images, vision.in_chans)
-    classes = check_target(target, len(images), vision.num_classes)
+    classes = check_target(target, len(images), check_classifier(vision))
+    if vision.depth == 1 and vision.pairwise_layers:
+        raise ValueError("model must have a block that it runs, and its only layer has no partner")
     package = import_grad_cam()
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     tapped = _BeforeLastBlock(vision)
     targets: Any = [ClassifierOutputTarget(c) for c in classes]
-    with in_evaluation(vision), frozen(vision), torch.enable_grad(), _cam(package, method, tapped) as cam:
+    with in_evaluation(vision), frozen(vision), torch.enable_grad(), contextlib.ExitStack() as hooks:
+        cam = getattr(package, METHODS[method])(tapped, [tapped.tap], tapped.as_pictures)
+        hooks.callback(cam.activations_and_grads.release)  # as a context manager, cam would swallow an IndexError
+        cam.get_target_width_height = tapped.covered_size
         maps = cam(images.detach().clone().requires_grad_(), targets)
-    return torch.from_numpy(maps).float()
+    height, width = images.shape[2:]
+    return torch.from_numpy(maps).float()[:, :height, :width]
 
 
 def import_grad_cam() -> Any:
     """Return the package grad-cam.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: It is not installed, or lacks a library of the system, as opencv does without libGL.
     """
     if importlib.util.find_spec("pytorch_grad_cam") is None:
         raise ModuleNotFoundError('class activation maps need grad-cam: pip install "vimamba[explain]"')
-    import pytorch_grad_cam
-
+    try:
+        import pytorch_grad_cam
+    except ImportError as error:
+        raise ModuleNotFoundError(f"class activation maps need grad-cam, and it cannot be imported: {error}") from error
     return pytorch_grad_cam
-
-
-def _cam(package: Any, method: str, tapped: _BeforeLastBlock) -> Any:
-    return getattr(package, METHODS[method])(
-        model=tapped, target_layers=[tapped.tap], reshape_transform=tapped.as_pictures
-    )
 
 
 class _BeforeLastBlock(nn.Module):
@@ -96,6 +99,12 @@ class _BeforeLastBlock(nn.Module):
         x, residual, _ = model._run_layers(tokens, self._sequence, run, start=run - step)
         x, _ = model.norm_f(x, residual)
         return model.forward_head(class_tokens_first(x, self._sequence.read_out()))
+
+    def covered_size(self, _: Tensor) -> tuple[int, int]:
+        """Return width and height of what the patches cover: of images that the model pads, more than the image."""
+        assert self._sequence is not None, "grad-cam asks for the size after it has run the model"
+        height, width = self.model.patch_embed.covered_size(self._sequence.grid)
+        return width, height
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Leave the gradients of the user's model alone; grad-cam would clear them."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vim.explain.cells import Cells, cut_to_image
 from vim.explain.checks import check_gradients, check_images, check_target
 from vim.explain.class_activation import METHODS, import_grad_cam
-from vim.explain.modes import frozen, in_evaluation
+from vim.explain.modes import frozen, in_evaluation, of_this_thread
 from vim.inference.detection_pictures import confident
 from vim.layers.checks import check_counts, check_kind
 from vim.models.detection import Detector
@@ -189,7 +189,7 @@ def _read_by(modules: Any) -> Iterator[list[Tensor]]:
 
     with contextlib.ExitStack() as hooks:
         for module in modules:
-            hooks.callback(module.register_forward_pre_hook(take).remove)
+            hooks.callback(module.register_forward_pre_hook(of_this_thread(take)).remove)
         yield maps
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vim.explain.attention import attention_rollout, hidden_attention, read_out_map
 from vim.explain.cells import Cells, cut_to_image
-from vim.explain.checks import NothingToExplainError, check_methods, check_vision_mamba, class_number
+from vim.explain.checks import NothingToExplainError, check_methods, check_vision_mamba, class_number, using_image
 from vim.explain.dense_activation import DenseActivation, box_activation, segment_activation
 from vim.explain.names import DEFAULT_DENSE_EXPLANATIONS, DENSE_EXPLANATIONS, METHODS
 from vim.explain.pictures import Panel, draw_panels
@@ -110,8 +110,9 @@ class DenseExplainer:
             scores; the highest first.
 
         Raises:
-            NothingToExplainError: The class is predicted nowhere, or there is no box with a score of at least 0.5.
-            OSError: The file cannot be written.
+            NothingToExplainError: The image cannot be used, the class is predicted nowhere, or there is no box with a
+                score of at least 0.5.
+            OSError: The picture cannot be written.
         """
         answer = self._answer(image)
         first = [Panel("image", answer.photograph), Panel("prediction", answer.prediction)]
@@ -136,7 +137,8 @@ class DenseExplainer:
         return maps
 
     def _masks(self, image: Image.Image) -> _Answer:
-        pixels = self._segment.pixels(image)
+        with using_image():
+            pixels = self._segment.pixels(image)
         labels = self._segment.predictor.labels(pixels)
         counts = torch.bincount(labels.flatten(), minlength=len(self._names))
         present = [c for c in counts.argsort(descending=True, stable=True).tolist() if counts[c]]
@@ -159,7 +161,8 @@ class DenseExplainer:
         )
 
     def _boxes(self, image: Image.Image) -> _Answer:
-        pixels = self._find.pixels(image)
+        with using_image():
+            pixels = self._find.pixels(image)
         found = self._find.find(image, _LEAST_SCORE)
         label = None if self._target is None else self._target + 1
         chosen = [i for i, own in enumerate(found["labels"].tolist()) if label in (None, own)][: self._topk]

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vim.explain.attention import HiddenAttention, attention_rollout, hidden_attention, read_out_map
-from vim.explain.checks import check_methods, check_vision_mamba, class_number
+from vim.explain.checks import check_methods, check_vision_mamba, class_number, using_image
 from vim.explain.class_activation import class_activation
 from vim.explain.names import DEFAULT_EXPLANATIONS, EXPLANATIONS, METHODS, PIXEL_METHODS
 from vim.explain.pictures import draw_explanation
@@ -66,10 +66,12 @@ class Explainer:
             Names of the likeliest classes with their probabilities.
 
         Raises:
-            OSError: The file cannot be written.
+            NothingToExplainError: The image cannot be used: its pixels are 32-bit numbers, or its file is damaged.
+            OSError: The picture cannot be written.
         """
         predictor = self._predictor
-        pixels = predictor.preprocess(image)[None]
+        with using_image():
+            pixels = predictor.preprocess(image)[None]
         with torch.no_grad():
             probabilities = predictor.model(pixels)[0].float().softmax(0)
         values, classes = probabilities.topk(self._topk)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vim.explain.checks import check_gradients, check_images, check_target
+from vim.explain.checks import check_classifier, check_gradients, check_images, check_target
 from vim.explain.modes import frozen, in_evaluation
 from vim.explain.names import PIXEL_METHODS
 from vim.layers.checks import check_counts, check_kind
@@ -26,7 +26,8 @@ def pixel_gradients(
         images: Normalised images, (batch, channels, height, width).
         target: The class, counted from 0, or one for each image.
         method: "saliency" (the gradient), "integrated_gradients" (along the way from a black image of zeros) or
-            "smoothgrad" (the mean gradient under noise of a tenth of the image's range; seeded, so that calls agree).
+            "smoothgrad" (the mean gradient under noise of a tenth of the image's range; seeded, so that calls agree,
+            and an image is explained alike alone and among others).
         steps: Steps of the way, or draws of noise.
 
     Returns:
@@ -42,7 +43,7 @@ def pixel_gradients(
     check_kind("method", method, PIXEL_METHODS)
     check_counts(1, steps=steps)
     check_images(images, getattr(model, "in_chans", images.shape[1] if isinstance(images, Tensor) else 0))
-    classes = torch.tensor(check_target(target, len(images), getattr(model, "num_classes", 0)), device=images.device)
+    classes = torch.tensor(check_target(target, len(images), check_classifier(model)), device=images.device)
     if importlib.util.find_spec("captum") is None:
         raise ModuleNotFoundError('gradients of pixels need captum: pip install "vimamba[explain]"')
     from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
@@ -50,9 +51,16 @@ def pixel_gradients(
     def run(pixels: Tensor) -> Tensor:  # noise comes in float32
         return model(pixels.to(images.dtype))
 
+    def smooth(pixels: Tensor, classes: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        low, high = pixels.detach().aminmax()
+        spread = float(high - low) / 10
+        return NoiseTunnel(Saliency(run)).attribute(
+            pixels, target=classes, nt_samples=steps, nt_samples_batch_size=1, stdevs=spread
+        )
+
     generators = torch.random.fork_rng([images.device] if images.is_cuda else [])
     with in_evaluation(model), frozen(model), torch.enable_grad(), generators:
-        torch.manual_seed(0)
         pixels = images.detach().clone().requires_grad_()
         if method == "saliency":
             weights = Saliency(run).attribute(pixels, target=classes)
@@ -62,8 +70,5 @@ def pixel_gradients(
                 pixels, target=classes, n_steps=steps, internal_batch_size=at_a_time
             )
         else:
-            spread = float(images.max() - images.min()) / 10
-            weights = NoiseTunnel(Saliency(run)).attribute(
-                pixels, target=classes, nt_samples=steps, nt_samples_batch_size=1, stdevs=spread
-            )
+            weights = torch.cat([smooth(*one) for one in zip(pixels.split(1), classes.split(1), strict=True)])
     return weights.detach().abs().sum(1).float()

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vim.explain.checks import check_gradients, check_images
+from vim.explain.checks import check_gradients, check_images, kind_of
 from vim.explain.modes import frozen, in_evaluation
+from vim.layers import PatchEmbed
 from vim.layers.checks import check_counts, check_kind
 
 
@@ -76,7 +77,7 @@ def receptive_field(
     check_kind("token", token, ("center", "class"))
     check_counts(1, batch_size=batch_size)
     if not hasattr(model, "forward_intermediates"):
-        raise TypeError(f"model must have timm's forward_intermediates, got {type(model).__name__}")
+        raise TypeError(f"model must have timm's forward_intermediates, got {kind_of(model)}")
     check_images(images, getattr(model, "in_chans", images.shape[1] if isinstance(images, Tensor) else 0))
     if token == "class" and not getattr(model, "num_prefix_tokens", 0):
         raise ValueError("token must be 'center' for a model without a class token")
@@ -91,7 +92,10 @@ def receptive_field(
             total += gradient.abs().sum((0, 1)).cpu().double()
             if cell is not None:
                 (row, rows), (column, columns) = cell
-                center = ((2 * row + 1) * height // (2 * rows), (2 * column + 1) * width // (2 * columns))
+                embed = getattr(model, "patch_embed", None)
+                padded = embed.covered_size((rows, columns)) if isinstance(embed, PatchEmbed) else (height, width)
+                middle = (2 * row + 1) * padded[0] // (2 * rows), (2 * column + 1) * padded[1] // (2 * columns)
+                center = min(middle[0], height - 1), min(middle[1], width - 1)
     return ReceptiveField((total / total.max().clamp_min(torch.finfo(torch.float64).tiny)).float(), center)
 
 

@@ -65,7 +65,7 @@ def _contents(folder: RunFolder, device: torch.device) -> dict[str, Any]:
         "figures": [*held_out, *_run_figures(folder, trained)],
         "curves": _embed_file(folder.curves),
         "environment": _environment(folder),
-        "settings": folder.config.read_text(encoding="utf-8"),
+        "settings": folder.config.read_text(encoding="utf-8", errors="backslashreplace"),
     }
 
 
@@ -89,11 +89,8 @@ def _run_figures(folder: RunFolder, trained: TrainedModel) -> list[tuple[str, st
     history = _read_summary(folder.summary)
     if history and trained.config is not None:
         epochs = f"{len(history)}" if trained.config.max_steps else f"{len(history)} of {trained.config.epochs}"
-        figures += [
-            ("epochs", epochs),
-            ("time", _duration(sum(float(row["seconds"]) for row in history))),
-            ("training speed", f"{float(history[-1]['images_per_second']):,.0f} images/s"),
-        ]
+        seconds, speed = sum(seconds for seconds, _ in history), history[-1][1]
+        figures += [("epochs", epochs), ("time", _duration(seconds)), ("training speed", f"{speed:,.0f} images/s")]
     return figures
 
 
@@ -101,11 +98,19 @@ def _embed_file(png: Path) -> str | None:
     return embed(png.read_bytes()) if png.is_file() else None
 
 
-def _read_summary(path: Path) -> list[dict[str, str]]:
+def _read_summary(path: Path) -> list[tuple[float, float]]:
+    """Return seconds and images per second of each epoch.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [(float(row["seconds"]), float(row["images_per_second"])) for row in csv.DictReader(file)]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path} is not the summary that vim.train wrote ({error!r}): move it away") from error
 
 
 def _environment(folder: RunFolder) -> list[tuple[str, str]]:

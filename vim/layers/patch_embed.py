@@ -113,6 +113,10 @@ class PatchEmbed(nn.Module):
         """Return the patches along (height, width) of an image of `img_size`, after padding if that is on."""
         return self._count(img_size, self.patch_size, self.stride)
 
+    def covered_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width in pixels that a grid of patches covers; an image that is padded has fewer."""
+        return _covered(grid, self.patch_size, self.stride)
+
     def _count(
         self, img_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]
     ) -> tuple[int, int]:
@@ -123,7 +127,7 @@ class PatchEmbed(nn.Module):
             for size, patch, step in zip(img_size, patch_size, stride, strict=True)
         )
         if not self.dynamic_img_pad and not is_symbolic(img_size):
-            covered = (rows - 1) * stride[0] + patch_size[0], (columns - 1) * stride[1] + patch_size[1]
+            covered = _covered((rows, columns), patch_size, stride)
             if covered != tuple(img_size):
                 raise ValueError(
                     f"img_size must be covered by patches of patch_size = {patch_size} every patch_stride = {stride} "
@@ -196,13 +200,15 @@ class PatchEmbed(nn.Module):
                 "see set_input_size and dynamic_img_size for other sizes"
             )
         if self.dynamic_img_pad:
-            rows, columns = self.dynamic_feat_size((height, width))
-            bottom = (rows - 1) * self.stride[0] + self.patch_size[0] - height
-            right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
-            x = F.pad(x, (0, right, 0, bottom))
+            covered = self.covered_size(self.dynamic_feat_size((height, width)))
+            x = F.pad(x, (0, covered[1] - width, 0, covered[0] - height))
         else:
             self.dynamic_feat_size((height, width))  # raises if patches do not cover the image
         return x
+
+
+def _covered(grid: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
+    return (grid[0] - 1) * stride[0] + patch_size[0], (grid[1] - 1) * stride[1] + patch_size[1]
 
 
 _FORWARDS = DefinedForwards((PatchEmbed, nn.Conv2d, nn.Identity), ("conv2d",))
