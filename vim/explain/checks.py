@@ -37,11 +37,12 @@ def check_classifier(model: nn.Module) -> int:
     """
     if not hasattr(model, "num_classes"):
         raise TypeError(f"model must be a classifier with an attribute num_classes, got {kind_of(model)}")
-    if model.num_classes < 1:
+    num_classes: Any = model.num_classes
+    if num_classes < 1:
         raise ValueError("model must have a head to explain a class, and its num_classes is 0")
     if getattr(model, "global_pool", None) == "":
         raise ValueError("model must pool its tokens to explain a class, and its global_pool is ''")
-    return model.num_classes
+    return int(num_classes)
 
 
 def kind_of(model: Any) -> str:
