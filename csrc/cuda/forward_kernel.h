@@ -139,23 +139,8 @@ struct Walk {
   // Channels beyond the last compute what the last one does, and write nothing.
   VIM_DEVICE int existing(int c) const { return channel + c < walkers.end ? channel + c : walkers.end - 1; }
 
-  // All loads come before the first exponential, so that they are on their way together.
   VIM_DEVICE void load_weights() {
-    const bool vectors = kVectors || plan.vectors[d].weights;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const int64_t at = existing(c);
-      load_row(side.A + at * scan.d_state, scan.d_state, vectors, A[c]);
-      bias[c] = side.bias == nullptr ? 0.0f : kLog2e * side.bias[at];
-      D[c] = side.D == nullptr ? 0.0f : kLog2e * side.D[at];
-      time[c] = 0.0f;
-      if constexpr (kRank > 0) load_row(side.dt_weight + at * kRank, kRank, vectors, dt_weight[c]);
-      if constexpr (kRank == 0) {
-        for (int r = 0; r < layout.padded; ++r) {
-          weight_row(c)[r] = r < layout.ranks ? kLog2e * side.dt_weight[at * layout.ranks + r] : 0.0f;
-        }
-      }
-    }
+    with_elements(side.A, [&](const auto* rates) { load_weights(rates); });
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
@@ -165,6 +150,28 @@ struct Walk {
       if constexpr (kRank > 0) {
 #pragma unroll
         for (int r = 0; r < kRank; ++r) dt_weight[c][r] *= kLog2e;
+      }
+      time[c] = 0.0f;
+    }
+  }
+
+  // All loads come before the first exponential, so that they are on their way together.
+  template <class W>
+  VIM_DEVICE void load_weights(const W* rates) {
+    const bool vectors = kVectors || plan.vectors[d].weights;
+    const W *projection = elements_like(rates, side.dt_weight), *biases = elements_like(rates, side.bias),
+            *skips = elements_like(rates, side.D);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const int64_t at = existing(c);
+      load_row(rates + at * scan.d_state, scan.d_state, vectors, A[c]);
+      bias[c] = kLog2e * read_or_zero(biases, at);
+      D[c] = kLog2e * read_or_zero(skips, at);
+      if constexpr (kRank > 0) load_row(projection + at * kRank, kRank, vectors, dt_weight[c]);
+      if constexpr (kRank == 0) {
+        for (int r = 0; r < layout.padded; ++r) {
+          weight_row(c)[r] = r < layout.ranks ? kLog2e * to_float(projection[at * layout.ranks + r]) : 0.0f;
+        }
       }
     }
   }

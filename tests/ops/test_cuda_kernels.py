@@ -9,9 +9,9 @@ import torch
 
 from tests.helpers import make_bidirectional_inputs, make_scan_inputs
 from tests.ops.conformance import detached, noise
-from tests.ops.test_bidirectional_block import make_inputs, make_weights
+from tests.ops.test_bidirectional_block import both_gradients, make_inputs, make_weights
 from tests.ops.test_conformance import EMULATED, LIBRARY
-from vim.ops import bidirectional_block
+from vim.ops import BlockWeights, bidirectional_block
 
 
 @pytest.fixture
@@ -94,16 +94,47 @@ def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
         assert not tune(*wrong)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
-def test_weights_of_a_layer_are_converted_together(dtypes):
-    of_weights, of_activations = dtypes
-    weights = make_weights(dtype=of_weights)
-    x, _ = make_inputs(2, 9, 12, of_activations)
-    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        bidirectional_block(x.detach(), None, weights, backend="emulated")
+@pytest.mark.parametrize(
+    ("of_weights", "forward", "backward"),
+    [
+        # Forward: norm, convolutions, scans. Backward: the convolutions and the norm again; four for the scans; two
+        # each for the gradients of convolutions and norm.
+        (torch.bfloat16, 3, 10),
+        # And what converts the products' weights, in the backward pass their gradients too.
+        (torch.float32, 4, 12),
+    ],
+    ids=str,
+)
+def test_kernels_that_a_layer_starts(of_weights, forward, backward):
+    """PyTorch's products are not among them. PyTorch converts the gradient of the input, and no weight."""
+    LIBRARY.vim_emulation_launches.restype = ctypes.c_int64
+    weights, (x, _) = make_weights(24, 48, 4, 16, biases=False, dtype=of_weights), make_inputs(2, 9, 24, torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = LIBRARY.vim_emulation_launches()
+        out, _ = bidirectional_block(x, None, weights, backend="emulated")
+        middle = LIBRARY.vim_emulation_launches()
+        torch.autograd.grad(out, [w for w in weights if w is not None and w.dim() != 1], torch.ones_like(out))
+        end = LIBRARY.vim_emulation_launches()
+    assert (middle - start, end - middle) == (forward, backward)
     called = [event.name for event in profile.events()]
-    assert "vim::bidirectional_block_emulated" in called
-    assert not {"aten::to", "aten::_to_copy"} & set(called)
+    assert {"vim::bidirectional_block_emulated", "vim::bidirectional_block_backward_emulated"} <= set(called)
+    assert called.count("aten::_to_copy") == 1
+
+
+@pytest.mark.parametrize(
+    "half", [("A_log", "dt_weight"), ("conv_weight", "D_b"), ("norm_weight", "x_proj_b", "in_proj")]
+)
+def test_a_layer_with_weights_of_several_dtypes(half):
+    weights, inputs = make_weights(24, 48, 4, 16), make_inputs(2, 9, 24)
+    mixed = weights._replace(**{name: getattr(weights, name).detach().half().requires_grad_() for name in half})
+    rounded = BlockWeights(*(None if w is None else w.detach().float().requires_grad_() for w in mixed))
+    outputs, expected = (bidirectional_block(*inputs, w, backend="emulated") for w in (mixed, rounded))
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(got, wanted)
+    for name, got, wanted in zip(
+        mixed._fields, both_gradients(outputs, mixed), both_gradients(expected, rounded), strict=True
+    ):
+        assert torch.equal(got, wanted.to(torch.float16 if name in half else torch.float32)), name
 
 
 def test_norm_of_a_part_of_rows():
