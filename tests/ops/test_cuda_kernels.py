@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from tests.helpers import make_bidirectional_inputs, make_scan_inputs
+from tests.helpers import TOLERANCES, assert_close, make_bidirectional_inputs, make_scan_inputs
 from tests.ops.conformance import detached, noise
 from tests.ops.test_bidirectional_block import both_gradients, make_inputs, make_weights
 from tests.ops.test_conformance import EMULATED, LIBRARY
@@ -87,6 +87,25 @@ def test_the_errors_of_a_gpus_approximate_instructions(dtype):
 def test_a_long_sequence_of_few_channels_is_cut():
     tensors = detached(make_bidirectional_inputs(1, 395, 8, 16, 3, torch.float32))
     EMULATED.check("bidirectional_scan", *tensors, 0.5, 64)
+
+
+@pytest.mark.parametrize(("warps", "chunk"), [(1, 0), (2, 64)])
+def test_large_ranks_by_tensor_cores(warps, chunk, tune):
+    """Where weights and activations are bfloat16; with one channel a thread there is no such kernel."""
+    weights = make_weights(24, 136, 48, 16, dtype=torch.bfloat16)  # the last warp has 8 channels
+    x, residual = make_inputs(2, 75, 24, torch.bfloat16)
+
+    def run(channels):
+        assert tune(channels, warps, chunk)
+        arguments = (None if w is None else w.detach() for w in weights)
+        return torch.ops.vim.bidirectional_block_emulated(
+            x.detach(), residual.detach(), *arguments, torch.bfloat16, 1e-5, 0.5, 8
+        )
+
+    (y, *_, states), (expected, *_, expected_states) = run(2), run(1)
+    assert not torch.equal(states, expected_states), "the same kernel"
+    assert_close(states, expected_states, TOLERANCES[torch.float32].value)
+    assert_close(y, expected, TOLERANCES[torch.bfloat16].value)
 
 
 def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
