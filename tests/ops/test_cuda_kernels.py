@@ -106,6 +106,12 @@ def test_large_ranks_by_tensor_cores(warps, chunk, tune):
     assert not torch.equal(states, expected_states), "the same kernel"
     assert_close(states, expected_states, TOLERANCES[torch.float32].value)
     assert_close(y, expected, TOLERANCES[torch.bfloat16].value)
+    try:
+        for order in range(1, 5):
+            LIBRARY.vim_emulation_order(order)
+            assert all(torch.equal(*pair) for pair in zip(run(2)[::4], (y, states), strict=True)), order
+    finally:
+        LIBRARY.vim_emulation_order(0)
 
 
 def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
