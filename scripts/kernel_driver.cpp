@@ -166,10 +166,10 @@ struct ScanCase {
       side.dt = {x_dbl[d].data(), s.length * row, row, 1};
       side.B = {split(x_dbl[d], s.dt_rank), s.length * row, 0, 1, row, s.dim, nullptr};
       side.C = {split(x_dbl[d], s.dt_rank + s.d_state), s.length * row, 0, 1, row, s.dim, nullptr};
-      side.dt_weight = dt_weight[d].floats();
-      side.bias = bias[d].floats();
-      side.A = A[d].floats();
-      side.D = D[d].floats();
+      side.dt_weight = {dt_weight[d].floats()};
+      side.bias = {bias[d].floats()};
+      side.A = {A[d].floats()};
+      side.D = {D[d].floats()};
       side.reverse = d == 1;
       side.checkpoints = checkpoints.floats() + d * s.batch * chunks * s.d_state * s.dim;
       ScanDirectionGrads& grads = k.grads[d];
@@ -177,10 +177,10 @@ struct ScanCase {
       grads.ddt = {dx_dbl[d].data(), s.length * row, row, 1};
       grads.dB = {split(dx_dbl[d], s.dt_rank), s.length * row, 0, 1, row, s.dim, nullptr};
       grads.dC = {split(dx_dbl[d], s.dt_rank + s.d_state), s.length * row, 0, 1, row, s.dim, nullptr};
-      grads.ddt_weight = ddt_weight[d].floats();
-      grads.dbias = dbias[d].floats();
-      grads.dA = dA[d].floats();
-      grads.dD = dD[d].floats();
+      grads.ddt_weight = {ddt_weight[d].floats()};
+      grads.dbias = {dbias[d].floats()};
+      grads.dA = {dA[d].floats()};
+      grads.dD = {dD[d].floats()};
     }
     rows = Buffer(f, 2 * tokens * row);
     k.partition = table->scan_partition(scan);
@@ -241,14 +241,14 @@ struct ConvCase {
       dweight[d] = Buffer(Element::float32, s.dim * taps);
       dbias[d] = Buffer(Element::float32, s.dim);
       ConvDirection& side = conv.direction[d];
-      side = {weight[d].floats(),
-              bias[d].floats(),
+      side = {{weight[d].floats()},
+              {bias[d].floats()},
               taps,
               d == 1,
               view(out[d], s, s.dim, s.dim),
               view(dout[d], s, s.dim, s.dim),
-              dweight[d].floats(),
-              dbias[d].floats()};
+              {dweight[d].floats()},
+              {dbias[d].floats()}};
     }
     partials = Buffer(Element::float32, table->conv_partial_floats(conv));
     conv.partials = partials.floats();
@@ -288,13 +288,13 @@ struct NormCase {
     norm.x = x.data();
     norm.x_row = s.dim;
     norm.residual = residual.floats();
-    norm.weight = weight.floats();
+    norm.weight = {weight.floats()};
     norm.y = y.data();
     norm.r = r.floats();
     norm.dy = dy.data();
     norm.dr = dr.floats();
     norm.total = total.floats();
-    norm.dweight = dweight.floats();
+    norm.dweight = {dweight.floats()};
     norm.row_groups = std::max<int64_t>(1, std::min<int64_t>(4, rows));
     partials = Buffer(f, norm.row_groups * s.dim);
     norm.partials = partials.floats();

@@ -16,7 +16,8 @@ if [[ ${1:-} == --cuda ]]; then
   export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
   export VIM_EMULATED_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
   # -s, or pytest keeps to itself what a sanitizer says before it ends the process.
-  exec python -m pytest -q -s -n 0 tests/ops/test_conformance.py tests/ops/test_cuda_kernels.py -k "(emulated or order or cut) and not registration" "${@:2}"
+  exec python -m pytest -q -s -n 0 tests/ops/test_conformance.py tests/ops/test_cuda_kernels.py \
+    tests/ops/test_bidirectional_block.py -k "(emulated or cuda_kernels) and not registration" "${@:2}"
 fi
 
 folder=$(mktemp -d)

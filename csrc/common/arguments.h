@@ -8,6 +8,23 @@ namespace vim {
 
 enum class Element { float32, bfloat16, float16 };
 
+// A contiguous weight, null where there is none. GPUs read any element type, the same for all weights of an op; the
+// CPU's kernels read float32 alone.
+struct Weight {
+  const void* data = nullptr;
+  Element element = Element::float32;
+
+  const float* floats() const { return static_cast<const float*>(data); }
+};
+
+// The gradient of one, likewise
+struct WeightGrad {
+  void* data = nullptr;
+  Element element = Element::float32;
+
+  float* floats() const { return static_cast<float*>(data); }
+};
+
 // An activation (batch, token, channel) with any strides; its element type is said elsewhere. `data` may be null.
 struct Activation {
   void* data = nullptr;
@@ -23,15 +40,15 @@ struct StateMap {
   const float* constant = nullptr;
 };
 
-// One direction of a scan. Weights are contiguous float32; null pointers leave a term out.
+// One direction of a scan. Null pointers leave a term out.
 struct ScanDirection {
   Activation u;
-  Activation delta;                  // given, or else delta = dt dt_weight^T
-  Activation dt;                     // (batch, token, rank)
-  const float* dt_weight = nullptr;  // (dim, dt_rank)
-  const float* bias = nullptr;       // (dim,)
-  const float* A = nullptr;          // (dim, d_state): A, or log(-A) with A_is_log
-  const float* D = nullptr;          // (dim,)
+  Activation delta;  // given, or else delta = dt dt_weight^T
+  Activation dt;     // (batch, token, rank)
+  Weight dt_weight;  // (dim, dt_rank)
+  Weight bias;       // (dim,)
+  Weight A;          // (dim, d_state): A, or log(-A) with A_is_log
+  Weight D;          // (dim,)
   StateMap B, C;
   bool reverse = false;
   const float* initial_state = nullptr;  // (batch, dim, d_state), or null for 0
@@ -63,10 +80,10 @@ struct ScanDirectionGrads {
   StateMap dB, dC;               // same kind as B and C; `constant` is unused, see dB_constant
   float* dB_constant = nullptr;  // (dim, d_state)
   float* dC_constant = nullptr;
-  float* ddt_weight = nullptr;         // (dim, dt_rank)
-  float* dbias = nullptr;              // (dim,)
-  float* dA = nullptr;                 // (dim, d_state), of A_log with A_is_log
-  float* dD = nullptr;                 // (dim,)
+  WeightGrad ddt_weight;               // (dim, dt_rank)
+  WeightGrad dbias;                    // (dim,)
+  WeightGrad dA;                       // (dim, d_state), of A_log with A_is_log
+  WeightGrad dD;                       // (dim,)
   const float* dlast_state = nullptr;  // (batch, dim, d_state) contiguous
   float* dinitial_state = nullptr;     // (batch, dim, d_state)
 };
@@ -80,13 +97,12 @@ struct ScanBackward {
 
 // Depthwise convolution, one or two directions. Taps are packed by pack_taps.
 struct ConvDirection {
-  const float* weight = nullptr;  // (dim, width)
-  const float* bias = nullptr;    // (dim,) or null
+  Weight weight;  // (dim, width)
+  Weight bias;    // (dim,) or null
   int64_t width = 0;
   bool reverse = false;
   Activation out, dout;
-  float* dweight = nullptr;
-  float* dbias = nullptr;
+  WeightGrad dweight, dbias;
 };
 
 struct Conv {
@@ -110,15 +126,14 @@ struct Norm {
   const void* x = nullptr;
   int64_t x_row = 0;
   const float* residual = nullptr;
-  const float* weight = nullptr;
-  const void* weight_like_x = nullptr;  // or of the type of x, in the forward pass of devices that read it
+  Weight weight;
   void* y = nullptr;
   float* r = nullptr;  // the forward pass of the CPU leaves it out where it is null
   // Backward: dy and dr may be null; dr is the gradient of r that arrives, total the one that leaves.
   const void* dy = nullptr;
   const float* dr = nullptr;
   float* total = nullptr;
-  float* dweight = nullptr;
+  WeightGrad dweight;
   int64_t row_groups = 1;
   float* partials = nullptr;  // (row group, dim)
 };

@@ -35,8 +35,8 @@ struct Filter {
 
   ConvDirection direction(bool reverse) const {
     ConvDirection side;
-    side.weight = floats(weight);
-    side.bias = floats(bias);
+    side.weight = weight_of(weight);
+    side.bias = weight_of(bias);
     side.width = width();
     side.reverse = reverse;
     return side;
@@ -128,8 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> causal_gradients(const Tensor& dout, CausalIn
   ConvDirection& side = conv.direction[0];
   conv.dx = output(dx, 0, 2, 1);
   side.dout = input(dout, 0, 2, 1);
-  side.dweight = mutable_floats(dweight);
-  if (bias.has_value()) side.dbias = mutable_floats(dbias);
+  side.dweight = gradient_of(dweight);
+  if (bias.has_value()) side.dbias = gradient_of(dbias);
   run_backward(conv, x);
   return {dx, dweight, dbias};
 }
@@ -170,12 +170,10 @@ Conv bidirectional(const Tensor& x, const Filter (&filters)[2]) {
   return conv;
 }
 
-std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                const Tensor& weight_b, const OptionalTensor& bias_b) {
+// Runs on what fits the device's kernels.
+std::tuple<Tensor, Tensor> run_bidirectional(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                             const Tensor& weight_b, const OptionalTensor& bias_b) {
   Filter filters[2] = {{weight, bias}, {weight_b, bias_b, kBackwardSide}};
-  if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported()) {
-    return call_op<Tensor, Tensor>("vim::bidirectional_conv1d_reference", x, weight, bias, weight_b, bias_b);
-  }
   STD_TORCH_CHECK(x.dim() == 3, "vim: x must be (batch, len, dim)");
   check_memory("x", x);
   for (Filter& filter : filters) {
@@ -188,6 +186,15 @@ std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& w
   conv.direction[1].out = output(out_b, 0, 1, 2);
   run_forward(conv, x);
   return {out, out_b};
+}
+
+std::tuple<Tensor, Tensor> bidirectional_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                const Tensor& weight_b, const OptionalTensor& bias_b) {
+  const Filter filters[2] = {{weight, bias}, {weight_b, bias_b}};
+  if (!element_of(x).has_value() || !filters[0].supported() || !filters[1].supported()) {
+    return call_op<Tensor, Tensor>("vim::bidirectional_conv1d_reference", x, weight, bias, weight_b, bias_b);
+  }
+  return run_bidirectional(x, weight, bias, weight_b, bias_b);
 }
 
 // Writes the gradient of x to `dx`, and returns the weights'.
@@ -207,10 +214,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_gradients(const Tensor& dout, co
   conv.dx = output(dx, 0, 1, 2);
   conv.direction[0].dout = input(dout, 0, 1, 2);
   conv.direction[1].dout = input(dout_b, 0, 1, 2);
-  conv.direction[0].dweight = mutable_floats(dweight);
-  conv.direction[1].dweight = mutable_floats(dweight_b);
-  if (bias.has_value()) conv.direction[0].dbias = mutable_floats(dbias);
-  if (bias_b.has_value()) conv.direction[1].dbias = mutable_floats(dbias_b);
+  conv.direction[0].dweight = gradient_of(dweight);
+  conv.direction[1].dweight = gradient_of(dweight_b);
+  if (bias.has_value()) conv.direction[0].dbias = gradient_of(dbias);
+  if (bias_b.has_value()) conv.direction[1].dbias = gradient_of(dbias_b);
   run_backward(conv, x);
   return {dweight, dbias, dweight_b, dbias_b};
 }

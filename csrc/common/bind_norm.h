@@ -14,24 +14,25 @@ Norm norm_of(const Tensor& x, const Tensor& weight, double eps) {
   norm.dim = x.size(x.dim() - 1);
   norm.rows = x.numel() / norm.dim;
   norm.eps = static_cast<float>(eps);
-  norm.weight = floats(weight);
+  norm.weight = weight_of(weight);
   return norm;
 }
 
 // What each device supplies: both run a norm whose arguments are known to fit. `like` is where workspace is allocated.
 void run_forward(const Norm& norm, const Tensor& like);
 void run_backward(Norm& norm, const Tensor& like);
-// Whether its kernels read a weight of the type of x.
-bool reads_weight_like_x();
+// Whether its kernels read weights, and write their gradients, of any element type.
+bool reads_any_weight();
+
+bool supports_weight(const Tensor& weight) {
+  return is_float(weight) || (reads_any_weight() && element_of(weight).has_value());
+}
 
 bool has_channels(const Tensor& x) { return x.dim() > 0 && x.size(x.dim() - 1) > 0; }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
-                                        double eps) {
-  const bool like_x = !is_float(weight) && same_type(weight, x) && reads_weight_like_x();
-  if (!element_of(x).has_value() || !is_float(residual) || !(is_float(weight) || like_x) || !has_channels(x)) {
-    return call_op<Tensor, Tensor>("vim::add_rms_norm_reference", x, residual, weight, eps);
-  }
+// Runs on what fits the device's kernels; y is of `type`.
+std::tuple<Tensor, Tensor> run_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, double eps,
+                                    ScalarType type) {
   check_device("residual", residual, x);
   check_device("weight", weight, x);
   check_memory("x", x);
@@ -39,13 +40,10 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& r
   check_sizes("weight", weight, {x.size(x.dim() - 1)});
   const Tensor rows = as_rows(x), scale = dense(weight);
   const OptionalTensor added = dense(residual);
-  const Tensor y = allocate_like(x), r = allocate(x, sizes_of(x), ScalarType::Float);
+  const Tensor y = allocate(x, sizes_of(x), type), r = allocate(x, sizes_of(x), ScalarType::Float);
   Norm norm = norm_of(x, scale, eps);
-  if (like_x) {
-    norm.weight = nullptr;
-    norm.weight_like_x = scale.const_data_ptr();
-  }
-  norm.element = norm.y_element = *element_of(x);
+  norm.element = *element_of(x);
+  norm.y_element = *element_of(y);
   norm.x = rows.const_data_ptr();
   norm.x_row = row_stride(rows);
   norm.residual = floats(added);
@@ -55,9 +53,17 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& r
   return {y, r};
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
+                                        double eps) {
+  if (!element_of(x).has_value() || !is_float(residual) || !supports_weight(weight) || !has_channels(x)) {
+    return call_op<Tensor, Tensor>("vim::add_rms_norm_reference", x, residual, weight, eps);
+  }
+  return run_norm(x, residual, weight, eps, x.scalar_type());
+}
+
 std::tuple<Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& dy, const OptionalTensor& dr, const Tensor& r,
                                                  const Tensor& weight, double eps) {
-  if (!is_float(r) || !is_float(weight) || !is_float(dr) || (dy.has_value() && !element_of(*dy).has_value()) ||
+  if (!is_float(r) || !supports_weight(weight) || !is_float(dr) || (dy.has_value() && !element_of(*dy).has_value()) ||
       !has_channels(r)) {
     return call_op<Tensor, Tensor>("vim::add_rms_norm_backward_reference", dy, dr, r, weight, eps);
   }
@@ -79,7 +85,7 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& dy, const
   norm.dr = floats(arriving);
   norm.r = const_cast<float*>(floats(rows));
   norm.total = mutable_floats(total);
-  norm.dweight = mutable_floats(dweight);
+  norm.dweight = gradient_of(dweight);
   run_backward(norm, r);
   return {total, dweight};
 }

@@ -108,9 +108,9 @@ struct SelectiveInputs {
     // A tensor without elements may have no memory; the kernels take null for "not given".
     static char nothing;
     if (side.delta.data == nullptr) side.delta.data = &nothing;
-    side.bias = floats(delta_bias);
-    side.A = floats(A);
-    side.D = floats(D);
+    side.bias = weight_of(delta_bias);
+    side.A = weight_of(A);
+    side.D = weight_of(D);
     side.B = state_map(B, read_only(B), scan.dim);
     side.C = state_map(C, read_only(C), scan.dim);
     if (B.dim() == 2) side.B.constant = floats(B);
@@ -200,13 +200,13 @@ SegmentedGrads selective_gradients(const Tensor& dout, const OptionalTensor& dla
   ScanDirectionGrads& grads = k.grads[0];
   grads.du = output(du, 0, 2, 1);
   grads.ddelta = output(ddelta, 0, 2, 1);
-  grads.dA = mutable_floats(dA);
+  grads.dA = gradient_of(dA);
   grads.dB = state_map(dB, dB.mutable_data_ptr(), scan.dim);
   grads.dC = state_map(dC, dC.mutable_data_ptr(), scan.dim);
   if (B.dim() == 2) grads.dB_constant = mutable_floats(dB);
   if (C.dim() == 2) grads.dC_constant = mutable_floats(dC);
-  if (D.has_value()) grads.dD = mutable_floats(dD);
-  if (delta_bias.has_value()) grads.dbias = mutable_floats(dbias);
+  if (D.has_value()) grads.dD = gradient_of(dD);
+  if (delta_bias.has_value()) grads.dbias = gradient_of(dbias);
   grads.dlast_state = floats(dlast);
   if (inputs.initial_state.has_value()) grads.dinitial_state = mutable_floats(dinitial);
   run_backward(k, u);
@@ -327,41 +327,47 @@ struct BidirectionalInputs {
       side.dt = split.dt;
       side.B = split.B;
       side.C = split.C;
-      side.dt_weight = floats(operands.dt_weight);
-      side.bias = floats(operands.dt_bias);
-      side.A = floats(operands.A_log);
-      side.D = floats(operands.D);
+      side.dt_weight = weight_of(operands.dt_weight);
+      side.bias = weight_of(operands.dt_bias);
+      side.A = weight_of(operands.A_log);
+      side.D = weight_of(operands.D);
       side.reverse = d == 1;
     }
     return scan;
   }
 };
 
-std::tuple<Tensor, Tensor> bidirectional_scan(const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight,
-                                              const Tensor& dt_bias, const Tensor& A_log, const Tensor& D,
-                                              const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b,
-                                              const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b,
-                                              const Tensor& z, double scale, int64_t checkpoint_every) {
-  BidirectionalInputs inputs{
-      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}},
-      z};
-  if (!inputs.supported()) {
-    return call_op<Tensor, Tensor>("vim::bidirectional_scan_reference", u, x_dbl, dt_weight, dt_bias, A_log, D, u_b,
-                                   x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, z, scale, checkpoint_every);
-  }
+// Runs on what fits the device's kernels.
+std::tuple<Tensor, Tensor> run_bidirectional(BidirectionalInputs inputs, double scale, int64_t checkpoint_every) {
   inputs.check();
   for (Operands& side : inputs.sides) side.make_dense();
+  const Tensor& u = inputs.sides[0].u;
   Scan scan = inputs.scan(scale);
   scan.checkpoint_every = checkpoint_distance(checkpoint_every, scan.length, false);
   const int64_t chunks = chunks_of(scan.length, scan.checkpoint_every);
   const Tensor y = allocate_like(u);
-  const Tensor checkpoints = allocate(A_log, {2, scan.batch, chunks, scan.d_state, scan.dim});
+  const Tensor checkpoints = allocate(u, {2, scan.batch, chunks, scan.d_state, scan.dim}, ScalarType::Float);
   scan.y = output(y, 0, 1, 2);
   for (int d = 0; d < 2 && scan.checkpoint_every > 0; ++d) {
     scan.direction[d].checkpoints = mutable_floats(checkpoints) + d * scan.batch * chunks * scan.d_state * scan.dim;
   }
   run_forward(scan, u);
   return {y, checkpoints};
+}
+
+std::tuple<Tensor, Tensor> bidirectional_scan(const Tensor& u, const Tensor& x_dbl, const Tensor& dt_weight,
+                                              const Tensor& dt_bias, const Tensor& A_log, const Tensor& D,
+                                              const Tensor& u_b, const Tensor& x_dbl_b, const Tensor& dt_weight_b,
+                                              const Tensor& dt_bias_b, const Tensor& A_b_log, const Tensor& D_b,
+                                              const Tensor& z, double scale, int64_t checkpoint_every) {
+  const BidirectionalInputs inputs{
+      {{u, x_dbl, dt_weight, dt_bias, A_log, D}, {u_b, x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, kBackwardSide}},
+      z};
+  if (!inputs.supported()) {
+    return call_op<Tensor, Tensor>("vim::bidirectional_scan_reference", u, x_dbl, dt_weight, dt_bias, A_log, D, u_b,
+                                   x_dbl_b, dt_weight_b, dt_bias_b, A_b_log, D_b, z, scale, checkpoint_every);
+  }
+  return run_bidirectional(inputs, scale, checkpoint_every);
 }
 
 using BidirectionalGrads =
@@ -399,10 +405,10 @@ std::vector<Tensor> scan_gradients(const Tensor& dy, BidirectionalInputs inputs,
     grads.ddt = split.dt;
     grads.dB = split.B;
     grads.dC = split.C;
-    grads.ddt_weight = mutable_floats(of_side[2]);
-    grads.dbias = mutable_floats(of_side[3]);
-    grads.dA = mutable_floats(of_side[4]);
-    grads.dD = mutable_floats(of_side[5]);
+    grads.ddt_weight = gradient_of(of_side[2]);
+    grads.dbias = gradient_of(of_side[3]);
+    grads.dA = gradient_of(of_side[4]);
+    grads.dD = gradient_of(of_side[5]);
     scan.direction[d].checkpoints =
         const_cast<float*>(floats(states)) + d * scan.batch * chunks * scan.d_state * scan.dim;
   }

@@ -120,6 +120,11 @@ inline Sizes sizes_of(const Tensor& x) {
   return Sizes(sizes.begin(), sizes.end());
 }
 
+inline Sizes strides_of(const Tensor& x) {
+  const auto strides = x.strides();
+  return Sizes(strides.begin(), strides.end());
+}
+
 // ---- memory ----------------------------------------------------------------------------------------------------
 
 inline Tensor allocate(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> type = std::nullopt) {
@@ -163,6 +168,10 @@ inline int64_t row_stride(const Tensor& rows) {
 inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 inline const float* floats(const OptionalTensor& x) { return x.has_value() ? floats(*x) : nullptr; }
 inline float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+inline Weight weight_of(const Tensor& x) { return {x.const_data_ptr(), *element_of(x)}; }
+inline Weight weight_of(const OptionalTensor& x) { return x.has_value() ? weight_of(*x) : Weight{}; }
+inline WeightGrad gradient_of(const Tensor& x) { return {x.mutable_data_ptr(), *element_of(x)}; }
 
 // Inputs are never written; the kernels use one struct for both.
 inline void* read_only(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }

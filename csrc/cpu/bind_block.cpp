@@ -29,7 +29,7 @@ Norm norm_of(const BlockShape& shape, const float* weight, double eps) {
   norm.rows = shape.tokens();
   norm.dim = shape.d_model;
   norm.eps = static_cast<float>(eps);
-  norm.weight = weight;
+  norm.weight = {weight};
   return norm;
 }
 
@@ -54,8 +54,8 @@ Conv conv_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights&
   conv.x = rows_of(xz, shape, 2 * shape.d_inner);
   for (int d = 0; d < 2; ++d) {
     ConvDirection& side = conv.direction[d];
-    side.weight = values(weights.sides[d].conv_weight);
-    side.bias = values(weights.sides[d].conv_bias);
+    side.weight = {values(weights.sides[d].conv_weight)};
+    side.bias = {values(weights.sides[d].conv_bias)};
     side.width = weights.sides[d].conv_weight.size(2);
     side.reverse = d == 1;
     side.out = u[static_cast<size_t>(d)];
@@ -106,10 +106,10 @@ Scan scan_of(const BlockShape& shape, const BlockWeights& weights, FloatWeights&
     side.dt = x_dbl_rows(x_dbl, shape, d);
     side.B = state_map(side.dt, shape.dt_rank, x_dbl.element_size(), shape.d_inner);
     side.C = state_map(side.dt, shape.dt_rank + shape.d_state, x_dbl.element_size(), shape.d_inner);
-    side.dt_weight = values(w.dt_weight);
-    side.bias = values(w.dt_bias);
-    side.A = values(w.A_log);
-    side.D = values(w.D);
+    side.dt_weight = {values(w.dt_weight)};
+    side.bias = {values(w.dt_bias)};
+    side.A = {values(w.A_log)};
+    side.D = {values(w.D)};
     side.reverse = d == 1;
     if (shape.checkpoint_every > 0) {
       side.checkpoints = mutable_floats(checkpoints) + d * checkpoints.numel() / 2;
@@ -236,10 +236,10 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
     side.ddt = x_dbl_rows(dx_dbl, shape, d);
     side.dB = state_map(side.ddt, shape.dt_rank, dx_dbl.element_size(), inner);
     side.dC = state_map(side.ddt, shape.dt_rank + shape.d_state, dx_dbl.element_size(), inner);
-    side.ddt_weight = mutable_floats(grads.sides[d].dt_weight);
-    side.dbias = mutable_floats(grads.sides[d].dt_bias);
-    side.dA = mutable_floats(grads.sides[d].A_log);
-    side.dD = mutable_floats(grads.sides[d].D);
+    side.ddt_weight = {mutable_floats(grads.sides[d].dt_weight)};
+    side.dbias = {mutable_floats(grads.sides[d].dt_bias)};
+    side.dA = {mutable_floats(grads.sides[d].A_log)};
+    side.dD = {mutable_floats(grads.sides[d].D)};
   }
   k.partition = table.scan_partition(k.scan);
   {
@@ -274,8 +274,8 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
   conv.dx = rows_of(dxz, shape, 2 * inner);
   for (int d = 0; d < 2; ++d) {
     conv.direction[d].dout = rows_of(du, shape, inner, d * tokens * inner);
-    conv.direction[d].dweight = mutable_floats(grads.sides[d].conv_weight);
-    conv.direction[d].dbias = sides[d].conv_bias.has_value() ? mutable_floats(*grads.sides[d].conv_bias) : nullptr;
+    conv.direction[d].dweight = {mutable_floats(grads.sides[d].conv_weight)};
+    conv.direction[d].dbias = {sides[d].conv_bias.has_value() ? mutable_floats(*grads.sides[d].conv_bias) : nullptr};
   }
   run_conv_backward(conv, xz);
 
@@ -304,7 +304,7 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& we
   norm.dr = floats(dresidual);
   norm.r = const_cast<float*>(floats(residual));
   norm.total = mutable_floats(total);
-  norm.dweight = mutable_floats(grads.norm_weight);
+  norm.dweight = {mutable_floats(grads.norm_weight)};
   run_norm_backward(norm, xz);
 
   std::vector<Tensor> out{total};

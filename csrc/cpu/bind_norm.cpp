@@ -16,7 +16,7 @@ void run_forward(const Norm& norm, const Tensor&) {
 
 void run_backward(Norm& norm, const Tensor& like) { run_norm_backward(norm, like); }
 
-bool reads_weight_like_x() { return false; }
+bool reads_any_weight() { return false; }
 
 }  // namespace
 

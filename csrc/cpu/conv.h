@@ -66,10 +66,10 @@ struct ConvBuffers {
 
   // Taps and, after them, the bias.
   void pack(const ConvDirection& side, int d, Block block) {
-    pack_weight(side.weight, side.width, side.width, block, taps[d]);
+    pack_weight(side.weight.floats(), side.width, side.width, block, taps[d]);
     float* bias = taps[d] + side.width * kLanes;
-    if (side.bias != nullptr) {
-      pack_weight(side.bias, 1, 1, block, bias);
+    if (side.bias.data != nullptr) {
+      pack_weight(side.bias.floats(), 1, 1, block, bias);
     } else {
       fill_zero(bias, kLanes);
     }
@@ -240,9 +240,9 @@ inline bool conv_reduce(const Conv& conv, int64_t begin, int64_t end) {
     const float* part = sums;
     for (int d = 0; d < conv.directions; ++d) {
       const ConvDirection& side = conv.direction[d];
-      unpack_weight(part, side.width, blocks.at(i), side.dweight);
+      unpack_weight(part, side.width, blocks.at(i), side.dweight.floats());
       part += side.width * kLanes;
-      if (side.dbias != nullptr) unpack_weight(part, 1, blocks.at(i), side.dbias);
+      if (side.dbias.data != nullptr) unpack_weight(part, 1, blocks.at(i), side.dbias.floats());
       part += kLanes;
     }
   }

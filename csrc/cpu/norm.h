@@ -31,7 +31,7 @@ void forward_row(const Norm& norm, int64_t i) {
   Y* y = static_cast<Y*>(norm.y) + i * dim;
   for (int64_t c = 0; c < dim; c += kLanes) {
     const vec sum = r == nullptr ? sum_at(c) : load_some(r + c, dim - c);
-    store_some(y + c, dim - c, sum * factor * load_some(norm.weight + c, dim - c));
+    store_some(y + c, dim - c, sum * factor * load_some(norm.weight.floats() + c, dim - c));
   }
 }
 
@@ -58,7 +58,7 @@ void backward_row(const Norm& norm, int64_t i, float* dweight) {
   for (int64_t c = 0; dy != nullptr && c < dim; c += kLanes) {
     const vec value = load_some(r + c, dim - c);
     squares = fma(value, value, squares);
-    products = fma(load_some(dy + c, dim - c) * load_some(norm.weight + c, dim - c), value, products);
+    products = fma(load_some(dy + c, dim - c) * load_some(norm.weight.floats() + c, dim - c), value, products);
   }
   const float scalar = inverse_rms(sum_lanes(squares), norm);
   const vec factor = set1(scalar);
@@ -67,7 +67,7 @@ void backward_row(const Norm& norm, int64_t i, float* dweight) {
     vec sum = dr == nullptr ? vec{} : load_some(dr + c, dim - c);
     if (dy != nullptr) {
       const vec gradient = load_some(dy + c, dim - c), normed = load_some(r + c, dim - c) * factor;
-      sum = fma(factor, fnma(normed, mean, gradient * load_some(norm.weight + c, dim - c)), sum);
+      sum = fma(factor, fnma(normed, mean, gradient * load_some(norm.weight.floats() + c, dim - c)), sum);
       store_some(dweight + c, dim - c, fma(gradient, normed, load_some(dweight + c, dim - c)));
     }
     store_some(total + c, dim - c, sum);
@@ -91,7 +91,7 @@ inline bool norm_reduce(const Norm& norm, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
     float sum = 0;
     for (int64_t group = 0; group < norm.row_groups; ++group) sum += norm.partials[group * norm.dim + c];
-    norm.dweight[c] = sum;
+    norm.dweight.floats()[c] = sum;
   }
   return true;
 }

@@ -406,7 +406,7 @@ inline void backward_direction(const ScanBackwardTasks& k, int d, int64_t b, Blo
   if (side.delta.data == nullptr) {
     fill_zero(buffers.dt_weight_rows, kLanes * padded);
     for (int64_t c = 0; c < block.lanes; ++c) {
-      std::memcpy(buffers.dt_weight_rows + c * padded, side.dt_weight + (block.channel + c) * scan.dt_rank,
+      std::memcpy(buffers.dt_weight_rows + c * padded, side.dt_weight.floats() + (block.channel + c) * scan.dt_rank,
                   static_cast<size_t>(scan.dt_rank) * sizeof(float));
     }
   }

@@ -59,7 +59,7 @@ struct BlockBuffers {
   }
 
   void pack(const Scan& scan, const ScanDirection& side, Block block, int64_t states) {
-    pack_weight(side.A, scan.d_state, states, block, A);
+    pack_weight(side.A.floats(), scan.d_state, states, block, A);
     vec fastest{};
     for (int64_t n = 0; n < states; ++n) {
       vec decay = load(A + n * kLanes);
@@ -71,9 +71,9 @@ struct BlockBuffers {
       fastest = max2(fastest, abs(log2_decay));
     }
     store(near_step, set1(kNearDecay) / fastest);
-    if (side.delta.data == nullptr) pack_weight(side.dt_weight, scan.dt_rank, scan.dt_rank, block, dt_weight);
-    pack_or_zero(side.bias, 1, 1, block, bias);
-    pack_or_zero(side.D, 1, 1, block, D);
+    if (side.delta.data == nullptr) pack_weight(side.dt_weight.floats(), scan.dt_rank, scan.dt_rank, block, dt_weight);
+    pack_or_zero(side.bias.floats(), 1, 1, block, bias);
+    pack_or_zero(side.D.floats(), 1, 1, block, D);
     if (side.B.constant != nullptr) pack_weight(side.B.constant, scan.d_state, states, block, B_constant);
     if (side.C.constant != nullptr) pack_weight(side.C.constant, scan.d_state, states, block, C_constant);
   }

@@ -24,16 +24,17 @@ inline bool scan_reduce_weights(const ScanBackwardTasks& k, int64_t begin, int64
       }
       if (scan.A_is_log) {
         for (int64_t c = 0; c < block.lanes; ++c) {
-          const float* A_log = scan.direction[d].A + (block.channel + c) * scan.d_state;
+          const float* A_log = scan.direction[d].A.floats() + (block.channel + c) * scan.d_state;
           for (int64_t n = 0; n < scan.d_state; ++n) sums[(rows.A + n) * kLanes + c] *= -__builtin_expf(A_log[n]);
         }
       }
-      unpack_weight(sums + rows.A * kLanes, scan.d_state, block, grads.dA);
+      unpack_weight(sums + rows.A * kLanes, scan.d_state, block, grads.dA.floats());
       if (grads.dB_constant) unpack_weight(sums + rows.B * kLanes, scan.d_state, block, grads.dB_constant);
       if (grads.dC_constant) unpack_weight(sums + rows.C * kLanes, scan.d_state, block, grads.dC_constant);
-      if (grads.ddt_weight) unpack_weight(sums + rows.dt_weight * kLanes, scan.dt_rank, block, grads.ddt_weight);
-      if (grads.dbias) unpack_weight(sums + rows.bias * kLanes, 1, block, grads.dbias);
-      if (grads.dD) unpack_weight(sums + rows.D * kLanes, 1, block, grads.dD);
+      if (grads.ddt_weight.data)
+        unpack_weight(sums + rows.dt_weight * kLanes, scan.dt_rank, block, grads.ddt_weight.floats());
+      if (grads.dbias.data) unpack_weight(sums + rows.bias * kLanes, 1, block, grads.dbias.floats());
+      if (grads.dD.data) unpack_weight(sums + rows.D * kLanes, 1, block, grads.dD.floats());
     }
   }
   return true;

@@ -207,6 +207,17 @@ struct Backward {
     local = static_cast<int>(threadIdx.x) / kLanes * 2;
     lane_state = lane % kLanes * kOwn;
     const float* incoming = segment == 0 ? passes.k.grads[d].dlast_state : nullptr;
+    with_elements(side.A, [&](const auto* rates) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int64_t channel = existing(local + c);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          A[c][i] = lane_state + i < scan.d_state ? to_float(rates[channel * scan.d_state + lane_state + i]) : 0.0f;
+        }
+        D[c] = read_or_zero(elements_like(rates, side.D), channel);
+      }
+    });
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int64_t channel = existing(local + c);
@@ -214,10 +225,9 @@ struct Backward {
       for (int i = 0; i < kOwn; ++i) {
         const int n = lane_state + i;
         const bool real = n < scan.d_state, arrives = real && incoming != nullptr && exists(local + c);
-        A[c][i] = real ? kLog2e * decay_rate(scan, side, channel, n) : 0.0f;
+        A[c][i] = real ? kLog2e * decay_rate(scan, A[c][i]) : 0.0f;
         g[c][i] = arrives ? incoming[(b * scan.dim + channel) * scan.d_state + n] : 0.0f;
       }
-      D[c] = side.D == nullptr ? 0.0f : side.D[channel];
     }
   }
 
@@ -293,22 +303,22 @@ struct Backward {
     }
   }
 
-  // dt_proj's weight of a channel; what is beyond the rank is zero.
-  template <int kCount>
-  VIM_DEVICE void load_weights(int c, float (&to)[kCount]) const {
-    load_row(side.dt_weight + existing(c) * scan.dt_rank, scan.dt_rank, whole_weights(), to);
-  }
-
   VIM_DEVICE void load_channels(const Chunk& chunk) const {
     constexpr int kPairs = kChannels / 2;
     const int c = static_cast<int>(threadIdx.x) % kPairs * 2;
     float weights[2][kProjects ? kRank : 1];
     Two bias{};
+    with_elements(side.A, [&](const auto* rates) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if constexpr (kProjects) load_weights(c + k, weights[k]);
-      if (side.bias != nullptr) bias.x[k] = side.bias[existing(c + k)];
-    }
+      for (int k = 0; k < 2; ++k) {
+        const int64_t channel = existing(c + k);
+        if constexpr (kProjects) {
+          load_row(elements_like(rates, side.dt_weight) + channel * scan.dt_rank, scan.dt_rank, whole_weights(),
+                   weights[k]);
+        }
+        bias.x[k] = read_or_zero(elements_like(rates, side.bias), channel);
+      }
+    });
 #pragma unroll 4
     for (int place = static_cast<int>(threadIdx.x) / kPairs; place < kChunk; place += kThreads / kPairs) {
       Two steps{}, inputs{}, gradients{};
@@ -532,7 +542,9 @@ struct Backward {
     for (int i = static_cast<int>(threadIdx.x); i < kChannels * kRanks / 4; i += kThreads) {
       const int c = i / (kRanks / 4), r = i % (kRanks / 4) * 4;
       float v[4];
-      load_row(side.dt_weight + existing(c) * scan.dt_rank + r, scan.dt_rank - r, whole_weights(), v);
+      with_elements(side.dt_weight, [&](const auto* from) {
+        load_row(from + existing(c) * scan.dt_rank + r, scan.dt_rank - r, whole_weights(), v);
+      });
       store_four(weights + c * kRanks + r, v);
     }
     __syncthreads();

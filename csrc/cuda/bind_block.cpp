@@ -64,59 +64,69 @@ void project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
 
 // ---- weights -------------------------------------------------------------------------------------------------------
 
-Tensor typed(const Tensor& x, ScalarType type) { return x.scalar_type() == type ? x : torch::stable::to(x, type); }
+// From, to: contiguous tensors of the same sizes.
+using Conversion = std::pair<Tensor, Tensor>;
 
-// Converts tensors of one type to another, in one kernel and the memory of one tensor.
-void convert_together(const std::vector<Tensor*>& tensors, ScalarType type) {
-  constexpr int64_t kStart = 16;  // each starts at a multiple of so many elements
-  int64_t total = 0;
-  std::vector<Tensor> given;  // until the kernel has started
-  for (Tensor* x : tensors) {
-    given.push_back(dense(*x));
-    total += (x->numel() + kStart - 1) / kStart * kStart;
+// Converts all, with one kernel for each pair of types.
+void convert(std::vector<Conversion> all) {
+  while (!all.empty()) {
+    const Element from = *element_of(all[0].first), to = *element_of(all[0].second);
+    const auto rest = std::partition(all.begin(), all.end(), [&](const Conversion& c) {
+      return *element_of(c.first) == from && *element_of(c.second) == to;
+    });
+    const OnDeviceOf device(all[0].first);
+    cuda::Conversions arrays;
+    for (auto c = all.begin(); c != rest; ++c) {
+      arrays.from[arrays.count] = read_only(c->first);
+      arrays.to[arrays.count] = c->second.mutable_data_ptr();
+      arrays.size[arrays.count++] = c->first.numel();
+    }
+    cuda::convert(arrays, from, to, device.stream());
+    all.erase(all.begin(), rest);
   }
-  const Tensor memory = allocate(*tensors[0], {total}, type);
-  cuda::Conversions arrays;
-  const Element from = *element_of(given[0]), to = *element_of(memory);
-  int64_t offset = 0;
-  for (size_t k = 0; k < tensors.size(); ++k) {
-    const int64_t size = given[k].numel();
-    Sizes sizes = sizes_of(given[k]), strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-    *tensors[k] = view(memory, sizes, strides, offset);
-    arrays.from[k] = read_only(given[k]);
-    arrays.to[k] = tensors[k]->mutable_data_ptr();
-    arrays.size[k] = size;
-    offset += (size + kStart - 1) / kStart * kStart;
-  }
-  arrays.count = static_cast<int>(tensors.size());
-  const OnDeviceOf device(memory);
-  cuda::convert(arrays, from, to, device.stream());
 }
 
-// The products' weights in the type of activations, the others in float32, for one call: a kernel for each pair of
-// types.
+// Weights of one op; in float32 where their types differ.
+void unify(const std::vector<Tensor*>& weights) {
+  const auto same = [&](const Tensor* x) { return same_type(*x, *weights[0]); };
+  if (std::all_of(weights.begin(), weights.end(), same)) return;
+  for (Tensor* x : weights) *x = torch::stable::to(*x, ScalarType::Float);
+}
+
+// The products' weights in the type of activations, for one call, in the memory of one tensor. Our kernels read the
+// other weights as they are.
 BlockWeights converted(const BlockWeights& weights, ScalarType type) {
+  const auto room = [](const Tensor& x) { return (x.numel() + 15) / 16 * 16; };  // for vectors of the next one
   BlockWeights result = weights;
-  std::vector<Tensor*> products{&result.in_proj, &result.out_proj}, others{&result.norm_weight};
+  std::vector<Tensor*> products{&result.in_proj, &result.sides[0].x_proj, &result.sides[1].x_proj, &result.out_proj};
   for (OptionalTensor* w : {&result.in_bias, &result.out_bias}) {
     if (w->has_value()) products.push_back(&**w);
   }
+  std::vector<Tensor*> convolutions, scans;
   for (BlockDirection& side : result.sides) {
-    products.push_back(&side.x_proj);
-    for (Tensor* w : {&side.conv_weight, &side.dt_weight, &side.dt_bias, &side.A_log, &side.D}) others.push_back(w);
-    if (side.conv_bias.has_value()) others.push_back(&*side.conv_bias);
+    convolutions.push_back(&side.conv_weight);
+    if (side.conv_bias.has_value()) convolutions.push_back(&*side.conv_bias);
+    for (Tensor* w : {&side.dt_weight, &side.dt_bias, &side.A_log, &side.D}) scans.push_back(w);
   }
-  for (const auto& [tensors, to] : {std::pair(products, type), std::pair(others, ScalarType::Float)}) {
-    for (const ScalarType from : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}) {
-      std::vector<Tensor*> of_type;
-      for (Tensor* x : tensors) {
-        if (x->scalar_type() == from) of_type.push_back(x);
-      }
-      if (from != to && !of_type.empty()) convert_together(of_type, to);
-    }
-    for (Tensor* x : tensors) *x = dense(*x);
+  unify(convolutions);
+  unify(scans);
+  int64_t total = 0;
+  for (Tensor* x : products) {
+    *x = dense(*x);
+    if (x->scalar_type() != type) total += room(*x);
   }
+  if (total == 0) return result;
+  const Tensor memory = allocate(result.in_proj, {total}, type);
+  std::vector<Conversion> conversions;
+  int64_t offset = 0;
+  for (Tensor* x : products) {
+    if (x->scalar_type() == type) continue;
+    const Tensor target = view(memory, sizes_of(*x), strides_of(*x), offset);
+    offset += room(*x);
+    conversions.emplace_back(*x, target);
+    *x = target;
+  }
+  convert(std::move(conversions));
   return result;
 }
 
@@ -152,8 +162,7 @@ BlockResults run_forward(const BlockShape& shape, const BlockWeights& given, con
                          const OptionalTensor& residual, ScalarType type, double eps, double scale) {
   const BlockWeights weights = converted(given, type);
   const int64_t tokens = shape.tokens(), inner = shape.d_inner;
-  const auto [y_norm, sum] = on_cuda::add_rms_norm(hidden_states, residual, weights.norm_weight, eps);
-  const Tensor normed = typed(y_norm, type);
+  const auto [normed, sum] = on_cuda::add_rms_norm(hidden_states, residual, weights.norm_weight, eps, type);
   const Tensor xz = allocate(hidden_states, shape.rows(2 * inner), type);
   project(as_matrix(normed, shape), weights.in_proj, weights.in_bias, as_matrix(xz, shape));
   const Tensor x = activation(xz, shape, inner, 2 * inner), z = activation(xz, shape, inner, 2 * inner, inner);
@@ -185,18 +194,24 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& gi
   const int64_t tokens = shape.tokens(), inner = shape.d_inner, model = shape.d_model;
   const BlockDirection &forward = weights.sides[0], &backward = weights.sides[1];
   const auto dense_rows = [&](const Tensor& x, int64_t columns) { return matrix(x, tokens, columns, columns); };
-  // dc^T a, the gradient of a product's weight, in the weight's own type.
+  std::vector<Conversion> conversions;
+  // A gradient in the type of its weight, once the conversions have run.
+  const auto like_weight = [&](const Tensor& gradient, ScalarType wanted) {
+    if (gradient.scalar_type() == wanted) return gradient;
+    return conversions.emplace_back(gradient, allocate(gradient, sizes_of(gradient), wanted)).second;
+  };
+  // dc^T a, the gradient of a product's weight
   const auto weight_gradient = [&](const Tensor& dc, const Tensor& a, const Tensor& weight) {
     if (!weight_grads) return absent(xz, weight.scalar_type());
     const Tensor gradient = allocate(xz, {dc.size(1), a.size(1)}, type);
     multiply(transposed(dc), a, gradient);
-    return typed(gradient, weight.scalar_type());
+    return like_weight(gradient, weight.scalar_type());
   };
   const auto bias_gradient = [&](const Tensor& dc, const OptionalTensor& bias) {
     if (!bias.has_value() || !weight_grads)
       return absent(xz, bias.has_value() ? bias->scalar_type() : ScalarType::Float);
     const std::vector<int64_t> rows{0};
-    return typed(
+    return like_weight(
         std::get<0>(call_overload<Tensor>("aten::sum", "dim_IntList", dc, std::optional<std::vector<int64_t>>(rows),
                                           false, std::optional<ScalarType>(ScalarType::Float))),
         bias->scalar_type());
@@ -227,8 +242,7 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& gi
   const Tensor rows_of_dxz = dense_rows(dxz, 2 * inner);
   Tensor din_proj = absent(xz, given.in_proj.scalar_type());
   if (weight_grads) {
-    const Tensor normed =
-        typed(std::get<0>(on_cuda::add_rms_norm(residual, std::nullopt, weights.norm_weight, eps)), type);
+    const Tensor normed = std::get<0>(on_cuda::add_rms_norm(residual, std::nullopt, weights.norm_weight, eps, type));
     din_proj = weight_gradient(rows_of_dxz, dense_rows(normed, model), given.in_proj);
   }
   const Tensor din_bias = bias_gradient(rows_of_dxz, given.in_bias);
@@ -236,16 +250,17 @@ std::vector<Tensor> run_backward(const BlockShape& shape, const BlockWeights& gi
   multiply(rows_of_dxz, weights.in_proj, dense_rows(dnormed, model));
   const auto [total, dnorm] = on_cuda::add_rms_norm_backward(dnormed, dresidual, residual, weights.norm_weight, eps);
 
-  std::vector<Tensor> out{total, typed(dnorm, given.norm_weight.scalar_type()), din_proj, din_bias};
+  std::vector<Tensor> out{total, dnorm, din_proj, din_bias};
   for (size_t d = 0; d < 2; ++d) {
     const BlockDirection& w = given.sides[d];
     const Tensor& bias = d == 0 ? dconv_bias : dconv_bias_b;
-    out.push_back(typed(d == 0 ? dconv : dconv_b, w.conv_weight.scalar_type()));
-    out.push_back(w.conv_bias.has_value() ? typed(bias, w.conv_bias->scalar_type()) : bias);
+    out.push_back(like_weight(d == 0 ? dconv : dconv_b, w.conv_weight.scalar_type()));
+    out.push_back(w.conv_bias.has_value() ? like_weight(bias, w.conv_bias->scalar_type()) : bias);
     out.push_back(dx_proj[d]);
     const Tensor* like[] = {&w.dt_weight, &w.dt_bias, &w.A_log, &w.D};
-    for (size_t i = 0; i < 4; ++i) out.push_back(typed(scans[6 * d + 2 + i], like[i]->scalar_type()));
+    for (size_t i = 0; i < 4; ++i) out.push_back(like_weight(scans[6 * d + 2 + i], like[i]->scalar_type()));
   }
+  convert(std::move(conversions));
   out.push_back(dout_proj);
   out.push_back(dout_bias);
   return out;

@@ -27,7 +27,7 @@ void run_backward(Conv& conv, const Tensor& like) {
 std::tuple<Tensor, Tensor> on_cuda::bidirectional_conv1d(const Tensor& x, const Tensor& weight,
                                                          const OptionalTensor& bias, const Tensor& weight_b,
                                                          const OptionalTensor& bias_b) {
-  return vim::bidirectional_conv1d(x, weight, bias, weight_b, bias_b);
+  return run_bidirectional(x, weight, bias, weight_b, bias_b);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> on_cuda::conv_gradients(const Tensor& dout, const Tensor& dout_b,

@@ -20,13 +20,13 @@ void run_backward(Norm& norm, const Tensor& like) {
   cuda::norm_backward(norm, device.stream());
 }
 
-bool reads_weight_like_x() { return true; }
+bool reads_any_weight() { return true; }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> on_cuda::add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
-                                                 double eps) {
-  return vim::add_rms_norm(x, residual, weight, eps);
+                                                 double eps, ScalarType type) {
+  return run_norm(x, residual, weight, eps, type);
 }
 
 std::tuple<Tensor, Tensor> on_cuda::add_rms_norm_backward(const Tensor& dy, const OptionalTensor& dr, const Tensor& r,

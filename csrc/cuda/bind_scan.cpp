@@ -55,21 +55,23 @@ void run_backward(const ScanBackward& backward, const Tensor& like) {
   cuda::scan_backward_sums(passes, device.stream());
 }
 
+BidirectionalInputs inputs_of(const on_cuda::ScanSide& f, const on_cuda::ScanSide& b, const Tensor& z) {
+  return {{{f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D},
+           {b.u, b.x_dbl, b.dt_weight, b.dt_bias, b.A_log, b.D, kBackwardSide}},
+          z};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> on_cuda::bidirectional_scan(const ScanSide& f, const ScanSide& b, const Tensor& z,
                                                        double scale, int64_t checkpoint_every) {
-  return vim::bidirectional_scan(f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D, b.u, b.x_dbl, b.dt_weight,
-                                 b.dt_bias, b.A_log, b.D, z, scale, checkpoint_every);
+  return run_bidirectional(inputs_of(f, b, z), scale, checkpoint_every);
 }
 
 std::vector<Tensor> on_cuda::scan_gradients(const Tensor& dy, const ScanSide& f, const ScanSide& b, const Tensor& z,
                                             const Tensor& checkpoints, double scale, int64_t checkpoint_every,
                                             const Tensor& dz, const std::array<OptionalTensor, 2>& dx_dbl) {
-  const BidirectionalInputs inputs{{{f.u, f.x_dbl, f.dt_weight, f.dt_bias, f.A_log, f.D},
-                                    {b.u, b.x_dbl, b.dt_weight, b.dt_bias, b.A_log, b.D, kBackwardSide}},
-                                   z};
-  return vim::scan_gradients(dy, inputs, checkpoints, scale, checkpoint_every, dz, dy, dx_dbl);
+  return vim::scan_gradients(dy, inputs_of(f, b, z), checkpoints, scale, checkpoint_every, dz, dy, dx_dbl);
 }
 
 }  // namespace vim

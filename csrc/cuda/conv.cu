@@ -58,15 +58,15 @@ template <int kVector>
 struct Taps {
   Floats<kVector> weight[kTaps], bias;
 
-  VIM_DEVICE Taps(const ConvDirection& side, int64_t channel) {
-    const bool vectors = reinterpret_cast<uintptr_t>(side.weight) % (kTaps * sizeof(float)) == 0;
+  template <class W>
+  VIM_DEVICE void load(const W* from, const Weight& biases, int64_t channel, bool vectors) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       float row[kTaps];
-      load_row(side.weight + (channel + i) * kTaps, kTaps, vectors, row);
+      load_row(from + (channel + i) * kTaps, kTaps, vectors, row);
 #pragma unroll
       for (int k = 0; k < kTaps; ++k) weight[k][i] = row[k];
-      bias[i] = side.bias == nullptr ? 0 : side.bias[channel + i];
+      bias[i] = read_or_zero(elements_like(from, biases), channel + i);
     }
   }
 
@@ -82,6 +82,16 @@ struct Taps {
     return sum;
   }
 };
+
+// The taps of two directions, loaded together
+template <int kVector>
+VIM_DEVICE void load_taps(const ConvDirection& before, const ConvDirection& after, int64_t channel, Taps<kVector>& taps,
+                          Taps<kVector>& taps_after) {
+  with_elements(before.weight, [&](const auto* from) {
+    taps.load(from, before.bias, channel, in_fours(before.weight));
+    taps_after.load(elements_like(from, after.weight), after.bias, channel, in_fours(after.weight));
+  });
+}
 
 // Moves a window of tokens on by one.
 template <int kVector, int kSize>
@@ -121,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, 4) conv_fwd_kernel(Conv conv, Pieces
   const int64_t b = segment / pieces.of_sequence;
   const int length = static_cast<int>(conv.length), first = pieces.first(segment), last = pieces.last(first, length);
   const ConvDirection &before = conv.direction[0], &after = conv.direction[kBefore && kAfter ? 1 : 0];
-  const Taps<kVector> taps(before, channel), taps_after(after, channel);
+  Taps<kVector> taps, taps_after;
+  load_taps(before, after, channel, taps, taps_after);
   Rows<const T> x(conv.x, b, first, channel);
   Rows<T> out(before.out, b, first, channel), out_after(after.out, b, first, channel);
   const auto load = [&](int tile, int t) {  // a token near the tile that rows are at
@@ -161,11 +172,11 @@ __global__ void __launch_bounds__(kThreads) conv_fwd_general_kernel(Conv conv, b
   const int64_t channel = tokens_first ? rest / conv.length : rest % conv.dim;
   for (int d = 0; d < conv.directions; ++d) {
     const ConvDirection& side = conv.direction[d];
-    float sum = side.bias == nullptr ? 0 : side.bias[channel];
+    float sum = read_or_zero(side.bias, channel);
     for (int64_t k = 0; k < side.width; ++k) {
       const int64_t distance = side.width - 1 - k, source = side.reverse ? token + distance : token - distance;
       if (source < 0 || source >= conv.length) continue;
-      sum += side.weight[channel * side.width + k] * to_float(*at<T>(conv.x, b, source, channel));
+      sum += read_or_zero(side.weight, channel * side.width + k) * to_float(*at<T>(conv.x, b, source, channel));
     }
     from_float(conv.silu ? silu(sum) : sum, at<T>(side.out, b, token, channel));
   }
@@ -243,7 +254,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2) conv_bwd_kernel(Conv
   if (segment < pieces.segments && channel < conv.dim) {
     const int64_t b = segment / pieces.of_sequence;
     const int length = static_cast<int>(conv.length), first = pieces.first(segment), last = pieces.last(first, length);
-    const Taps<kVector> taps(before, channel), taps_after(after, channel);
+    Taps<kVector> taps, taps_after;
+    load_taps(before, after, channel, taps, taps_after);
     constexpr int kBatch = kBackwardAhead<T>;
     using Numbers = Vector<T, kVector>;
     const int start = first - kReach;
@@ -326,9 +338,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp) conv_reduce_kernel(Conv
   for (int w = 1; w < kBackwardWarps; ++w) sum += shared[w * kWarp + lane];
   const ConvDirection& side = conv.direction[row / kRows];
   if (k < kTaps) {
-    side.dweight[channel * kTaps + k] = sum;
-  } else if (side.dbias != nullptr) {
-    side.dbias[channel] = sum;
+    write_gradient(side.dweight, channel * kTaps + k, sum);
+  } else {
+    write_gradient(side.dbias, channel, sum);
   }
 }
 
@@ -339,11 +351,11 @@ VIM_DEVICE float gradient_before_silu(const Conv& conv, const ConvDirection& sid
   if (token < 0 || token >= conv.length) return 0;
   const float gradient = to_float(*at<T>(side.dout, b, token, channel));
   if (!conv.silu) return gradient;
-  float sum = side.bias == nullptr ? 0 : side.bias[channel];
+  float sum = read_or_zero(side.bias, channel);
   for (int64_t k = 0; k < side.width; ++k) {
     const int64_t distance = side.width - 1 - k, source = side.reverse ? token + distance : token - distance;
     if (source < 0 || source >= conv.length) continue;
-    sum += side.weight[channel * side.width + k] * to_float(*at<T>(conv.x, b, source, channel));
+    sum += read_or_zero(side.weight, channel * side.width + k) * to_float(*at<T>(conv.x, b, source, channel));
   }
   return gradient * silu_slope(sum);
 }
@@ -360,7 +372,8 @@ __global__ void __launch_bounds__(kThreads) conv_bwd_general_kernel(Conv conv, b
     const ConvDirection& side = conv.direction[d];
     for (int64_t k = 0; k < side.width; ++k) {
       const int64_t distance = side.width - 1 - k, seen_by = side.reverse ? token - distance : token + distance;
-      dx += side.weight[channel * side.width + k] * gradient_before_silu<T>(conv, side, b, seen_by, channel);
+      dx += read_or_zero(side.weight, channel * side.width + k) *
+            gradient_before_silu<T>(conv, side, b, seen_by, channel);
     }
   }
   from_float(dx, at<T>(conv.dx, b, token, channel));
@@ -386,9 +399,9 @@ __global__ void __launch_bounds__(kThreads) conv_weight_general_kernel(Conv conv
   if (threadIdx.x != 0) return;
   for (int t = 1; t < kThreads; ++t) sum += shared[t];
   if (k < side.width) {
-    side.dweight[channel * side.width + k] = sum;
-  } else if (side.dbias != nullptr) {
-    side.dbias[channel] = sum;
+    write_gradient(side.dweight, channel * side.width + k, sum);
+  } else {
+    write_gradient(side.dbias, channel, sum);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace vim {
 namespace cuda {
 
-constexpr int kMostConversions = 16;
+constexpr int kMostConversions = 20;
 
 // Contiguous arrays
 struct Conversions {

@@ -198,5 +198,35 @@ VIM_DEVICE float sum_warp(float x) {
   return x;
 }
 
+// ---- products of a warp ----------------------------------------------------------------------------------------
+
+// d += a b, for a (16, 16) and b (16, 8) of bfloat16. Lane 4 g + t has pairs of neighbouring columns of a, from 2 t on
+// in rows g and g + 8 and from 2 t + 8 on in the same rows; of b, pairs of rows from 2 t and 2 t + 8 on in column g; of
+// d, columns 2 t and 2 t + 1 in row g, then in row g + 8.
+VIM_DEVICE void multiply_add(float (&d)[4], const uint4& a, const uint2& b) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+#else
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const auto number = [](uint32_t pair, int i) { return to_float(bfloat16{static_cast<uint16_t>(pair >> 16 * i)}); };
+  for (int t = 0; t < 4; ++t) {
+    const int row = lane / 4 * 4 + t;  // the lane that has columns from 2 t on of this lane's rows
+    const uint32_t of_a[4] = {__shfl_sync(kFullWarp, a.x, row), __shfl_sync(kFullWarp, a.y, row),
+                              __shfl_sync(kFullWarp, a.z, row), __shfl_sync(kFullWarp, a.w, row)};
+    for (int column = 0; column < 2; ++column) {
+      const int source = (lane % 4 * 2 + column) * 4 + t;
+      const uint32_t of_b[2] = {__shfl_sync(kFullWarp, b.x, source), __shfl_sync(kFullWarp, b.y, source)};
+      for (int i = 0; i < 8; ++i) {
+        const int half = i / 4, below = i / 2 % 2, pair = i % 2;
+        d[2 * below + column] += number(of_a[2 * half + below], pair) * number(of_b[half], pair);
+      }
+    }
+  }
+#endif
+}
+
 }  // namespace VIM_ISA
 }  // namespace vim

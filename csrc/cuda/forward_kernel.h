@@ -16,6 +16,7 @@
 // turns these into the initial states of the chunks.
 #pragma once
 
+#include "projection.h"
 #include "scan_forward.h"
 #include "tiles.h"
 
@@ -43,14 +44,18 @@ VIM_DEVICE float decay_of(float x, int n) { return n < VIM_POLYNOMIAL_DECAYS ? e
 // `in_vectors`).
 constexpr int kGiven = -1;
 
+// Ranks from which on there are kernels whose tensor cores compute dt_proj, for two channels of a thread and weights in
+// bfloat16
+constexpr int kLargeRank = 32;
+
 VIM_INLINE int weight_stride(const RowLayout& layout) { return (layout.padded / 4 | 1) * 4; }
 
 // Bytes of shared memory of one direction, in order.
-template <class T>
+template <class T, int kRank>
 struct SharedLayout {
   int u, z, delta, partial, raw, rows, weights, total;
 
-  VIM_INLINE SharedLayout(const Scan& scan, int columns, const RowLayout& layout, bool any_rank) {
+  VIM_INLINE SharedLayout(const Scan& scan, int columns, const RowLayout& layout) {
     const int tile = kTile * columns * static_cast<int>(sizeof(T));
     u = 0;
     z = u + 2 * tile;
@@ -59,7 +64,9 @@ struct SharedLayout {
     raw = partial + (scan.directions == 2 ? 2 * kTile * columns * 4 : 0);
     rows = raw + 2 * kTile * layout.size() * static_cast<int>(sizeof(T));
     weights = rows + (sizeof(T) == 4 ? 0 : kTile * layout.size() * 4);
-    total = weights + (any_rank ? columns * weight_stride(layout) * 4 : 0);
+    total = weights;
+    if constexpr (kRank == 0) total += columns * weight_stride(layout) * 4;
+    if constexpr (kRank >= kLargeRank) total += columns / Projection<kRank>::kChannels * Projection<kRank>::kBytes;
   }
 };
 
@@ -75,7 +82,7 @@ enum class Phase {
 template <class T, int kChannels, int kRank>
 struct Walk {
   static constexpr int kRow = TileLayout<kChannels>::kRow;
-  static constexpr bool kVectors = kRank > 0;
+  static constexpr bool kVectors = kRank > 0, kLarge = kRank >= kLargeRank, kInRegisters = kVectors && !kLarge;
 
   const ForwardPlan& plan;
   const Scan& scan;
@@ -96,7 +103,8 @@ struct Walk {
   int64_t y_step, partial_step;
 
   float A[kChannels][kStates], h[kChannels][kStates];
-  float dt_weight[kChannels][kRank > 0 ? kRank : 1];
+  float dt_weight[kChannels][kInRegisters ? kRank : 1];
+  Projection<kLarge ? kRank : 16> projection;
   float bias[kChannels], D[kChannels], time[kChannels];
 
   VIM_DEVICE Walk(const ForwardPlan& plan_, int d_)
@@ -125,7 +133,7 @@ struct Walk {
   }
 
   VIM_DEVICE void place_shared() {
-    const SharedLayout<T> at(scan, columns, layout, kRank == 0);
+    const SharedLayout<T, kRank> at(scan, columns, layout);
     char* memory = shared_memory() + d * at.total;
     u = reinterpret_cast<T*>(memory + at.u);
     z = reinterpret_cast<T*>(memory + at.z);
@@ -134,27 +142,22 @@ struct Walk {
     raw = reinterpret_cast<T*>(memory + at.raw);
     rows = reinterpret_cast<float*>(memory + at.rows);
     weights = reinterpret_cast<float*>(memory + at.weights);
+    if constexpr (kLarge) {
+      const int warp = walkers.thread / kWarp;
+      projection = {memory + at.weights + warp * projection.kBytes, walkers.thread % kWarp};
+    }
   }
 
   // Channels beyond the last compute what the last one does, and write nothing.
   VIM_DEVICE int existing(int c) const { return channel + c < walkers.end ? channel + c : walkers.end - 1; }
 
-  // All loads come before the first exponential, so that they are on their way together.
   VIM_DEVICE void load_weights() {
-    const bool vectors = kVectors || plan.vectors[d].weights;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const int64_t at = existing(c);
-      load_row(side.A + at * scan.d_state, scan.d_state, vectors, A[c]);
-      bias[c] = side.bias == nullptr ? 0.0f : kLog2e * side.bias[at];
-      D[c] = side.D == nullptr ? 0.0f : kLog2e * side.D[at];
-      time[c] = 0.0f;
-      if constexpr (kRank > 0) load_row(side.dt_weight + at * kRank, kRank, vectors, dt_weight[c]);
-      if constexpr (kRank == 0) {
-        for (int r = 0; r < layout.padded; ++r) {
-          weight_row(c)[r] = r < layout.ranks ? kLog2e * side.dt_weight[at * layout.ranks + r] : 0.0f;
-        }
-      }
+    if constexpr (kLarge) {
+      const bfloat16* projected = static_cast<const bfloat16*>(side.dt_weight.data);
+      projection.load(projected, channel - walkers.thread % kWarp * kChannels, walkers.end);
+      load_weights(static_cast<const bfloat16*>(side.A.data));
+    } else {
+      with_elements(side.A, [&](const auto* rates) { load_weights(rates); });
     }
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
@@ -162,9 +165,31 @@ struct Walk {
       for (int n = 0; n < kStates; ++n) {
         if (scan.A_is_log) A[c][n] = n < scan.d_state ? -expf(A[c][n]) : 0.0f;
       }
-      if constexpr (kRank > 0) {
+      if constexpr (kInRegisters) {
 #pragma unroll
         for (int r = 0; r < kRank; ++r) dt_weight[c][r] *= kLog2e;
+      }
+      time[c] = 0.0f;
+    }
+  }
+
+  // All loads come before the first exponential, so that they are on their way together.
+  template <class W>
+  VIM_DEVICE void load_weights(const W* rates) {
+    const bool vectors = kVectors || plan.vectors[d].weights;
+    const W *projected = elements_like(rates, side.dt_weight), *biases = elements_like(rates, side.bias),
+            *skips = elements_like(rates, side.D);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const int64_t at = existing(c);
+      load_row(rates + at * scan.d_state, scan.d_state, vectors, A[c]);
+      bias[c] = kLog2e * read_or_zero(biases, at);
+      D[c] = kLog2e * read_or_zero(skips, at);
+      if constexpr (kInRegisters) load_row(projected + at * kRank, kRank, vectors, dt_weight[c]);
+      if constexpr (kRank == 0) {
+        for (int r = 0; r < layout.padded; ++r) {
+          weight_row(c)[r] = r < layout.ranks ? kLog2e * to_float(projected[at * layout.ranks + r]) : 0.0f;
+        }
       }
     }
   }
@@ -195,6 +220,14 @@ struct Walk {
     const T* source = raw + tile % 2 * kTile * layout.size();
     if constexpr (sizeof(T) == 4) {
       return source;
+    } else if constexpr (kLarge) {
+      projection.project(source, layout.size());
+      for (int i = 4 * walkers.thread; i < kTile * 2 * kStates; i += 4 * walkers.threads) {
+        const T* maps = source + i / (2 * kStates) * layout.size() + kRank;
+        *reinterpret_cast<float4*>(rows + i) = widen(maps + i % (2 * kStates));
+      }
+      walkers.sync();
+      return rows;
     } else {
       for (int i = 4 * walkers.thread; i < kTile * layout.size(); i += 4 * walkers.threads) {
         *reinterpret_cast<float4*>(rows + i) = widen(source + i);
@@ -289,7 +322,7 @@ struct Walk {
   // ---- steps
 
   VIM_DEVICE int row_size() const {
-    return kRank == kGiven ? 2 * kStates : kRank > 0 ? (kRank + 3) / 4 * 4 + 2 * kStates : layout.size();
+    return kRank == kGiven || kLarge ? 2 * kStates : kRank > 0 ? (kRank + 3) / 4 * 4 + 2 * kStates : layout.size();
   }
 
   // Step sizes of four tokens
@@ -301,7 +334,17 @@ struct Walk {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) steps[j][c] = kRank == kGiven ? fmaf(steps[j][c], kLog2e, bias[c]) : bias[c];
     }
-    if constexpr (kRank > 0) {
+    if constexpr (kLarge) {
+      const int first = static_cast<int>(unit_rows - rows) / (2 * kStates);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        float projected[kChannels];
+        projection.read(first + j, projected);
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) steps[j][c] = fmaf(projected[c], kLog2e, steps[j][c]);
+      }
+    }
+    if constexpr (kInRegisters) {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
 #pragma unroll
@@ -471,7 +514,7 @@ Geometry geometry_of(const ForwardPlan& plan, int threads) {
   const RowLayout layout(kRank == kGiven ? 0 : scan.dt_rank);
   return {static_cast<unsigned>(scan.batch * plan.chunks * plan.blocks),
           dim3(static_cast<unsigned>(threads), static_cast<unsigned>(scan.directions)),
-          static_cast<size_t>(scan.directions * SharedLayout<T>(scan, threads * kChannels, layout, kRank == 0).total)};
+          static_cast<size_t>(scan.directions * SharedLayout<T, kRank>(scan, threads * kChannels, layout).total)};
 }
 
 // The plan for blocks of so many channels.

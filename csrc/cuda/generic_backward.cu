@@ -108,7 +108,7 @@ struct GeneralBackward {
       through_decay = fmaf(dlog, states.A[n], through_decay);
       sums.dA[n] = fmaf(dlog, delta, sums.dA[n]);
     }
-    const float D = side.D == nullptr ? 0.0f : side.D[channel];
+    const float D = read_or_zero(side.D, channel);
     if (first_group) y = fmaf(D, u, y);
     if (!thread.active) return;
     *sum(0, token) = through_decay;

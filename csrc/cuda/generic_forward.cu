@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kWarp)
   const int64_t saved = scan.checkpoint_every == 0 ? 0 : blocks_in(scan.length, scan.checkpoint_every);
   for (int d = 0; d < scan.directions; ++d) {
     const ScanDirection& side = scan.direction[d];
-    const float D = side.D == nullptr ? 0.0f : side.D[channel];
+    const float D = read_or_zero(side.D, channel);
     for (int64_t n0 = 0; n0 < scan.d_state; n0 += kGroup) {
       GeneralStates<T> states(scan, side, b, channel, n0);
       states.begin();

@@ -1,7 +1,7 @@
 // A warp takes a row. Rows of up to 1024 numbers stay in its registers between the sum of squares and the result; wider
 // ones are read again. Sums have an order that depends on sizes alone.
 #include "norm.h"
-#include "vector.h"
+#include "weights.h"
 
 namespace vim {
 namespace VIM_ISA {
@@ -34,15 +34,14 @@ VIM_DEVICE void for_vectors(int64_t dim, const Function& function) {
   }
 }
 
-template <class T, int kWidth, int kItems>
+template <class T, class Y, int kWidth, int kItems>
 __global__ void __launch_bounds__(kWarps* kWarp) norm_fwd_kernel(Norm norm) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp_index(), dim = norm.dim;
   if (row >= norm.rows) return;
   const T* x = static_cast<const T*>(norm.x) + row * norm.x_row;
   const float* residual = norm.residual == nullptr ? nullptr : norm.residual + row * dim;
   float* r = norm.r + row * dim;
-  T* y = static_cast<T*>(norm.y) + row * dim;
-  const T* weight_like_x = static_cast<const T*>(norm.weight_like_x);
+  Y* y = static_cast<Y*>(norm.y) + row * dim;
   Floats<kWidth> kept[kItems > 0 ? kItems : 1];
   float squares = 0;
   for_vectors<kWidth, kItems>(dim, [&](int item, int64_t column) {
@@ -61,8 +60,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_fwd_kernel(Norm norm) {
   for_vectors<kWidth, kItems>(dim, [&](int item, int64_t column) {
     // A lane reads again only what it has written itself.
     Floats<kWidth> value = kItems > 0 ? kept[item] : load_floats<kWidth>(r + column);
-    const Floats<kWidth> weight = norm.weight == nullptr ? load_floats<kWidth>(weight_like_x + column)
-                                                         : load_floats<kWidth>(norm.weight + column);
+    const Floats<kWidth> weight = load_floats<kWidth>(norm.weight, column);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) value[i] = value[i] * factor * weight[i];
     store_floats(value, y + column);
@@ -94,7 +92,7 @@ __global__ void __launch_bounds__(backward_threads(kItems)) norm_bwd_kernel(Norm
     float squares = 0, products = 0;
     for_vectors<kWidth, kItems>(dim, [&](int item, int64_t column) {
       const Floats<kWidth> value = load_floats<kWidth>(r + column), gradient = load_floats<kWidth>(dy + column);
-      const Floats<kWidth> weight = load_floats<kWidth>(norm.weight + column);
+      const Floats<kWidth> weight = load_floats<kWidth>(norm.weight, column);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         squares += value[i] * value[i];
@@ -110,7 +108,7 @@ __global__ void __launch_bounds__(backward_threads(kItems)) norm_bwd_kernel(Norm
     for_vectors<kWidth, kItems>(dim, [&](int item, int64_t column) {
       const Floats<kWidth> value = kItems > 0 ? values[item] : load_floats<kWidth>(r + column);
       const Floats<kWidth> gradient = kItems > 0 ? gradients[item] : load_floats<kWidth>(dy + column);
-      const Floats<kWidth> weight = load_floats<kWidth>(norm.weight + column);
+      const Floats<kWidth> weight = load_floats<kWidth>(norm.weight, column);
       Floats<kWidth> total = dr == nullptr ? filled<kWidth>(0) : load_floats<kWidth>(dr + column);
       Floats<kWidth> sums = kItems > 0 ? dweight[item] : load_floats<kWidth>(partial + column);
 #pragma unroll
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_reduce_kernel(Norm norm, i
   __syncthreads();
   if (warp_index() == 0 && c < norm.dim) {
     for (int w = 1; w < kWarps; ++w) sum += shared[w * kWarp + lane_index()];
-    norm.dweight[c] = sum;
+    write_gradient(norm.dweight, c, sum);
   }
 }
 
@@ -160,7 +158,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_reduce_kernel(Norm norm, i
 __global__ void norm_pass_kernel(Norm norm) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < norm.rows * norm.dim) norm.total[i] = norm.dr == nullptr ? 0 : norm.dr[i];
-  if (i < norm.dim) norm.dweight[i] = 0;
+  if (i < norm.dim) write_gradient(norm.dweight, i, 0);
 }
 
 // Calls function(width, items), both as types with a constant `value`, for the kernel that a row needs.
@@ -184,15 +182,17 @@ int64_t groups_of(const Norm& norm) { return smaller(kGroups, blocks_in(norm.row
 }  // namespace
 
 void norm_forward(const Norm& norm, Stream stream) {
-  with_element(norm.element, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const bool aligned =
-        is_aligned<kVector, T>(norm.x, norm.x_row) && is_aligned<kVector, T>(norm.y, norm.dim) &&
-        is_aligned<kVector, float>(norm.residual, norm.dim) && is_aligned<kVector, float>(norm.weight, norm.dim) &&
-        is_aligned<kVector, T>(norm.weight_like_x, norm.dim) && is_aligned<kVector, float>(norm.r, norm.dim);
-    with_shape(norm.dim, aligned, [&](auto width, auto items) {
-      const Geometry geometry{dim3(static_cast<unsigned>(blocks_in(norm.rows, kWarps))), dim3(kWarps * kWarp), 0};
-      launch(norm_fwd_kernel<T, decltype(width)::value, decltype(items)::value>, geometry, stream, norm);
+  with_element(norm.element, [&](auto* x) {
+    with_element(norm.y_element, [&](auto* y) {
+      using T = std::remove_pointer_t<decltype(x)>;
+      using Y = std::remove_pointer_t<decltype(y)>;
+      const bool aligned = is_aligned<kVector, T>(norm.x, norm.x_row) && is_aligned<kVector, Y>(norm.y, norm.dim) &&
+                           is_aligned<kVector, float>(norm.residual, norm.dim) && in_fours(norm.weight) &&
+                           is_aligned<kVector, float>(norm.r, norm.dim);
+      with_shape(norm.dim, aligned, [&](auto width, auto items) {
+        const Geometry geometry{dim3(static_cast<unsigned>(blocks_in(norm.rows, kWarps))), dim3(kWarps * kWarp), 0};
+        launch(norm_fwd_kernel<T, Y, decltype(width)::value, decltype(items)::value>, geometry, stream, norm);
+      });
     });
   });
 }
@@ -208,8 +208,7 @@ void norm_backward(const Norm& norm, Stream stream) {
   with_element(norm.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned = is_aligned<kVector, T>(norm.dy, norm.dim) && is_aligned<kVector, float>(norm.dr, norm.dim) &&
-                         is_aligned<kVector, float>(norm.weight, norm.dim) &&
-                         is_aligned<kVector, float>(norm.r, norm.dim) &&
+                         in_fours(norm.weight) && is_aligned<kVector, float>(norm.r, norm.dim) &&
                          is_aligned<kVector, float>(norm.total, norm.dim);
     with_shape(norm.dim, aligned, [&](auto width, auto items) {
       constexpr bool kKept = decltype(items)::value > 0;

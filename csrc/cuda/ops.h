@@ -5,8 +5,9 @@
 
 namespace vim::on_cuda {
 
+// y is of `type`.
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
-                                        double eps);
+                                        double eps, ScalarType type);
 std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& dy, const OptionalTensor& dr, const Tensor& r,
                                                  const Tensor& weight, double eps);
 

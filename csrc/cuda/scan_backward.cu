@@ -95,7 +95,7 @@ BackwardPlan plan_of(const ScanBackwardPasses& passes) {
     const auto fits = [&](const Activation& x) { return x.data == nullptr || aligned(x, element, 4 * element); };
     plan.rows[d] = fits(as_activation(side.B)) && fits(as_activation(side.C)) && fits(side.dt) &&
                    side.B.group % 4 == 0 && side.C.group % 4 == 0;
-    plan.weights[d] = reinterpret_cast<uintptr_t>(side.dt_weight) % 16 == 0 && scan.dt_rank % 4 == 0;
+    plan.weights[d] = in_fours(side.dt_weight) && scan.dt_rank % 4 == 0;
     plan.whole = plan.whole && plan.rows[d] && plan.weights[d];
   }
   return plan;

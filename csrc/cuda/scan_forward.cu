@@ -40,8 +40,7 @@ Vectors vectors_of(const Scan& scan, const ScanDirection& side) {
            aligned(as_activation(side.C), element, 4 * element) && side.B.group * element % (4 * element) == 0 &&
            side.C.group * element % (4 * element) == 0;
   v.rows = v.rows && side.B.token == side.C.token;
-  const auto whole_rows = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
-  v.weights = scan.d_state == kStates && whole_rows(side.A) && scan.dt_rank % 4 == 0 && whole_rows(side.dt_weight);
+  v.weights = scan.d_state == kStates && in_fours(side.A) && scan.dt_rank % 4 == 0 && in_fours(side.dt_weight);
   if (side.delta.data == nullptr)
     v.rows = v.rows && side.dt.token == side.B.token && scan.dt_rank % 4 == 0 && aligned(side.dt, element, 4 * element);
   return v;

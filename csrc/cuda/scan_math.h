@@ -1,7 +1,7 @@
 // The arithmetic of one step of a scan.
 #pragma once
 
-#include "device.h"
+#include "weights.h"
 
 namespace vim {
 namespace VIM_ISA {
@@ -66,25 +66,11 @@ VIM_DEVICE float silu_slope(float x) {
   return gate * fmaf(x, 1.0f - gate, 1.0f);
 }
 
-// A of a channel and state, for any form in which it is given.
-VIM_DEVICE float decay_rate(const Scan& scan, const ScanDirection& side, int64_t channel, int64_t n) {
-  const float A = side.A[channel * scan.d_state + n];
-  return scan.A_is_log ? -expf(A) : A;
-}
+// A, for any form in which it is given
+VIM_DEVICE float decay_rate(const Scan& scan, float A) { return scan.A_is_log ? -expf(A) : A; }
 
-// A row of weights; what is beyond `count` is zero. With `vectors`, kCount numbers are loaded four at a time.
-template <int kCount>
-VIM_DEVICE void load_row(const float* row, int64_t count, bool vectors, float (&to)[kCount]) {
-  if (kCount % 4 == 0 && vectors) {
-#pragma unroll
-    for (int i = 0; i + 3 < kCount; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(row + i);
-      to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = i < count ? row[i] : 0.0f;
-  }
+VIM_DEVICE float decay_rate(const Scan& scan, const ScanDirection& side, int64_t channel, int64_t n) {
+  return decay_rate(scan, read_or_zero(side.A, channel * scan.d_state + n));
 }
 
 template <class T>
@@ -109,10 +95,10 @@ VIM_DEVICE float read(const Scan& scan, const StateMap& map, int64_t b, int64_t 
 // delta before softplus
 template <class T>
 VIM_DEVICE float raw_step(const Scan& scan, const ScanDirection& side, int64_t b, int64_t token, int64_t channel) {
-  float sum = side.bias == nullptr ? 0.0f : side.bias[channel];
+  float sum = read_or_zero(side.bias, channel);
   if (side.delta.data != nullptr) return sum + read<T>(side.delta, b, token, channel);
   for (int64_t r = 0; r < scan.dt_rank; ++r) {
-    sum = fmaf(read<T>(side.dt, b, token, r), side.dt_weight[channel * scan.dt_rank + r], sum);
+    sum = fmaf(read<T>(side.dt, b, token, r), read_or_zero(side.dt_weight, channel * scan.dt_rank + r), sum);
   }
   return sum;
 }

@@ -32,17 +32,17 @@ __global__ void __launch_bounds__(kThreads) scan_sum_weights_kernel(const __grid
   const ScanDirectionGrads& grads = passes.k.grads[d];
   if (row < rows.bias) {
     const float chain = scan.A_is_log ? decay_rate(scan, scan.direction[d], channel, row) : 1.0f;
-    grads.dA[channel * scan.d_state + row] = sum * chain;
+    write_gradient(grads.dA, channel * scan.d_state + row, sum * chain);
   } else if (row == rows.bias) {
-    if (grads.dbias != nullptr) grads.dbias[channel] = sum;
+    write_gradient(grads.dbias, channel, sum);
   } else if (row == rows.D) {
-    if (grads.dD != nullptr) grads.dD[channel] = sum;
+    write_gradient(grads.dD, channel, sum);
   } else if (row < rows.C) {
     grads.dB_constant[channel * scan.d_state + row - rows.B] = sum;
   } else if (!of_dt) {
     grads.dC_constant[channel * scan.d_state + row - rows.C] = sum;
   } else {
-    grads.ddt_weight[channel * scan.dt_rank + row - rows.dt] = sum;
+    write_gradient(grads.ddt_weight, channel * scan.dt_rank + row - rows.dt, sum);
   }
 }
 
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
     scan_write_dt_weight_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const Scan& scan = passes.k.scan;
   const int64_t i = flat_index(), size = scan.dim * scan.dt_rank;
-  if (i < scan.directions * size) passes.k.grads[i / size].ddt_weight[i % size] = passes.ddt_weight[i];
+  if (i < scan.directions * size) write_gradient(passes.k.grads[i / size].ddt_weight, i % size, passes.ddt_weight[i]);
 }
 
 // ---- maps ------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
     scan_stack_dt_weight_kernel(const __grid_constant__ ScanBackwardPasses passes) {
   const Scan& scan = passes.k.scan;
   const int64_t i = flat_index(), size = scan.dim * scan.dt_rank;
-  if (i < scan.directions * size) passes.dt_weight[i] = scan.direction[i / size].dt_weight[i % size];
+  if (i < scan.directions * size) passes.dt_weight[i] = read_or_zero(scan.direction[i / size].dt_weight, i % size);
 }
 
 }  // namespace

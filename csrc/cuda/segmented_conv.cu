@@ -24,14 +24,14 @@ VIM_DEVICE int64_t tokens_beside(const Conv& conv, int64_t b, int64_t token, int
 
 // The tap that multiplies the token at a distance.
 VIM_DEVICE float tap(const ConvDirection& side, int64_t channel, int64_t distance) {
-  return side.weight[(channel + 1) * side.width - 1 - distance];
+  return read_or_zero(side.weight, (channel + 1) * side.width - 1 - distance);
 }
 
 template <class T>
 VIM_DEVICE float convolve(const Conv& conv, int64_t b, int64_t token, int64_t channel) {
   const ConvDirection& side = conv.direction[0];
   const int64_t step = side.reverse ? 1 : -1, seen = tokens_beside(conv, b, token, step, side.width - 1);
-  float sum = side.bias == nullptr ? 0.0f : side.bias[channel];
+  float sum = read_or_zero(side.bias, channel);
   for (int64_t i = seen; i >= 0; --i) sum += tap(side, channel, i) * read<T>(conv.x, b, token + i * step, channel);
   return sum;
 }
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kThreads) segmented_conv_weight_kernel(Conv co
   if (threadIdx.x != 0) return;
   for (int t = 1; t < kThreads; ++t) sum += shared[t];
   if (!is_bias) {
-    side.dweight[channel * side.width + k] = sum;
-  } else if (side.dbias != nullptr) {
-    side.dbias[channel] = sum;
+    write_gradient(side.dweight, channel * side.width + k, sum);
+  } else {
+    write_gradient(side.dbias, channel, sum);
   }
 }
 

@@ -23,7 +23,7 @@ SHAPES = (
     "B 224 b64",
     "Ti 224 b16",
 )
-CHUNKS = (0, 128, 192, 320, 512, 1024)
+CHUNKS = (128, 192, 320, 512, 1024)
 
 
 def tune(section: Section) -> None:
@@ -36,13 +36,15 @@ def tune(section: Section) -> None:
 
 
 def choices(length: int) -> list[tuple[int, int, int]]:
-    """Return (channels, warps, chunk) that differ for this many tokens; a chunk of 0 leaves it to the table."""
+    """Return (channels of a thread, warps, chunk) that differ for this many tokens."""
     cut = [chunk for chunk in CHUNKS if chunk < length]
-    return [(channels, warps, chunk) for channels in (1, 2) for warps in (1, 2, 4) for chunk in [*cut, _UNCUT]]
+    return [(channels, warps, chunk) for channels in (1, 2) for warps in (1, 2, 4) for chunk in [_UNCUT, *cut]]
 
 
 # A chunk longer than every sequence here: not cut.
 _UNCUT = 2**20
+# Leaves everything to the table.
+_TABLE = (0, 0, 0)
 
 
 def _sweep(name: str, best: list[Row]) -> Iterator[Row]:
@@ -66,13 +68,14 @@ def _sweep(name: str, best: list[Row]) -> Iterator[Row]:
         call = scan.make("native")
     times: dict[tuple[int, int, int], float] = {}
     try:
-        for choice in [(0, 0, 0), *choices(layer.len)]:
+        for choice in [_TABLE, *choices(layer.len)]:
             if not set_choice(*choice):
-                continue
+                raise RuntimeError(f"vim_cuda_tune_scan refuses {choice}")
             # Choices are read when a kernel is launched, so a graph keeps those of its capture.
             times[choice] = 1e6 * time_calls([captured([call], stream)], repeats=7)
     finally:
-        set_choice(0, 0, 0)
+        set_choice(*_TABLE)
+    by_table = times.pop(_TABLE)
     channels, warps, chunk = fastest = min(times, key=times.__getitem__)
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     row = {
@@ -82,7 +85,7 @@ def _sweep(name: str, best: list[Row]) -> Iterator[Row]:
         "warps": warps,
         "chunk": 0 if chunk == _UNCUT else chunk,
         "microseconds": round(times[fastest], 2),
-        "table_microseconds": round(times[0, 0, 0], 2),
+        "table_microseconds": round(by_table, 2),
     }
     best.append(row)
     yield row
@@ -91,12 +94,24 @@ def _sweep(name: str, best: list[Row]) -> Iterator[Row]:
 
 
 def table(best: list[Row]) -> str:
-    """Return the best choices as rows for scan_tuning.cu, by the number that it decides by."""
-    rows = ["// channels per multiprocessor, channels of a thread, warps; measured, in microseconds: best, table's"]
-    for row in sorted(best, key=lambda row: row["channels_per_multiprocessor"]):
-        choice = f"{{{row['channels_per_multiprocessor']}, {row['channels'] or 1}, {row['warps'] or 1}, ...}},"
-        cut = f"chunks of {row['chunk']}" if row["chunk"] else "not cut"
-        rows.append(f"{choice}  // {row['shape']}: {cut}; {row['microseconds']}, {row['table_microseconds']}")
+    """Return the best choices as the rows of kTable in scan_tuning.cu.
+
+    A row holds from its number of channels on, the first one from 0. Where shapes have the same number, the first one
+    decides on channels and warps; the rule for the length of chunks leaves short sequences whole.
+    """
+    of_number: dict[int, list[Row]] = {}
+    for row in best:
+        of_number.setdefault(row["channels_per_multiprocessor"], []).append(row)
+    rows = ["// Measured, in microseconds: the best, the table's before."]
+    for number, group in sorted(of_number.items()):
+        start = 0 if number == min(of_number) else number
+        cut = "true" if any(row["chunk"] for row in group) else "false"
+        times = "; ".join(
+            f"{row['shape']}, {'chunks of ' + str(row['chunk']) if row['chunk'] else 'not cut'}: "
+            f"{row['microseconds']}, {row['table_microseconds']}"
+            for row in group
+        )
+        rows.append(f"{{{start}, {group[0]['channels']}, {group[0]['warps']}, {cut}}},  // {times}")
     return "\n".join(rows)
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from scripts.gpu.report import assemble, is_right, write_report
 from tests.processes import ROOT, run_command
 from vim.benchmarking.models import measure_case
 from vim.ops.backends import native
+from vim.ops.build import compilation
 from vim.runtime import gpu
 
 
@@ -257,6 +259,7 @@ def test_the_sweep_measures_every_choice_and_ends_with_the_table(small_card, mon
         chosen.append(choice)
         return 1
 
+    assert native.cpu.load() is None  # by the real CDLL
     library = argparse.Namespace(vim_cuda_tune_scan=tune_scan)
     monkeypatch.setattr("ctypes.CDLL", lambda path: library)
     monkeypatch.setattr(native, "cuda", argparse.Namespace(load=lambda: None, path="library"))
@@ -264,28 +267,38 @@ def test_the_sweep_measures_every_choice_and_ends_with_the_table(small_card, mon
     row, every = tuning._sweep("Ti 224 b1", best)
     assert best == [row]
     assert (row["channels_per_multiprocessor"], row["microseconds"]) == (2 * 32 / 2, 1000.0)
-    assert len(every["every choice"]) == 1 + len(tuning.choices(5))
+    assert len(every["every choice"]) == len(tuning.choices(5))
     assert chosen == [(0, 0, 0), *tuning.choices(5), (0, 0, 0)]
 
 
 def test_ways_to_cut_a_short_and_a_long_scan():
-    assert {chunk for _, _, chunk in tuning.choices(197)} == {0, 128, 192, tuning._UNCUT}
-    assert len(tuning.choices(6085)) == 2 * 3 * 7
+    assert {chunk for _, _, chunk in tuning.choices(197)} == {128, 192, tuning._UNCUT}
+    assert len(tuning.choices(6085)) == 2 * 3 * 6
     assert all(chunk % 64 == 0 for _, _, chunk in tuning.choices(6085))
 
 
-def test_the_best_choices_as_rows_of_the_table():
+def test_the_best_choices_are_rows_of_the_table(tmp_path):
     best = [
         {"shape": "large", "channels_per_multiprocessor": 745, "channels": 2, "warps": 1, "chunk": 0},
-        {"shape": "small", "channels_per_multiprocessor": 6, "channels": 0, "warps": 1, "chunk": 320},
+        {"shape": "long", "channels_per_multiprocessor": 6, "channels": 1, "warps": 2, "chunk": 320},
+        {"shape": "small", "channels_per_multiprocessor": 6, "channels": 1, "warps": 1, "chunk": 0},
     ]
     for row in best:
         row.update(microseconds=10.5, table_microseconds=12.0)
-    text = tuning.table(best).splitlines()[1:]
-    assert text == [
-        "{6, 1, 1, ...},  // small: chunks of 320; 10.5, 12.0",
-        "{745, 2, 1, ...},  // large: not cut; 10.5, 12.0",
+    text = tuning.table(best)
+    assert text.splitlines()[1:] == [
+        "{0, 1, 2, true},  // long, chunks of 320: 10.5, 12.0; small, not cut: 10.5, 12.0",
+        "{745, 2, 1, false},  // large, not cut: 10.5, 12.0",
     ]
+    source = (ROOT / "csrc/cuda/scan_tuning.cu").read_text()
+    pasted, count = re.subn(r"(kTable\[\] = \{\n).*?(\n\};)", rf"\g<1>{text}\g<2>", source, flags=re.DOTALL)
+    assert count == 1
+    (tmp_path / "tuning.cpp").write_text(pasted)
+    compiler = compilation.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    includes = (f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/cuda'}")
+    run_command(*compiler, "-std=c++17", "-fsyntax-only", *includes, tmp_path / "tuning.cpp")
 
 
 def test_metrics_of_the_profiler():

@@ -153,6 +153,7 @@ Stacks stacks;
 void* scheduler_context = nullptr;
 const std::function<void()>* body = nullptr;
 int order = 0;
+int64_t launches = 0;
 
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack = nullptr;
@@ -311,6 +312,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   if (count % kLanes != 0 || count > 1024) throw std::runtime_error("emulation: a block must be 1 to 32 whole warps");
   if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("emulation: a grid has at most 65535 blocks in y and z");
   if (shared_bytes > 99 * 1024) throw std::runtime_error("emulation: a block has at most 99 KB of shared memory");
+  ++launches;
   body = &kernel;
   machine.block_size = block;
   machine.grid_size = grid;
@@ -345,12 +347,16 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 
 }  // namespace vim::emulation
 
-// The order in which the threads of a block, and the blocks, are visited: 0 ascending, 1 descending, 2 another one in every pass; or its
-// warps one after the other, each as far as it gets: 3 the first one first, 4 the last one first.
+// Whether approximate instructions are as wrong as a GPU's may be.
 extern "C" __attribute__((visibility("default"))) void vim_emulation_rounding(int badly) {
   vim::emulation::rounds_badly = badly != 0;
 }
 
+// The order in which the threads of a block, and the blocks, are visited: 0 ascending, 1 descending, 2 another one in
+// every pass; or its warps one after the other, each as far as it gets: 3 the first one first, 4 the last one first.
 extern "C" __attribute__((visibility("default"))) void vim_emulation_order(int order) {
   vim::emulation::order = order;
 }
+
+// Kernels started so far
+extern "C" __attribute__((visibility("default"))) int64_t vim_emulation_launches() { return vim::emulation::launches; }

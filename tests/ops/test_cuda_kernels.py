@@ -7,11 +7,11 @@ import ctypes
 import pytest
 import torch
 
-from tests.helpers import make_bidirectional_inputs, make_scan_inputs
+from tests.helpers import TOLERANCES, assert_close, make_bidirectional_inputs, make_scan_inputs
 from tests.ops.conformance import detached, noise
-from tests.ops.test_bidirectional_block import make_inputs, make_weights
+from tests.ops.test_bidirectional_block import both_gradients, make_inputs, make_weights
 from tests.ops.test_conformance import EMULATED, LIBRARY
-from vim.ops import bidirectional_block
+from vim.ops import BlockWeights, bidirectional_block
 
 
 @pytest.fixture
@@ -89,21 +89,77 @@ def test_a_long_sequence_of_few_channels_is_cut():
     EMULATED.check("bidirectional_scan", *tensors, 0.5, 64)
 
 
+@pytest.mark.parametrize(("warps", "chunk"), [(1, 0), (2, 64)])
+def test_large_ranks_by_tensor_cores(warps, chunk, tune):
+    """Where weights and activations are bfloat16; with one channel a thread there is no such kernel."""
+    weights = make_weights(24, 136, 48, 16, dtype=torch.bfloat16)  # the last warp has 8 channels
+    x, residual = make_inputs(2, 75, 24, torch.bfloat16)
+
+    def run(channels):
+        assert tune(channels, warps, chunk)
+        arguments = (None if w is None else w.detach() for w in weights)
+        return torch.ops.vim.bidirectional_block_emulated(
+            x.detach(), residual.detach(), *arguments, torch.bfloat16, 1e-5, 0.5, 8
+        )
+
+    (y, *_, states), (expected, *_, expected_states) = run(2), run(1)
+    assert not torch.equal(states, expected_states), "the same kernel"
+    assert_close(states, expected_states, TOLERANCES[torch.float32].value)
+    assert_close(y, expected, TOLERANCES[torch.bfloat16].value)
+    try:
+        for order in range(1, 5):
+            LIBRARY.vim_emulation_order(order)
+            assert all(torch.equal(*pair) for pair in zip(run(2)[::4], (y, states), strict=True)), order
+    finally:
+        LIBRARY.vim_emulation_order(0)
+
+
 def test_a_way_to_cut_that_does_not_exist_is_refused(tune):
     for wrong in ((3, 1, 0), (1, 3, 0), (1, 1, 60), (1, 1, -64)):
         assert not tune(*wrong)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
-def test_weights_of_a_layer_are_converted_together(dtypes):
-    of_weights, of_activations = dtypes
-    weights = make_weights(dtype=of_weights)
-    x, _ = make_inputs(2, 9, 12, of_activations)
-    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        bidirectional_block(x.detach(), None, weights, backend="emulated")
+@pytest.mark.parametrize(
+    ("of_weights", "forward", "backward"),
+    [
+        # Forward: norm, convolutions, scans. Backward: the convolutions and the norm again; four for the scans; two
+        # each for the gradients of convolutions and norm.
+        (torch.bfloat16, 3, 10),
+        # And what converts the products' weights, in the backward pass their gradients too.
+        (torch.float32, 4, 12),
+    ],
+    ids=str,
+)
+def test_kernels_that_a_layer_starts(of_weights, forward, backward):
+    """PyTorch's products are not among them. PyTorch converts the gradient of the input, and no weight."""
+    LIBRARY.vim_emulation_launches.restype = ctypes.c_int64
+    weights, (x, _) = make_weights(24, 48, 4, 16, biases=False, dtype=of_weights), make_inputs(2, 9, 24, torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = LIBRARY.vim_emulation_launches()
+        out, _ = bidirectional_block(x, None, weights, backend="emulated")
+        middle = LIBRARY.vim_emulation_launches()
+        torch.autograd.grad(out, [w for w in weights if w is not None and w.dim() != 1], torch.ones_like(out))
+        end = LIBRARY.vim_emulation_launches()
+    assert (middle - start, end - middle) == (forward, backward)
     called = [event.name for event in profile.events()]
-    assert "vim::bidirectional_block_emulated" in called
-    assert not {"aten::to", "aten::_to_copy"} & set(called)
+    assert {"vim::bidirectional_block_emulated", "vim::bidirectional_block_backward_emulated"} <= set(called)
+    assert called.count("aten::_to_copy") == 1
+
+
+@pytest.mark.parametrize(
+    "half", [("A_log", "dt_weight"), ("conv_weight", "D_b"), ("norm_weight", "x_proj_b", "in_proj")]
+)
+def test_a_layer_with_weights_of_several_dtypes(half):
+    weights, inputs = make_weights(24, 48, 4, 16), make_inputs(2, 9, 24)
+    mixed = weights._replace(**{name: getattr(weights, name).detach().half().requires_grad_() for name in half})
+    rounded = BlockWeights(*(None if w is None else w.detach().float().requires_grad_() for w in mixed))
+    outputs, expected = (bidirectional_block(*inputs, w, backend="emulated") for w in (mixed, rounded))
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(got, wanted)
+    for name, got, wanted in zip(
+        mixed._fields, both_gradients(outputs, mixed), both_gradients(expected, rounded), strict=True
+    ):
+        assert torch.equal(got, wanted.to(torch.float16 if name in half else torch.float32)), name
 
 
 def test_norm_of_a_part_of_rows():
