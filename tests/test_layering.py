@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "tasks": {"inference", "runtime", "data", "models", "checkpoints", "config"},
     "training": {"tasks", "inference", "runtime", "data", "models", "checkpoints", "config"},
     "explain": {"training", "inference", "runtime", "data", "models", "checkpoints", "config", "layers", "ops"},
-    "benchmarking": {"runtime", "models", "ops"},
+    "benchmarking": {"runtime", "models", "ops", "compat"},
     "compat": {"layers", "ops", "checkpoints"},
 }
 ENTRY_POINTS = {

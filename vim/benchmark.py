@@ -1,6 +1,7 @@
 """`python -m vim.benchmark`: compare our models with any models of timm, interleaved in one process.
 
-With `--ops` it compares the scan and the convolution with other implementations.
+With `--ops` it compares the scan and the convolution with other implementations, with `--family` the models of other
+packages on `vim.compat` with their slow paths and with models of their FLOPs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--ops" in arguments:
         arguments.remove("--ops")
         from vim.benchmarking.options import run_ops_benchmark as run
+    elif "--family" in arguments:
+        arguments.remove("--family")
+        from vim.benchmarking.options import run_family_benchmark as run  # type: ignore[assignment]
     else:
         from vim.benchmarking.options import run_benchmark as run  # type: ignore[assignment]
     try:

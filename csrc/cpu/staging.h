@@ -64,6 +64,49 @@ struct Blocks {
   }
 };
 
+// Rows of channels from channels whose tokens are side by side, a square of kLanes by kLanes at a time: out[t][c] is
+// source[c * channel + t], zero where there is no channel. Rows are `row` floats apart.
+template <class T>
+VIM_INLINE void load_square(const T* source, int64_t channel, int64_t tokens, int64_t channels, float* out,
+                            int64_t row) {
+  vec square[kLanes];
+  for (int c = 0; c < kLanes; ++c) square[c] = c < channels ? load_some(source + c * channel, tokens) : vec{};
+  transpose(square);
+  for (int t = 0; t < kLanes; ++t) {
+    if (t < tokens) store(out + t * row, square[t]);
+  }
+}
+
+template <class T>
+void load_squares(const T* source, int64_t channel, int64_t tokens, int64_t channels, float* out, int64_t row) {
+  int64_t t = 0;
+  // Full squares apart: with constant sizes they stay in registers.
+  for (; channels >= kLanes && t + kLanes <= tokens; t += kLanes) {
+    load_square(source + t, channel, kLanes, kLanes, out + t * row, row);
+  }
+  for (; t < tokens; t += kLanes) load_square(source + t, channel, tokens - t, channels, out + t * row, row);
+}
+
+// The other way, from rows of kLanes channels.
+template <class T>
+VIM_INLINE void store_square(T* target, int64_t channel, int64_t tokens, int64_t channels, const float* in) {
+  vec square[kLanes];
+  for (int t = 0; t < kLanes; ++t) square[t] = t < tokens ? load(in + t * kLanes) : vec{};
+  transpose(square);
+  for (int c = 0; c < kLanes; ++c) {
+    if (c < channels) store_some(target + c * channel, tokens, square[c]);
+  }
+}
+
+template <class T>
+void store_squares(T* target, int64_t channel, int64_t tokens, int64_t channels, const float* in) {
+  int64_t t = 0;
+  for (; channels >= kLanes && t + kLanes <= tokens; t += kLanes) {
+    store_square(target + t, channel, kLanes, kLanes, in + t * kLanes);
+  }
+  for (; t < tokens; t += kLanes) store_square(target + t, channel, tokens - t, channels, in + t * kLanes);
+}
+
 template <class T>
 void load_block_as(const T* source, int64_t token, int64_t channel, int64_t tokens, int64_t lanes, int64_t ahead,
                    float* out) {
@@ -74,6 +117,7 @@ void load_block_as(const T* source, int64_t token, int64_t channel, int64_t toke
     }
     return;
   }
+  if (token == 1) return load_squares(source, channel, tokens, lanes, out, kLanes);
   for (int64_t c = 0; c < kLanes; ++c) {
     for (int64_t t = 0; t < tokens; ++t) {
       out[t * kLanes + c] = c < lanes ? to_float(source[t * token + c * channel]) : 0.0f;
@@ -98,6 +142,7 @@ void store_block_as(T* target, int64_t token, int64_t channel, int64_t tokens, i
     for (int64_t t = 0; t < tokens; ++t) store(target + t * token, load(in + t * kLanes));
     return;
   }
+  if (token == 1) return store_squares(target, channel, tokens, lanes, in);
   for (int64_t c = 0; c < lanes; ++c) {
     for (int64_t t = 0; t < tokens; ++t) from_float(in[t * kLanes + c], target + t * token + c * channel);
   }
@@ -127,6 +172,11 @@ Rows load_rows_as(const T* source, int64_t token, int64_t item, int64_t tokens, 
       for (int64_t i = 0; i < padded; i += kLanes) {
         store(out + t * padded + i, load_some(source + t * token + i, larger(0, items - i)));
       }
+    }
+  } else if (token == 1) {
+    // Here the last square of a row reaches into the next one, so that it is written first.
+    for (int64_t i = (padded - 1) / kLanes * kLanes; i >= 0; i -= kLanes) {
+      load_squares(source + i * item, item, tokens, larger(0, items - i), out + i, padded);
     }
   } else {
     for (int64_t i = 0; i < padded; ++i) {

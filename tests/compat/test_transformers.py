@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
-from types import ModuleType
 
 import pytest
 import torch
 
 from tests.helpers import TOLERANCES, assert_close
-from vim import compat
+from vim.benchmarking.family import load_transformers
 
 # What it costs: a module of transformers is loaded twice, with and without the stand-ins.
 pytestmark = pytest.mark.slow
@@ -19,24 +17,9 @@ RTOL = TOLERANCES[torch.float32].gradient
 transformers = pytest.importorskip("transformers", reason='needs pip install "vimamba[dense]"')
 
 
-def _load(family: str, served: bool) -> ModuleType:
-    """Load a module of transformers under a name of its own, and have its imports find the stand-ins or nothing."""
-    name = f"transformers.models.{family}.modeling_{family}"
-    found = importlib.util.find_spec(name)
-    spec = importlib.util.spec_from_file_location(f"{name}_{'served' if served else 'slow'}", found.origin)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    if served:
-        with compat.as_mamba_ssm():
-            spec.loader.exec_module(module)
-    else:
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module", params=["mamba", "falcon_mamba"])
 def family(request):
-    served, slow = _load(request.param, True), _load(request.param, False)
+    served, slow = load_transformers(request.param, True), load_transformers(request.param, False)
     yield {"mamba": "Mamba", "falcon_mamba": "FalconMamba"}[request.param], served, slow
     del sys.modules[served.__name__], sys.modules[slow.__name__]
 

@@ -340,7 +340,7 @@ SCAN_ERRORS = {
         {"seq_idx": torch.zeros(2, 8, dtype=torch.int32)}, ValueError, r"seq_idx must be .* \(2, 9\), got \(2, 8\)",
     ),
     "indices of 64 bits": ({"seq_idx": torch.zeros(2, 9, dtype=torch.int64)}, TypeError, "seq_idx must be int32, got"),
-    "indices that are no integers": ({"seq_idx": torch.zeros(2, 9)}, TypeError, "seq_idx must be int32 or int64, got"),
+    "indices that are no integers": ({"seq_idx": torch.zeros(2, 9)}, TypeError, "seq_idx must be int32, got"),
 }  # fmt: skip
 
 

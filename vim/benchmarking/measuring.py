@@ -7,6 +7,7 @@ import ctypes
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,34 @@ def _product_rate(size: int = 768, rounds: int = 7) -> float:
             F.linear(a, b)
             times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def interleave(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Time calls in turn, so that a change of the machine's speed meets all of them alike.
+
+    Args:
+        calls: Calls by name, each of which has run before.
+        rounds: Times that each call runs.
+        seconds: No round begins after this time, except for the first two.
+
+    Returns:
+        The seconds of each round, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + seconds
+    for done in range(rounds):
+        if done >= 2 and time.perf_counter() > deadline:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summarise(times: list[float]) -> dict[str, Any]:
+    """Return the number, the median and the least of some seconds, as fields of a row."""
+    return {"rounds": len(times), "seconds_median": statistics.median(times), "seconds_min": min(times)}
 
 
 def keep_freed_memory() -> bool:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim.benchmarking.measuring import probe_machine
+from vim.benchmarking.measuring import interleave, probe_machine, summarise
+from vim.benchmarking.report import write_record
 from vim.ops import causal_conv1d, selective_scan
 from vim.runtime.machine import describe_machine
 
@@ -51,45 +48,28 @@ def compare_ops(rounds: int, seconds: float, threads: int, output: str) -> None:
             missing.update(absent)
             rows += _measure(op, shape, calls, rounds, seconds)
             probes.append(probe_machine())
-    command = " ".join(["python -m vim.benchmark", *sys.argv[1:]])
     record = {
-        "command": command,
+        "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
         "machine": describe_machine(),
         "probes": probes,
         "rows": [asdict(row) for row in rows],
         "not_measured": missing,
     }
-    text = _markdown(record)
-    if output:
-        path = Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(path.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-        path.with_name(path.name + ".md").write_text(text + "\n")
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(write_record(record, _table(record["rows"]), output) + "\n")
 
 
 @torch.inference_mode()
 def _measure(op: str, shape: tuple[int, int, int], calls: dict[str, Call], rounds: int, seconds: float) -> list[OpRow]:
     outputs = {name: call() for name, call in calls.items()}
     first = next(iter(outputs.values()))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    deadline = time.perf_counter() + seconds
-    for done in range(rounds):
-        if done >= 2 and time.perf_counter() > deadline:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+    times = interleave(calls, rounds, seconds)
     return [
         OpRow(
             op=op,
             implementation=name,
             shape=shape,
-            rounds=len(taken),
-            seconds_median=statistics.median(taken),
-            seconds_min=min(taken),
             largest_error=(outputs[name] - first).abs().max().item(),
+            **summarise(taken),
         )
         for name, taken in times.items()
     ]
@@ -175,18 +155,14 @@ def _with_pscan(pscan: Callable[..., Any], u: Tensor, delta: Tensor, A: Tensor, 
     return torch.einsum("blds,bsl->bdl", pscan(*_discretise(u, delta, A, B)), C) + D[:, None] * u
 
 
-def _markdown(record: dict[str, Any]) -> str:
-    lines = [f"`{record['command']}`", ""]
-    lines += [f"- {name}: {value}" for name, value in record["machine"].items()]
-    lines += [f"- probe before and after each shape: {probe}" for probe in record["probes"]]
-    lines += ["", "| op | (dim, len, d_state) | implementation | ms, median (least) | time / vim | difference |"]
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| op | (dim, len, d_state) | implementation | ms, median (least) | time / vim | difference |"]
     lines += ["|---|---|---|---|---|---|"]
-    own = {(row["op"], tuple(row["shape"])): row for row in reversed(record["rows"]) if row["implementation"] == "vim"}
-    for row in record["rows"]:
+    own = {(row["op"], tuple(row["shape"])): row for row in reversed(rows) if row["implementation"] == "vim"}
+    for row in rows:
         ratio = row["seconds_median"] / own[row["op"], tuple(row["shape"])]["seconds_median"]
         milliseconds = f"{1e3 * row['seconds_median']:.2f} ({1e3 * row['seconds_min']:.2f}, n={row['rounds']})"
         error = f"{row['largest_error']:.1e}"
         cells = [row["op"], str(tuple(row["shape"])), row["implementation"], milliseconds, f"{ratio:.1f}", error]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- not measured: {name}: {reason}" for name, reason in record["not_measured"].items())]
-    return "\n".join(lines)
+    return lines

@@ -51,3 +51,28 @@ def run_ops_benchmark(rounds: int = 10, seconds: float = 8.0, threads: int = 0, 
     from vim.benchmarking.operations import compare_ops
 
     compare_ops(rounds, seconds, threads, output)
+
+
+def run_family_benchmark(
+    layers: int = 24,
+    prompt: int = 512,
+    new_tokens: int = 32,
+    rounds: int = 7,
+    seconds: float = 60.0,
+    threads: int = 0,
+    output: str = "",
+) -> None:
+    """Measure transformers' Mamba and MambaVision on the stand-ins of `vim.compat`, and print a table.
+
+    Args:
+        layers: Layers of the language model; 24 is the 130M shape.
+        prompt: Tokens of the prefill.
+        new_tokens: Tokens that one call generates, after 16.
+        rounds: Calls of each model in a task, in turn, after one that does not count.
+        seconds: A task ends after this time, but not before two rounds.
+        threads: Threads on the CPU; 0 leaves what PyTorch chose.
+        output: Path without a suffix: .json and .md are written there. Empty: only print.
+    """
+    from vim.benchmarking.family import compare_families
+
+    compare_families(layers, prompt, new_tokens, rounds, seconds, threads, output)

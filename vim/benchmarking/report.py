@@ -13,12 +13,36 @@ def write_report(record: Record, output: str) -> str:
     """Write `output`.json, .md and .png (if `output` is not empty) and return the Markdown."""
     text = _markdown(record)
     if output:
-        path = Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(path.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-        path.with_name(path.name + ".md").write_text(text + "\n")
-        _draw(record, path.with_name(path.name + ".png"))
+        _draw(record, _write(record, text, output).with_suffix(".png"))
     return text
+
+
+def write_record(record: Record, table: list[str], output: str) -> str:
+    """Write `output`.json and .md (if `output` is not empty) and return the Markdown.
+
+    Args:
+        record: With "command", "machine", "probes" and "not_measured", the reasons by name.
+        table: The lines of its table.
+        output: Path without a suffix.
+    """
+    lines = [f"`{record['command']}`", ""]
+    lines += [f"- {name}: {value}" for name, value in record["machine"].items()]
+    lines += [f"- probe before and after each case: {probe}" for probe in record["probes"]]
+    lines += ["", *table, "", *(f"- not measured: {name}: {why}" for name, why in record["not_measured"].items())]
+    text = "\n".join(lines)
+    if output:
+        _write(record, text, output)
+    return text
+
+
+def _write(record: Record, text: str, output: str) -> Path:
+    """Write the record and its text; return the path of the latter."""
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
+    path = path.with_name(path.name + ".md")
+    path.write_text(text + "\n")
+    return path
 
 
 def _cases(rows: list[Record]) -> dict[tuple[str, str, int, int], list[Record]]:

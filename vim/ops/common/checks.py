@@ -67,23 +67,29 @@ def check_like(name: str, value: object, shape: Sequence[int], axes: str, like: 
 
 
 def check_integers(
-    name: str, value: object, shape: Sequence[int], axes: str, like: torch.Tensor, like_name: str
+    name: str,
+    value: object,
+    shape: Sequence[int],
+    axes: str,
+    like: torch.Tensor,
+    like_name: str,
+    dtypes: Sequence[torch.dtype] = (torch.int32, torch.int64),
 ) -> torch.Tensor:
-    """Raise unless `value` is an int32 or int64 tensor of this shape on the device of `like`."""
+    """Raise unless `value` is a tensor of this shape, in one of `dtypes`, on the device of `like`."""
     tensor = check_tensor(name, value, axes)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must be {axes} = {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
     check_device(name, tensor, like, like_name)
     return tensor
 
 
 def check_seq_idx(seq_idx: object, like: torch.Tensor, like_name: str) -> None:
     """Raise unless `seq_idx` is (batch, len), int32, on the device of `like` (batch, dim, len)."""
-    tensor = check_integers("seq_idx", seq_idx, (like.shape[0], like.shape[2]), "(batch, len)", like, like_name)
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"seq_idx must be int32, got {tensor.dtype}: pass seq_idx.int()")
+    shape = (like.shape[0], like.shape[2])
+    check_integers("seq_idx", seq_idx, shape, "(batch, len)", like, like_name, (torch.int32,))
 
 
 def check_device(name: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
