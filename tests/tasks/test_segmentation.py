@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
-from tests.processes import run_together
+from tests.processes import Python, run_together
 from tests.tiny_runs import TINY_SEGMENTER, tiny_config, write_image_folder, write_pairs
 from tests.training.test_trainer import same
 from vim import predict, validate
@@ -272,7 +271,10 @@ def test_ade20k_counts_classes_from_1_and_leaves_0_out(tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
 def test_all_masks_are_written_when_nobody_reads_the_lines(run, pairs, tmp_path):
     images, output = pairs / "images" / "val", tmp_path / "masks"
-    command = f"{sys.executable} -u -m vim.predict {run.folder.path} {images} --device cpu --output {output} | true"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=600)
-    assert "BrokenPipe" not in result.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ["-m", "vim.predict", run.folder.path, images, "--device", "cpu", "--output", output]
+    python = Python(*words, stdout=writer)
+    os.close(writer)
+    assert "BrokenPipe" not in python.communicate()[1]
     assert len(list(output.glob("*_mask.png"))) == 5
