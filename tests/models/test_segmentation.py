@@ -96,7 +96,7 @@ def test_the_final_norm_of_the_mixers_output_is_refused():
         vim.VisionMamba(**SMALL).forward_intermediates(torch.randn(1, 3, 64, 64), norm=True, tap="mixer")
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("norm", ["group", pytest.param("batch", marks=pytest.mark.slow)])
 def test_a_segmenter_exports_to_onnx_with_any_batch(tmp_path, norm):
     model = small(norm=norm).eval()
     assert write_onnx(model, tmp_path / "model.onnx", 3, (64, 64), tolerance=1e-4) < 1e-4

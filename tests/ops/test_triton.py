@@ -47,7 +47,7 @@ interpreter_works = pytest.mark.skipif(
 @interpreter_works
 def test_some_kernels_in_the_interpreter():
     _run_interpreted(
-        "tests/ops/test_conformance.py", "(add_rms_norm or conv1d) and bfloat16 and test_case or every_output"
+        "tests/ops/test_conformance.py", "(add_rms_norm or causal_conv1d) and bfloat16 and test_case or every_output"
     )
 
 
