@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +90,7 @@ class Python:
 def _be_python(words: Sequence[str], environment: Mapping[str, str], streams: Any) -> None:
     """Do what Python does with the words of a command line."""
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs in the background
     os.environ.clear()
     os.environ.update(environment)
     _use(streams)
