@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.processes import run_command
+from tests.processes import run_python
 from vim import compat, doctor
 from vim.inference.installation import OPS
 from vim.ops import available_backends
@@ -88,4 +87,4 @@ def test_a_machine_without_cpuinfo_has_a_processor_too(monkeypatch):
 
 
 def test_as_a_command():
-    assert "backends" in run_command(sys.executable, "-m", "vim.doctor")
+    assert "backends" in run_python("-m", "vim.doctor")

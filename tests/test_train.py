@@ -6,13 +6,13 @@ import importlib.util
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import assert_refused
+from tests.processes import Python
 from tests.tiny_runs import TINY_OPTIONS, read_table, write_image_folder
 from vim import predict, train
 from vim.checkpoints.io import load_checkpoint
@@ -237,10 +237,11 @@ def test_the_imagenet_recipe_runs_on_a_folder_of_jpegs(tmp_path, capsys):
 def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, kind):
     """`| head`, or a terminal that is closed under a run which ignores the signal: the files are what matters."""
     reader, writer = os.pipe() if kind == "pipe" else os.openpty()
-    command = [sys.executable, "-m", "vim.train", *SYNTHETIC, *TINY_BATCH, "--output", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=writer, stderr=writer)
+    words = ["-m", "vim.train", *SYNTHETIC, *TINY_BATCH, "--output", tmp_path / "run"]
+    python = Python(*words, stdout=writer, stderr=writer)
     os.close(writer)
     os.close(reader)
-    assert process.wait(timeout=300) == 0
+    python.communicate()
+    assert python.returncode == 0
     assert len(rows(tmp_path / "run")) == 1
     assert load_checkpoint(tmp_path / "run" / "last.pth")["position"]["epoch"] == 1

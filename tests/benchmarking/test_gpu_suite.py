@@ -319,6 +319,7 @@ def test_smoke_cases_pass_on_the_processor(op):
         assert max(smoke.errors(op, side, "float32", "cpu")) < smoke._BOUND["float32"]
 
 
+@pytest.mark.slow
 def test_a_smoke_case_in_its_process(monkeypatch):
     case = ("add_rms_norm", "forward", "float32")
     monkeypatch.chdir(ROOT)

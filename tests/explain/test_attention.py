@@ -58,8 +58,10 @@ def test_attention_is_the_mean_of_gated_matrices(absolute, monkeypatch):
     model = small_model(cls_position="head")
     with torch.no_grad():
         attention = hidden_attention(model, images(), layers=[1], absolute=absolute)
-        x, sequence = model._embed(images(), None, None)
-        x, residual, _ = model._run_layers(x, sequence, 1)
+        seen = []
+        model.layers[1].register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+        model(images())
+        ((x, residual),) = seen
         scans = model.layers[1].mixer.scan_inputs(model.layers[1].norm(x, residual)[0])
         expected = 0
         for scan in scans:

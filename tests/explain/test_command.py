@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.explain.test_attention import small_model
+from tests.processes import Python
 from tests.tiny_runs import tiny_config
 from vim.data.preprocessing import Preprocessing
 from vim.explain import __main__ as command
@@ -145,11 +145,12 @@ def test_receptive_fields_are_drawn(tmp_path):
 
 
 def test_all_pictures_are_drawn_when_nobody_reads_the_lines(run, photographs, tmp_path):
-    command_line = (
-        f"{sys.executable} -m vim.explain {run} {photographs} --device cpu --output {tmp_path / 'out'} | true"
-    )
-    result = subprocess.run(command_line, shell=True, capture_output=True, text=True, check=False, timeout=300)
-    assert "BrokenPipe" not in result.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ["-m", "vim.explain", run, photographs, "--device", "cpu", "--output", tmp_path / "out"]
+    python = Python(*words, stdout=writer)
+    os.close(writer)
+    assert "BrokenPipe" not in python.communicate()[1]
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
 
 

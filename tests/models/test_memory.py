@@ -6,14 +6,16 @@ import sys
 
 import pytest
 
-from tests.processes import run_command
+from tests.processes import run_python
 
-# Freed blocks go back to the system; else the peak of one model would hide in what another one left.
-RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 MEASURE = """
-import torch, vim
+import ctypes, torch, vim
 
 torch.set_num_threads(1)
+# Freed blocks go back to the system; else the peak of one model would hide in what another one left.
+libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+assert libc.mallopt(trim_threshold, 65536) and libc.mallopt(mmap_threshold, 65536)
+libc.malloc_trim(0)
 
 def status(field):
     with open("/proc/self/status") as lines:
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peaks of 
 
 def measure(script: str) -> list[float]:
     """Numbers that a script prints, run after MEASURE in a process of its own."""
-    printed = run_command(sys.executable, "-c", MEASURE + script, **RETURN_MEMORY)
+    printed = run_python("-c", MEASURE + script)
     return [float(number) for number in printed.split()]
 
 

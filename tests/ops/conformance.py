@@ -208,17 +208,20 @@ def one_scan(
     kind: str,
     channel_last: bool,
     reverse: bool,
+    op: str = "selective_scan",
+    segments: Sequence[Tensor | None] = (),
 ) -> None:
-    """Compare one scan, with and without a gradient of its last state."""
+    """Compare one scan, with and without a gradient of its last state; `segments` follow the other tensors."""
     tensors = selective_scan_inputs(kind, length, widths, dtype)
     if channel_last:
         for i in (0, 1, 6):  # u, delta, z
             tensors[i] = None if tensors[i] is None else tensors[i].mT.contiguous().mT
+    tensors += segments
     settings = (kind != "no softplus", reverse, every)
-    out, state, entry = check("selective_scan", *tensors, *settings)
+    out, state, entry = check(op, *tensors, *settings)
     if every > 0:
         for dlast in (None, noise(*state.shape)):
-            check("selective_scan_backward", noise(*out.shape, dtype=dtype), dlast, *tensors, entry, *settings)
+            check(f"{op}_backward", noise(*out.shape, dtype=dtype), dlast, *tensors, entry, *settings)
 
 
 def sequence_indices(length: int, mean: int) -> Tensor:
@@ -228,25 +231,12 @@ def sequence_indices(length: int, mean: int) -> Tensor:
 
 
 def segmented_scan(
-    check: Check,
-    length: int,
-    widths: tuple[int, int],
-    dtype: torch.dtype,
-    every: int,
-    kind: str,
-    mean: int | None,
-    initial: bool,
-    reverse: bool,
+    check: Check, length: int, widths: tuple[int, int], mean: int | None, initial: bool, **more: Any
 ) -> None:
     """Compare one scan that begins from a state, over sequences of `mean` tokens; `None` is one sequence."""
-    tensors = selective_scan_inputs(kind, length, widths, dtype)
-    tensors += [noise(2, *widths[::-1], seed=4).mT if initial else None]
-    tensors += [None if mean is None else sequence_indices(length, mean)]
-    settings = (kind != "no softplus", reverse, every)
-    out, state, entry = check("segmented_scan", *tensors, *settings)
-    if every > 0:
-        for dlast in (None, noise(*state.shape)):
-            check("segmented_scan_backward", noise(*out.shape, dtype=dtype), dlast, *tensors, entry, *settings)
+    segments = [noise(2, *widths[::-1], seed=4).mT if initial else None]
+    segments += [None if mean is None else sequence_indices(length, mean)]
+    one_scan(check, length, widths, channel_last=False, op="segmented_scan", segments=segments, **more)
 
 
 def convolution_inputs(length: int, dim: int, start: int | None, dtype: torch.dtype) -> Tensor:
@@ -287,36 +277,21 @@ def one_convolution(
     channel_last: bool,
     silu: bool,
     reverse: bool,
+    op: str = "causal_conv1d",
+    segments: Sequence[Tensor] = (),
 ) -> None:
     """Compare one convolution, over channels or tokens that lie side by side."""
     x = convolution_inputs(length, dim, start, dtype).mT
     x = x if channel_last else x.contiguous()
-    weight, b = noise(dim, width), noise(dim) if bias else None
-    out = check("causal_conv1d", x, weight, b, silu, reverse)[0]
+    arguments = (noise(dim, width), noise(dim) if bias else None, *segments, silu, reverse)
+    out = check(op, x, *arguments)[0]
     dout = torch.empty_like(out).copy_(noise(*out.shape, dtype=dtype, seed=1))
-    check("causal_conv1d_backward", dout, x, weight, b, silu, reverse)
+    check(f"{op}_backward", dout, x, *arguments)
 
 
-def segmented_convolution(
-    check: Check,
-    length: int,
-    dim: int,
-    width: int,
-    bias: bool,
-    dtype: torch.dtype,
-    start: int | None,
-    channel_last: bool,
-    silu: bool,
-    reverse: bool,
-    mean: int,
-) -> None:
+def segmented_convolution(check: Check, length: int, mean: int, **more: Any) -> None:
     """Compare one convolution over sequences of `mean` tokens."""
-    x = convolution_inputs(length, dim, start, dtype).mT
-    x = x if channel_last else x.contiguous()
-    arguments = (noise(dim, width), noise(dim) if bias else None, sequence_indices(length, mean), silu, reverse)
-    out = check("segmented_conv1d", x, *arguments)[0]
-    dout = torch.empty_like(out).copy_(noise(*out.shape, dtype=dtype, seed=1))
-    check("segmented_conv1d_backward", dout, x, *arguments)
+    one_convolution(check, length, op="segmented_conv1d", segments=[sequence_indices(length, mean)], **more)
 
 
 def norm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import vim.ops
 from tests.backends import ALL, chosen_op
-from tests.processes import run_command
+from tests.processes import run_python
 from vim.ops import available_backends, unavailable_backends
 from vim.ops.backends.registry import Backend, isolated_registry, pin_to_reference, register_backend, resolve_backend
 
@@ -74,17 +73,16 @@ def test_default_backend_for_a_block():
 
 
 def test_import_is_light(tmp_path):
-    """Importing vim compiles nothing, starts no CUDA and needs no triton."""
+    """Importing vim compiles nothing, starts no CUDA and needs no triton; predicting needs no package of training."""
+    heavy = ["triton", "jsonargparse", "rich", "matplotlib", "sklearn", "tensorboard", "mamba_ssm", "causal_conv1d"]
     code = (
-        "import sys, torch, timm\n"
-        "before = set(sys.modules)\n"
-        "import vim, vim.ops, vim.doctor\n"
+        f"import sys, torch, timm; heavy = {heavy}\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] in heavy]: del sys.modules[name]\n"
+        "import vim, vim.ops, vim.doctor, vim.predict, vim.inference.predictor\n"
         "assert not torch.cuda.is_initialized()\n"
-        "for name in ('triton', 'jsonargparse', 'rich', 'matplotlib', 'sklearn', 'tensorboard', 'mamba_ssm'):\n"
-        "    assert name in before or name not in sys.modules, name\n"
-        "assert 'causal_conv1d' not in sys.modules\n"
+        "assert not {name.split('.')[0] for name in sys.modules} & set(heavy)\n"
     )
-    run_command(sys.executable, "-c", code, VIM_CACHE_DIR=str(tmp_path / "cache"))
+    run_python("-c", code, VIM_CACHE_DIR=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
@@ -12,7 +11,6 @@ import resource
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +21,7 @@ import pytest
 import torch
 
 import vim.ops
-from tests.processes import ROOT, run_command
+from tests.processes import Python, run_command, run_python
 from vim.ops.backends import native
 from vim.ops.backends.registry import isolated_registry
 from vim.ops.build import compilation
@@ -68,18 +66,6 @@ def _quiet(line: str) -> None:
     pass
 
 
-def _python(code: str, **environment: str) -> subprocess.Popen[str]:
-    """Another process."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 # Runs a build without the rest of the package.
 BUILD = "from vim.ops.build import compilation; print(compilation.build(compilation.cpu_recipe(), print))"
 # Calls an op and says what it ran on.
@@ -111,12 +97,12 @@ def test_a_real_build_takes_less_than_a_minute(cache):
     assert path == find_library()
     assert path.is_relative_to(cache)
     assert [p.name for p in path.parents[1].glob("build-*")] == []
-    out, err = _python(CALL).communicate()
+    out, err = Python("-c", CALL).communicate()
     assert (out.strip(), "LOG" in err) == ("native", False), err
 
 
 def test_switched_off(cache):
-    out, err = _python(CALL, VIM_NATIVE="0").communicate()
+    out, err = Python("-c", CALL, VIM_NATIVE="0").communicate()
     assert (out.strip(), "LOG" in err) == ("reference", False), err
     assert not cache.exists()
 
@@ -178,14 +164,18 @@ def test_a_library_built_elsewhere_from_other_sources_is_not_used(cache, compile
     assert find_library() is None
 
 
+def _wait_for_the_build(cache: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(cache.glob("*/build-*/")):
+        assert time.monotonic() < deadline, "the build has not begun"
+        time.sleep(0.05)
+
+
 def test_a_killed_build_blocks_nobody(cache, compiler, tmp_path):
     compiler("sleep 60", name="slow")
-    process = _python(BUILD)
-    deadline = time.monotonic() + 120  # importing torch takes long where others are at work
-    while not list(cache.glob("*/build-*/")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert list(cache.glob("*/build-*")), "the build has begun"
-    process.kill()
+    process = Python("-c", BUILD)
+    _wait_for_the_build(cache)
+    process.process.kill()
     process.communicate()
     compiler()
     start = time.monotonic()
@@ -197,8 +187,8 @@ def test_a_killed_build_blocks_nobody(cache, compiler, tmp_path):
 @pytest.mark.slow
 def test_two_processes_build_once(cache, compiler, tmp_path):
     compiler("sleep 0.3")
-    processes = [_python(BUILD) for _ in range(2)]
-    outputs = [process.communicate(timeout=240) for process in processes]
+    processes = [Python("-c", BUILD) for _ in range(2)]
+    outputs = [process.communicate() for process in processes]
     paths = {out.splitlines()[-1] for out, _ in outputs}
     assert len(paths) == 1, outputs
     assert _links(tmp_path) == 1
@@ -343,7 +333,7 @@ def test_an_empty_capability_is_none():
     """For the library too, which reads the variable itself."""
     assert native.load() is None
     code = "from vim.ops.backends import native; print(native.load(), native.capability())"
-    assert run_command(sys.executable, "-c", code, VIM_CPU_CAPABILITY="").split() == ["None", native.capability()]
+    assert run_python("-c", code, VIM_CPU_CAPABILITY="").split() == ["None", native.capability()]
 
 
 def test_relative_folders_and_compilers(compiler, tmp_path, monkeypatch):
@@ -496,7 +486,7 @@ def test_a_library_built_elsewhere_that_does_not_load_is_replaced_once(real_libr
     compilation.keep_prebuilt(build(_quiet), cpu_recipe(), tmp_path / "prebuilt")  # an empty file
     compiler(output=f'cp {real_library} "$out"', name="good")
     for said in (True, False):
-        out, err = _python(CALL, VIM_PREBUILT=str(tmp_path / "prebuilt")).communicate()
+        out, err = Python("-c", CALL, VIM_PREBUILT=str(tmp_path / "prebuilt")).communicate()
         assert (out.strip(), "cannot be loaded" in err) == ("native", said), err
     assert _links(tmp_path) == 2
 
@@ -512,7 +502,7 @@ def test_a_damaged_library_is_built_again(damage, real_library, cache, compiler)
         contents[:1000] if damage == "cut short" else contents[:half] + bytes(512) + contents[half + 512 :]
     )
     assert find_library() is None
-    out, err = _python(CALL).communicate()
+    out, err = Python("-c", CALL).communicate()
     assert out.strip() == "native", err
     assert "LOG WARNING compiling the CPU kernels" in err
     assert find_library() == path
@@ -580,12 +570,9 @@ def test_a_build_of_more_than_a_few_seconds_shows_progress(packaged, monkeypatch
 
 def test_interrupted_by_the_user(cache, compiler):
     compiler("sleep 1")
-    process = _python(BUILD)
-    deadline = time.monotonic() + 30
-    while not list(cache.glob("*/build-*/")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=30)
+    process = Python("-c", BUILD)
+    _wait_for_the_build(cache)
+    os.kill(process.process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
     assert process.returncode not in (None, 0)
     assert not list(cache.glob("*/build-*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tests.backends import chosen_op
-from tests.processes import run_command
+from tests.processes import run_command, run_python
 from vim import build as build_command
 from vim.ops import unavailable_backends
 from vim.ops.backends import native
@@ -276,7 +275,7 @@ def test_a_real_library_of_the_norm_loads_without_a_gpu(cache):
             compilation.build(recipe, _quiet)
         return
     path = compilation.build(recipe, _quiet)
-    printed = run_command(sys.executable, "-c", LOAD, path, *OPS, CUDA_VISIBLE_DEVICES="")
+    printed = run_python("-c", LOAD, path, *OPS, CUDA_VISIBLE_DEVICES="")
     attached, problem = printed.splitlines()
     assert attached == "['add_rms_norm']"
     assert "no CUDA-capable device" in problem or "driver" in problem

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,7 +11,7 @@ from tests.ops import test_product
 from tests.ops.conformance import OPS, check_extremes, detached, noise
 from tests.ops.natives import needs_native
 from tests.ops.test_conformance import NATIVE
-from tests.processes import run_command
+from tests.processes import run_python
 from vim.ops.backends import native as native
 
 pytestmark = needs_native
@@ -56,7 +54,7 @@ def test_every_instruction_set(capability):
         "from tests.ops.test_native_kernels import check_instruction_set, native\n"
         "check_instruction_set()\nprint(native.capability())\n"
     )
-    used = run_command(sys.executable, "-c", code, VIM_CPU_CAPABILITY=capability).split()[-1]
+    used = run_python("-c", code, VIM_CPU_CAPABILITY=capability).split()[-1]
     if used != capability:
         pytest.skip(f"not on this processor: {capability} kernels are not tested, {used} runs in their place")
 

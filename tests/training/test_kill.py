@@ -66,7 +66,6 @@ def test_a_detection_that_is_killed_ends_as_an_unbroken_one(tmp_path):
 
 def kill_and_resume(config, tmp_path, kills, seed):
     """Kill a run at random moments, one in each folder, and compare what the resumed runs compute with a whole one."""
-    start(int).join(timeout=300)  # the first process waits for imports, which are not a part of the run
     began = time.monotonic()
     process = start(run, config, tmp_path / "unbroken")
     process.join(timeout=300)
