@@ -78,7 +78,7 @@ def run_family_benchmark(
                 for model, taken in times.items()
             ]
             probes.append(probe_machine())
-    record = {
+    record: dict[str, Any] = {
         "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
         "machine": describe_machine(),
         "probes": probes,

@@ -55,7 +55,7 @@ def run_ops_benchmark(rounds: int = 10, seconds: float = 8.0, threads: int = 0, 
             missing.update(absent)
             rows += _measure(op, shape, calls, rounds, seconds)
             probes.append(probe_machine())
-    record = {
+    record: dict[str, Any] = {
         "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
         "machine": describe_machine(),
         "probes": probes,
