@@ -62,7 +62,7 @@ def compare_families(
                 for model, taken in times.items()
             ]
             probes.append(probe_machine())
-    record = {
+    record: dict[str, Any] = {
         "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
         "machine": describe_machine(),
         "probes": probes,

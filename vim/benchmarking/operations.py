@@ -48,7 +48,7 @@ def compare_ops(rounds: int, seconds: float, threads: int, output: str) -> None:
             missing.update(absent)
             rows += _measure(op, shape, calls, rounds, seconds)
             probes.append(probe_machine())
-    record = {
+    record: dict[str, Any] = {
         "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
         "machine": describe_machine(),
         "probes": probes,
