@@ -29,6 +29,9 @@ from vim.runtime import distributed
         (export, ["vim_tiny_patch16_224", "{}/x.pth"], "out must end in .onnx"),
         (export, ["vit_tiny_patch16_224", "{}/x.onnx", "--dtype", "float64"], "dtype must be one of"),
         (export, ["vim_tiny_patch16_224", "{}/x.onnx", "--checkpoint_path", "{}/none.pth"], ""),
+        (export, ["", "{}/x.onnx"], "model must be a run folder"),
+        (export, ["vim_tiny_patch16_224", __file__ + "/x.onnx"], "out must be in a folder, and"),
+        (export, ["vim_tiny_patch16_224", "{}/x.onnx", "--quantize", "int4"], "quantize must be one of"),
         (benchmark, ["--models", "[no_such_model]"], "timm knows no model 'no_such_model'"),
         (benchmark, ["--rounds", "0"], "rounds must be >= 1"),
         (convert, ["{}", "{}/x.safetensors"], "there is no checkpoint"),
@@ -38,6 +41,12 @@ def test_a_mistake_ends_in_one_line_and_code_2(command, arguments, message, tmp_
     arguments = [argument.format(tmp_path) for argument in arguments]
     assert_refused(command, arguments, message, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_do_not_load_are_named(tmp_path, capsys):
+    (tmp_path / "junk.pth").write_text("junk\n")
+    arguments = ["vim_tiny_patch16_224", str(tmp_path / "x.onnx"), "--checkpoint_path", str(tmp_path / "junk.pth")]
+    assert_refused(export, arguments, "junk.pth does not load: KeyError", capsys)
 
 
 @pytest.mark.parametrize(

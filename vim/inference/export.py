@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ _QUANTIZED = ("none", "int8")
 _CHECKED = 8
 _COUNTED = 256
 _LEAST_AGREEMENT = 0.9
+# What timm raises for files that hold no weights, or another model's.
+_UNLOADABLE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError)
 _HELD_OUT, _SYNTHETIC = "held-out images", "synthetic images"
 
 
@@ -101,6 +105,8 @@ def export_model(
         dtype: float32, or float16 for onnx and onnx-unrolled. States stay in float32.
         quantize: none, or int8 for onnx and onnx-unrolled: linear layers with int8 weights.
     """
+    if not model:
+        raise ValueError("model must be a run folder, a checkpoint in it, or a name that timm knows, got ''")
     kind = _check(format, out, dtype, quantize)
     int8 = quantize == "int8"
     named: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
@@ -146,6 +152,11 @@ def _check(format: str, out: str, dtype: str, quantize: str) -> Format:
         raise ValueError(f"out must end in {kind.suffix} for format {format}, got {out!r}")
     if path.is_dir():
         raise ValueError(f"out must be a file, and {out} is a folder: name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"out must be in a folder, and {folder} is a file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"out must be in a folder that can be written, and {folder} cannot")
     missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"format {format} needs {missing[0]}: {kind.hint}")
@@ -169,8 +180,15 @@ def _trained(source: str, named: dict[str, Any], count: int) -> _Exported:
 def _named(name: str, named: dict[str, Any]) -> _Exported:
     """Create a model of timm."""
     settings = {"img_size": 224, "in_chans": 3} | {key: value for key, value in named.items() if value is not None}
+    weights = settings.pop("checkpoint_path", None)
     check_model_name(name)
     network = create_named(name, **settings)
+    if weights is not None:
+        try:
+            timm.models.load_checkpoint(network, weights)
+        except _UNLOADABLE as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"checkpoint_path {weights} does not load: {type(error).__name__}: {reason}") from error
     images = _synthetic(settings["in_chans"], (settings["img_size"], settings["img_size"]))
     return _Exported(network=network, images=images, origin=_SYNTHETIC)
 
