@@ -74,6 +74,9 @@ def test_every_environment_variable_is_documented():
             assert name in documented, f"{source.name} reads {name}"
 
 
+_GRAFTED = ("csrc", "configs", "docs", "examples", "scripts", "tests")
+
+
 def _build(kind: str, source: Path, target: Path, **environment: str) -> Path:
     """Have setuptools build from a folder, as pip does."""
     target.mkdir()
@@ -91,7 +94,7 @@ def source_distribution(tmp_path_factory):
     """What a source distribution of this repository unpacks to."""
     folder = tmp_path_factory.mktemp("packaging")
     copy = folder / "copy"
-    for name in ("vim", "csrc", "configs", "tests"):
+    for name in ("vim", *_GRAFTED):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
     for path in ROOT.glob("*.*"):
         if path.is_file():
@@ -105,9 +108,10 @@ def source_distribution(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_source_distribution_has_the_kernels_and_the_recipes(source_distribution):
-    for name in ("csrc", "configs"):
-        wanted = {p.relative_to(ROOT) for p in (ROOT / name).rglob("*") if p.is_file()}
+def test_a_source_distribution_has_everything(source_distribution):
+    for name in _GRAFTED:
+        unwanted = {"__pycache__", "golden"}
+        wanted = {p.relative_to(ROOT) for p in (ROOT / name).rglob("*.*") if p.is_file() and not unwanted & {*p.parts}}
         assert wanted
         assert {p.relative_to(source_distribution) for p in (source_distribution / name).rglob("*.*")} == wanted
 
