@@ -157,6 +157,17 @@ def test_the_optimizer_gets_what_the_settings_say():
     assert sgd.param_groups[0]["momentum"] == 0.7
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_muon_updates_the_parameters_without_decay_with_adam(layer_decay):
+    config = tiny_config(optim__name="muon", optim__layer_decay=layer_decay, optim__weight_decay=0.05)
+    model = build_model(config.model, 10)
+    optimizer = build_optimizer(model, config)
+    with_adam = {id(p) for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]}
+    tables = {name for name, parameter in model.named_parameters() if id(parameter) in with_adam}
+    assert {"pos_embed", "cls_token", "layers.0.mixer.A_log", "layers.0.mixer.A_b_log"} <= tables
+    assert not {"patch_embed.proj.weight", "layers.0.mixer.in_proj.weight", "head.weight"} & tables
+
+
 def test_an_unknown_optimizer_is_refused_with_the_nearest():
     with pytest.raises(
         ValueError, match=r"optim.name must be an optimizer that timm knows, got 'adamww': did you mean"

@@ -16,13 +16,14 @@ from vim.config.schema import OptimConfig, TrainConfig
 
 _MILESTONE_FACTOR = 0.1
 _FUSED = ("adam", "adamw", "sgd")  # PyTorch's own, in one kernel for all parameters
+_HYBRID = ("muon", "nmuon", "adamuon", "nadamuon")  # orthogonal updates for matrices, Adam's for the rest
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Create the optimizer, at the peak learning rate.
 
     Three kinds of parameters have no weight decay: those with one axis, the model's `no_weight_decay()`, and matches of
-    `optim.no_weight_decay`.
+    `optim.no_weight_decay`. Muon and its relatives update these with Adam: they are vectors and tables, not matrices.
 
     Raises:
         ValueError: timm knows no such optimizer; the message names the nearest.
@@ -50,12 +51,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 def _parameter_groups(optim: OptimConfig) -> Callable[[nn.Module], list[dict[str, Any]]]:
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         of_model: Callable[[], Any] = getattr(model, "no_weight_decay", tuple)
-        kept = [*of_model(), *optim.no_weight_decay]
+        lists: dict[str, Any] = {"no_weight_decay_list": [*of_model(), *optim.no_weight_decay]}
+        if optim.name in _HYBRID:
+            lists["fallback_no_weight_decay"] = True
         if optim.layer_decay is None:
-            return param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=kept)
-        found = param_groups_layer_decay(
-            model, optim.weight_decay, no_weight_decay_list=kept, layer_decay=optim.layer_decay
-        )
+            return param_groups_weight_decay(model, optim.weight_decay, **lists)
+        found = param_groups_layer_decay(model, optim.weight_decay, layer_decay=optim.layer_decay, **lists)
         if optim.layer_decay_of == "stem":
             lowest = min(group["lr_scale"] for group in found)
             for group in found:
