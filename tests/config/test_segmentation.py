@@ -20,6 +20,7 @@ from vim.config.segmentation import SegmentationConfig
         ({"dropout": 1.5}, "segmentation.dropout must be between 0 and 1, got 1.5"),
         ({"scale": (2.0, 0.5)}, r"segmentation.scale must be two numbers, 0 < low <= high"),
         ({"scene_digits": 0}, "segmentation.scene_digits must be > 0, got 0"),
+        ({"scene_overlap": 1.5}, "segmentation.scene_overlap must be between 0 and 1, got 1.5"),
         ({"scene_sides": (0.6, 0.5)}, "segmentation.scene_sides must be two numbers that rise, from 0.1 to 1, got"),
         ({"test_scales": ()}, "segmentation.test_scales must be at least one number"),
         ({"classes": ("a",)}, "segmentation.classes must be .* not a single one"),

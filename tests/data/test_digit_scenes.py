@@ -36,6 +36,28 @@ def test_scenes_have_the_number_and_the_sizes_of_digits_that_are_asked_for():
     assert 28 <= max(heights) <= 38 < 64
 
 
+def bounds(mask):
+    """First and last row and column of a digit's pixels."""
+    return [side for axis in (1, 0) for side in mask.any(axis=axis).nonzero()[0][[0, -1]].tolist()]
+
+
+def test_the_boxes_of_digits_overlap_no_more_than_is_asked_for():
+    def apart(overlap):
+        scenes = DigitScenes("train", 64, 40, seed=0, most_digits=3, sides=(0.4, 0.5), overlap=overlap)
+        found = [[bounds(mask) for mask in scene.masks] for scene in scenes]
+        assert {len(boxes) for boxes in found} >= {1, 2}
+        return [
+            a[1] < b[0] or b[1] < a[0] or a[3] < b[2] or b[3] < a[2]
+            for boxes in found
+            for i, a in enumerate(boxes)
+            for b in boxes[:i]
+        ]
+
+    assert all(apart(0.0))
+    some, most = (sum(pairs) / len(pairs) for pairs in (apart(0.25), apart(1.0)))
+    assert most < some < 1
+
+
 def test_a_digit_is_brighter_than_its_background():
     scene = DigitScenes("val", 48, 1, seed=3)[0]
     digits = scene.masks.any(axis=0)
@@ -75,6 +97,7 @@ def test_an_index_out_of_range_is_refused():
         (("val", 64, 1, -1), "seed must be >= 0"),
         (("val", 64, 1, 0, 0), "most_digits must be >= 1, got 0"),
         (("val", 64, 1, 0, 5, (0.6, 0.5)), "sides must rise from >= 0.1 to <= 1, got"),
+        (("val", 64, 1, 0, 5, (0.3, 0.5), 1.1), "overlap must be from 0 to 1, got 1.1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -44,6 +44,8 @@ class SegmentationConfig:
     """Most digits in a scene of `digit_scenes`."""
     scene_sides: tuple[float, float] = (0.3, 0.5)
     """Smallest and largest height of a digit of `digit_scenes`, relative to the scene."""
+    scene_overlap: float = 1.0
+    """Largest share of a digit's box of `digit_scenes` that the box of another digit may cover."""
     repeats: int = 1
     """Times that an image appears in an epoch, each time cropped anew, for sets of few images."""
     short_side: int | None = None
@@ -74,6 +76,7 @@ class SegmentationConfig:
             check_not_negative(f"segmentation.{name}", getattr(self, name))
         check_fraction("segmentation.dropout", self.dropout)
         check_fraction("segmentation.category_ratio", self.category_ratio)
+        check_fraction("segmentation.scene_overlap", self.scene_overlap)
         check_range("segmentation.scale", self.scale)
         rise = "two numbers that rise, from 0.1 to 1"
         check("segmentation.scene_sides", self.scene_sides, rise, lambda v: 0.1 <= v[0] <= v[1] <= 1)

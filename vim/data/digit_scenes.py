@@ -5,6 +5,7 @@ The digits come with scikit-learn. A split has digits of its own, so that no hel
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,19 @@ class Scene:
     """Label of each digit, (digits,), int64; index into `CLASS_NAMES`."""
 
 
+class _Box(NamedTuple):
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def covered(self, other: "_Box") -> float:
+        """Return the area that two boxes share, relative to the smaller one."""
+        height = min(self.top + self.height, other.top + other.height) - max(self.top, other.top)
+        width = min(self.left + self.width, other.left + other.width) - max(self.left, other.left)
+        return max(0, height) * max(0, width) / min(self.height * self.width, other.height * other.width)
+
+
 class DigitScenes(Sequence[Scene]):
     """A sequence of scenes, each a function of its index and of all arguments but the count.
 
@@ -45,6 +59,7 @@ class DigitScenes(Sequence[Scene]):
         seed: Seed of the scenes.
         most_digits: Most digits in a scene.
         sides: Smallest and largest height of a digit, relative to the scene.
+        overlap: Largest share of a digit's box that the box of one other digit may cover.
 
     Raises:
         ValueError: An argument is out of range.
@@ -59,6 +74,7 @@ class DigitScenes(Sequence[Scene]):
         seed: int,
         most_digits: int = 5,
         sides: tuple[float, float] = (0.3, 0.5),
+        overlap: float = 1.0,
     ) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split must be one of {', '.join(map(repr, _SPLITS))}, got {split!r}")
@@ -72,8 +88,10 @@ class DigitScenes(Sequence[Scene]):
             raise ValueError(f"most_digits must be >= 1, got {most_digits}")
         if not 0.1 <= sides[0] <= sides[1] <= 1:
             raise ValueError(f"sides must rise from >= 0.1 to <= 1, got {sides}")
+        if not 0 <= overlap <= 1:
+            raise ValueError(f"overlap must be from 0 to 1, got {overlap}")
         self.split, self.size, self.seed = split, size, seed
-        self._count, self._most_digits, self._sides = count, most_digits, sides
+        self._count, self._most_digits, self._sides, self._overlap = count, most_digits, sides, overlap
         train, held_out = load_small_digits()
         self._digits, self._labels = train if split == "train" else held_out
 
@@ -91,12 +109,15 @@ class DigitScenes(Sequence[Scene]):
         random = np.random.default_rng((self.seed, _SPLITS.index(self.split), index))
         canvas = self._background(random)
         masks: list[np.ndarray] = []
+        boxes: list[_Box] = []
         labels: list[int] = []
         for _ in range(int(random.integers(1, self._most_digits + 1))):
             chosen = int(random.integers(len(self._labels)))
-            ink = self._place(random, self._digits[chosen], masks)
-            if ink is None:
+            placed = self._place(random, self._digits[chosen], masks, boxes)
+            if placed is None:
                 continue
+            ink, box = placed
+            boxes.append(box)
             color = random.uniform(170, 255, 3)
             canvas += ink[..., None] * (color - canvas)
             front = ink > _INK
@@ -113,18 +134,23 @@ class DigitScenes(Sequence[Scene]):
         """Return a smooth texture darker than every digit, (size, size, 3), float64."""
         return _enlarge(random.uniform(0, 90, (_CELLS, _CELLS, 3)), self.size, self.size)
 
-    def _place(self, random: np.random.Generator, digit: np.ndarray, behind: list[np.ndarray]) -> np.ndarray | None:
-        """Return the ink of a digit at a random place, (size, size), 0 to 1; `None` if every place hides too much."""
+    def _place(
+        self, random: np.random.Generator, digit: np.ndarray, behind: list[np.ndarray], boxes: list[_Box]
+    ) -> tuple[np.ndarray, _Box] | None:
+        """Return the ink of a digit, (size, size), 0 to 1, and its box; `None` if every place tried hides too much."""
         low, high = (round(share * self.size) for share in self._sides)
         for _ in range(_TRIES):
             height = int(random.integers(low, high + 1))
             width = min(self.size, round(height * random.uniform(*_ASPECTS)))
             top, left = (int(random.integers(self.size - side + 1)) for side in (height, width))
+            box = _Box(top, left, height, width)
+            if any(box.covered(other) > self._overlap for other in boxes):
+                continue
             ink = np.zeros((self.size, self.size))
             ink[top : top + height, left : left + width] = _enlarge(digit[..., None], height, width)[..., 0].clip(0, 1)
             front = ink > _INK
             if all((mask & ~front).sum() >= _VISIBLE * mask.sum() for mask in behind):
-                return ink
+                return ink, box
         return None
 
 

@@ -166,7 +166,9 @@ def _open(config: TrainConfig, split: str) -> MaskPairs:
             raise ValueError(f"model.img_size must be square for data.dataset 'digit_scenes', got {height, width}")
         count = own.scenes if is_train else min(max(1, own.scenes // 4), _MOST_HELD_OUT)
         half = "train" if is_train else "val"
-        return ScenePairs(DigitScenes(half, height, count, config.seed, own.scene_digits, own.scene_sides))
+        return ScenePairs(
+            DigitScenes(half, height, count, config.seed, own.scene_digits, own.scene_sides, own.scene_overlap)
+        )
     if data.dataset in _BY_NAME:
         return _BY_NAME[data.dataset](data, split)
     if data.dataset.lower().startswith("hfds/"):
