@@ -42,7 +42,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 ASAN = "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1:max_allocation_size_mb=512"
 FAMILIES = ("_reference", "_triton", "_emulated")
 # Implementations in Python are slow, and cannot overrun memory.
-SLOW = ("_reference", "_triton")
+SLOW = ("_reference", "_triton", "recurrence")
 MOST_ELEMENTS = 2**18
 SECONDS_A_CALL = 1
 # So that huge allocations fail at once.
@@ -112,6 +112,8 @@ def _work() -> None:
         with torch.no_grad():
             model.eval()(images)
     torch.ops.vim.product_.default(torch.randn(9, 7), torch.randn(7, 5), torch.randn(5), False, torch.empty(9, 5))
+    tokens, B = torch.randn(7, 2, 24), torch.randn(7, 2, 1, 5)
+    torch.ops.vim.recurrence.default(tokens, tokens.abs(), -torch.rand(24, 5), B, B, None, None)
     u = torch.randn(2, 24, 70)
     for shape in ((2, 5, 70), (2, 3, 5, 70), (24, 5)):
         B = torch.randn(shape, requires_grad=True)
