@@ -5,7 +5,7 @@
     done
     python scripts/benchmark_exports.py exports/*
 
-The eager models are those of random weights: time does not depend on them. Files are told apart by their names.
+The eager models have random weights, on which the time does not depend. Each row has the name of its file.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_a_long_sequence_of_few_channels_is_cut():
 
 @pytest.mark.parametrize(("warps", "chunk"), [(1, 0), (2, 64)])
 def test_large_ranks_by_tensor_cores(warps, chunk, tune):
-    """Where weights and activations are bfloat16; with one channel a thread there is no such kernel."""
+    """Tensor cores take bfloat16 weights and activations, and at least two channels a thread."""
     weights = make_weights(24, 136, 48, 16, dtype=torch.bfloat16)  # the last warp has 8 channels
     x, residual = make_inputs(2, 75, 24, torch.bfloat16)
 

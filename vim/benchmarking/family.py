@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vim import compat
 from vim.benchmarking.measuring import interleave, probe_machine, summarise
-from vim.benchmarking.report import write_record
-from vim.runtime.machine import describe_machine
+from vim.benchmarking.report import make_record, write_record
 
 # Convolutions and attention in four stages, as in MambaVision (CoAtNet, CAFormer), and convolutions alone (ConvNeXt).
 PEERS = ("coatnet_0_224", "caformer_s18", "convnext_tiny")
@@ -62,13 +61,7 @@ def compare_families(
                 for model, taken in times.items()
             ]
             probes.append(probe_machine())
-    record: dict[str, Any] = {
-        "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "probes": probes,
-        "rows": [asdict(row) for row in rows],
-        "not_measured": missing,
-    }
+    record = make_record(rows, probes, missing)
     sys.stdout.write(write_record(record, _table(record["rows"]), output) + "\n")
 
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vim.benchmarking.measuring import interleave, probe_machine, summarise
-from vim.benchmarking.report import write_record
+from vim.benchmarking.report import make_record, write_record
 from vim.ops import causal_conv1d, selective_scan
-from vim.runtime.machine import describe_machine
 
 # (dim, len, d_state): Vim-Ti at 224 px, the 130M language model's prefill, Vim-S at 512 px.
 SHAPES = ((384, 197, 16), (1536, 512, 16), (768, 1025, 16))
@@ -48,13 +47,7 @@ def compare_ops(rounds: int, seconds: float, threads: int, output: str) -> None:
             missing.update(absent)
             rows += _measure(op, shape, calls, rounds, seconds)
             probes.append(probe_machine())
-    record: dict[str, Any] = {
-        "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "probes": probes,
-        "rows": [asdict(row) for row in rows],
-        "not_measured": missing,
-    }
+    record = make_record(rows, probes, missing)
     sys.stdout.write(write_record(record, _table(record["rows"]), output) + "\n")
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from vim.runtime.machine import describe_machine
 
 Record = dict[str, Any]
 
@@ -15,6 +20,17 @@ def write_report(record: Record, output: str) -> str:
     if output:
         _draw(record, _write(record, text, output).with_suffix(".png"))
     return text
+
+
+def make_record(rows: Sequence[Any], probes: Sequence[Any], not_measured: Mapping[str, str]) -> Record:
+    """Return what `write_record` writes, with the command of this process; the rows are dataclasses."""
+    return {
+        "command": " ".join(["python -m vim.benchmark", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "probes": list(probes),
+        "rows": [asdict(row) for row in rows],
+        "not_measured": dict(not_measured),
+    }
 
 
 def write_record(record: Record, table: list[str], output: str) -> str:
